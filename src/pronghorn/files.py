@@ -1,0 +1,109 @@
+"""Writing files so that a reader sees the old one or the whole new one, never half of it."""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pronghorn.errors import InputError, RunError
+
+
+def write_atomic(path: str | Path, content: str | bytes) -> None:
+    """Write `content` to a temporary sibling, fsync it, rename it over `path`, fsync the folder.
+
+    Raises:
+      RunError: when the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        raise RunError(
+            f"{path}: could not be written ({error.strerror}); free space or choose another folder."
+        ) from None
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON, atomically; NaN and infinities become null, since JSON has neither."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if isinstance(value, dict):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A temporary sibling folder to fill; it becomes `path` by rename when the block ends without an error.
+
+    Args:
+      path: the folder to appear. It may exist when it is empty, or when `replace` is true.
+      replace: move an existing folder aside, and delete it only after the new one is in its place.
+
+    Raises:
+      InputError: `path` exists and is not empty, and `replace` is false.
+    """
+    path = Path(path)
+    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path}: exists and is not empty; choose another folder or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    temporary.chmod(0o755)
+    aside = None
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        if path.exists():
+            aside = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+            path.rename(aside)
+        temporary.rename(path)
+        fsync_folder(path.parent)
+    except BaseException:
+        if aside is not None and aside.exists() and not path.exists():
+            aside.rename(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def fsync_tree(folder: Path) -> None:
+    """fsync every file and folder under `folder`, so that a rename after it publishes whole files."""
+    for entry in folder.rglob("*"):
+        if entry.is_file() and not entry.is_symlink():
+            with entry.open("rb") as file:
+                os.fsync(file.fileno())
+        elif entry.is_dir():
+            fsync_folder(entry)
+    fsync_folder(folder)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
