@@ -1,0 +1,318 @@
+"""A user's own model here and in transformers (with PEFT for an adapter): layers, logits, KL, gradients, in fp32.
+
+Both sides read the same folder, run the same tokens in fp32 and take the gradient of the same next-token loss.
+A departure is reported at the first layer where it shows, since everything after it departs too.
+"""
+
+import dataclasses
+import gc
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.errors import InputError
+
+# fp32 against fp32, other orders of summation: the limits of the test suite, as shares of the reference's norm.
+LAYER_LIMIT = 1e-4
+LOGITS_LIMIT = 1e-4
+KL_LIMIT = 1e-6
+GRADIENT_LIMIT = 1e-4
+# A gradient that is zero in exact arithmetic (a key's bias, say) is noise over noise: norms below this share of the
+# largest one are measured against that share.
+GRADIENT_FLOOR = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """‖ours − theirs‖ / ‖theirs‖ and max|ours − theirs| of one named tensor."""
+
+    name: str
+    relative: float
+    max_abs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyReport:
+    """What `verify_model` measured.
+
+    Attributes:
+      layers: embedding, each decoder layer's output, and the final norm, in order.
+      logits_max_abs, logits_relative: over all positions; relative to the largest logit in magnitude.
+      kl_mean, kl_max: KL(transformers ‖ pronghorn) per token, nats, computed in fp64.
+      gradients: one entry a parameter (of the adapter, when one is given); empty when not asked for.
+      first_departure: the first layer, logits or gradient over its limit; None when all agree.
+    """
+
+    model: str
+    adapter: str | None
+    tokens: int
+    layers: tuple[Difference, ...]
+    logits_max_abs: float
+    logits_relative: float
+    kl_mean: float
+    kl_max: float
+    top1_agreement: float
+    loss: float
+    loss_theirs: float
+    gradients: tuple[Difference, ...]
+    first_departure: str | None
+    passed: bool
+    limits: dict[str, float]
+    versions: dict[str, str]
+
+    def __str__(self) -> str:
+        worst = max(self.layers, key=lambda d: d.relative)
+        lines = [
+            f"{self.model}"
+            + (f" with {self.adapter}" if self.adapter else "")
+            + f", {self.tokens} tokens, fp32",
+            f"  layers     {len(self.layers)} compared, worst {worst.name}: {worst.relative:.2e} (limit {LAYER_LIMIT:.0e})",
+            f"  logits     largest difference {self.logits_max_abs:.2e}, relative {self.logits_relative:.2e} "
+            f"(limit {LOGITS_LIMIT:.0e}), top-1 agreement {self.top1_agreement:.2%}",
+            f"  KL         mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats a token (limit {KL_LIMIT:.0e})",
+            f"  loss       {self.loss:.6f} here, {self.loss_theirs:.6f} there",
+        ]
+        if self.gradients:
+            worst = max(self.gradients, key=lambda d: d.relative)
+            lines.append(
+                f"  gradients  {len(self.gradients)} compared, worst {worst.name}: {worst.relative:.2e} "
+                f"(limit {GRADIENT_LIMIT:.0e})"
+            )
+        lines.append("passed" if self.passed else f"FAILED, first at {self.first_departure}")
+        return "\n".join(lines)
+
+
+def verify_model(
+    path: str, *, adapter: str | None = None, tokens: int = 500, gradients: bool = True, seed: int = 0
+) -> VerifyReport:
+    """Compare the model in `path` (a folder or cached hub name) here and in transformers.
+
+    Args:
+      adapter: a PEFT folder; it is loaded by PEFT there and by pronghorn here, and only its gradients are compared.
+      tokens: prompt length; the text is public-domain prose, or random ids when the folder has no tokenizer.
+
+    Raises:
+      InputError: torch or transformers is missing, or the model cannot be read.
+    """
+    _require_torch()
+    from pronghorn.converters.huggingface import load_model, load_tokenizer, resolve_model_path
+    from pronghorn.converters.peft import load_adapter
+
+    folder = str(resolve_model_path(path))
+    if tokens < 2:
+        raise InputError(f"--tokens {tokens}: at least two are needed for a next-token loss.")
+    model = load_model(folder, dtype="float32")
+    if adapter is not None:
+        model = load_adapter(model, adapter)
+    input_ids = _prompt(load_tokenizer(folder), model.config.vocab_size, tokens, seed)
+    theirs = _run_transformers(folder, adapter, input_ids, gradients)
+    ours = _run_pronghorn(model, input_ids, gradients, names=set(theirs["gradients"]))
+    del model
+    gc.collect()
+    return _report(path, adapter, tokens, ours, theirs, gradients)
+
+
+def _require_torch() -> None:
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "verify needs PyTorch and PEFT to compare with; pip install 'pronghorn[verify]'."
+        ) from None
+
+
+def _prompt(tokenizer: Any, vocab_size: int, tokens: int, seed: int) -> np.ndarray:
+    """[1, tokens] int32."""
+    if tokenizer is None:
+        return np.random.default_rng(seed).integers(0, vocab_size, (1, tokens), dtype=np.int32)
+    from pronghorn.evaluation.general_text import general_text
+
+    ids = tokenizer(general_text(), add_special_tokens=True)["input_ids"]
+    return np.asarray((ids * (tokens // len(ids) + 1))[:tokens], np.int32)[None]
+
+
+def _run_pronghorn(model: Any, input_ids: np.ndarray, gradients: bool, names: set[str]) -> dict[str, Any]:
+    from pronghorn.lora import merge, split
+    from pronghorn.models.parameters import named_parameters
+    from pronghorn.training import losses
+
+    ids = jnp.asarray(input_ids)
+    graph, trainable, frozen = split(model)
+
+    @jax.jit
+    def forward(trainable, frozen):
+        model = merge(graph, trainable, frozen)
+        hidden, layers = model.hidden_states(ids, return_layers=True)
+        return [*layers, hidden], model.logits(hidden)
+
+    with jax.default_matmul_precision("highest"):
+        layers, logits = forward(trainable, frozen)
+        result: dict[str, Any] = {"layers": [np.asarray(x) for x in layers], "logits": np.asarray(logits)[0]}
+        batch = {
+            "input_ids": ids,
+            "labels": ids,
+            "segment_ids": jnp.ones_like(ids),
+            "positions": jnp.arange(ids.shape[1], dtype=jnp.int32)[None],
+        }
+        loss_fn = losses.next_token(graph)
+        if not gradients:
+            loss, _ = jax.jit(loss_fn)(trainable, frozen, batch)
+            return result | {"loss": float(loss), "gradients": {}}
+        (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(trainable, frozen, batch)
+    leaves = named_parameters(merge(graph, grads, frozen))
+    return result | {
+        "loss": float(loss),
+        "gradients": {name: np.asarray(leaves[name].get()) for name in names if name in leaves},
+    }
+
+
+def _run_transformers(
+    folder: str, adapter: str | None, input_ids: np.ndarray, gradients: bool
+) -> dict[str, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+    ).eval()
+    base = reference
+    canonical = _canonical_names(reference)
+    if adapter is not None:
+        from peft import PeftModel
+
+        reference = PeftModel.from_pretrained(reference, adapter, is_trainable=True).eval()
+        canonical = {
+            name: peft_name
+            for name, parameter in reference.named_parameters()
+            if parameter.requires_grad and (peft_name := _canonical_adapter_name(name)) is not None
+        }
+    seen: list[np.ndarray] = []
+
+    def record(_module, _arguments, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).detach().numpy().copy())
+
+    trunk = base.model
+    hooks = [m.register_forward_hook(record) for m in (trunk.embed_tokens, *trunk.layers, trunk.norm)]
+    ids = torch.from_numpy(input_ids.astype(np.int64))
+    with torch.set_grad_enabled(gradients):
+        output = reference(input_ids=ids, labels=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found: dict[str, np.ndarray] = {}
+    if gradients:
+        output.loss.backward()
+        for name, parameter in reference.named_parameters():
+            if parameter.grad is not None and name in canonical:
+                found[canonical[name]] = parameter.grad.numpy()
+    return {
+        "layers": seen,
+        "logits": output.logits.detach().numpy()[0],
+        "loss": float(output.loss.detach()),
+        "gradients": found,
+    }
+
+
+def _canonical_names(reference: Any) -> dict[str, str]:
+    """Hugging Face parameter name -> our single-layer name."""
+    from pronghorn.models.families import family_for
+
+    family = family_for(reference.config.to_dict())
+    config = family.config_from_hf(reference.config.to_dict())
+    return {theirs: ours for ours, theirs in family.tensor_names(config).items()}
+
+
+def _canonical_adapter_name(name: str) -> str | None:
+    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` -> `layers.0.self_attn.q_proj.lora_A`."""
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
+    name = name.removesuffix(".weight").removesuffix(".default")
+    return name if ".lora_" in name else None
+
+
+def _difference(name: str, ours: np.ndarray, theirs: np.ndarray, floor: float = 0.0) -> Difference:
+    if ours.shape != theirs.shape:
+        return Difference(name, float("inf"), float("inf"))
+    delta = ours.astype(np.float64) - theirs.astype(np.float64)
+    scale = max(float(np.linalg.norm(theirs.astype(np.float64))), floor)
+    norm = float(np.linalg.norm(delta))
+    relative = norm / scale if scale > 0 else (0.0 if norm == 0 else float("inf"))
+    # NaN would compare as "not over the limit": it is the worst difference there is.
+    return Difference(
+        name, relative if relative == relative else float("inf"), float(np.abs(delta).max(initial=0))
+    )
+
+
+def _report(
+    path: str, adapter: str | None, tokens: int, ours: dict[str, Any], theirs: dict[str, Any], gradients: bool
+) -> VerifyReport:
+    count = len(theirs["layers"]) - 2
+    names = ["embed_tokens", *(f"layers.{i}" for i in range(count)), "norm"]
+    layers = tuple(
+        _difference(n, o, t) for n, o, t in zip(names, ours["layers"], theirs["layers"], strict=True)
+    )
+    logits = _difference("logits", ours["logits"], theirs["logits"])
+    scale = float(np.abs(theirs["logits"]).max())
+    logits_relative = logits.max_abs / max(scale, 1e-30)
+    kl = _kl(theirs["logits"], ours["logits"])
+    top1 = float(np.mean(ours["logits"].argmax(-1) == theirs["logits"].argmax(-1)))
+    largest = max((float(np.linalg.norm(g)) for g in theirs["gradients"].values()), default=0.0)
+    compared = tuple(
+        _difference(name, ours["gradients"].get(name, np.zeros(0)), gradient, GRADIENT_FLOOR * largest)
+        for name, gradient in theirs["gradients"].items()
+    )
+    if gradients and not compared:
+        raise InputError(
+            f"{path}: transformers gave no gradient to compare; check that the adapter trains something."
+        )
+    departures = [
+        *(d.name for d in layers if d.relative > LAYER_LIMIT),
+        *(["logits"] if not logits_relative <= LOGITS_LIMIT else []),
+        *(["KL"] if not kl.mean() <= KL_LIMIT else []),
+        *(f"gradient of {d.name}" for d in compared if d.relative > GRADIENT_LIMIT),
+    ]
+    return VerifyReport(
+        model=path,
+        adapter=adapter,
+        tokens=tokens,
+        layers=layers,
+        logits_max_abs=logits.max_abs,
+        logits_relative=logits_relative,
+        kl_mean=float(kl.mean()),
+        kl_max=float(kl.max()),
+        top1_agreement=top1,
+        loss=ours["loss"],
+        loss_theirs=theirs["loss"],
+        gradients=compared,
+        first_departure=departures[0] if departures else None,
+        passed=not departures,
+        limits={"layer": LAYER_LIMIT, "logits": LOGITS_LIMIT, "kl": KL_LIMIT, "gradient": GRADIENT_LIMIT},
+        versions=_versions(),
+    )
+
+
+def _kl(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL(softmax(reference) ‖ softmax(other)) per row, nats, in fp64; [tokens]."""
+    p, q = (_log_softmax(x.astype(np.float64)) for x in (reference, other))
+    return np.sum(np.exp(p) * (p - q), axis=-1)
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in ("pronghorn", "jax", "flax", "torch", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,137 @@
+"""What a machine has, and whether every kernel is right on it: forward and gradients against the oracle."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.pallas_kernels import (
+    apply_rope,
+    cross_entropy,
+    flash_attention,
+    gated_activation,
+    linear_cross_entropy,
+    lora_linear,
+    rms_norm,
+)
+
+# Largest |fast − oracle| over the largest |oracle|, both in the dtype that a GPU trains in.
+LIMIT = {"float32": 2e-5, "bfloat16": 1.6e-2}
+
+
+def examine(print_line: Callable[[str], None] = print) -> dict[str, Any]:
+    """Print and return devices, versions, memory and one check per kernel; `passed` is False when one departs."""
+    from importlib.metadata import version
+
+    devices = jax.devices()
+    dtype = jnp.bfloat16 if devices[0].platform == "gpu" else jnp.float32
+    versions = {
+        name: version(name) for name in ("pronghorn", "jax", "jaxlib", "flax", "optax", "transformers")
+    }
+    for name, value in versions.items():
+        print_line(f"{name:<14}{value}")
+    memory = devices[0].memory_stats() or {}
+    print_line(f"{'devices':<14}{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    if "bytes_limit" in memory:
+        print_line(f"{'memory':<14}{memory['bytes_limit'] / 2**30:.1f} GiB for arrays")
+    if devices[0].platform == "cpu":
+        print_line(
+            "no GPU is used: kernels run in interpret mode here; pip install 'pronghorn[cuda]' on an NVIDIA GPU"
+        )
+    checks = {}
+    for name, (function, arguments, implementation) in _cases(dtype).items():
+        start = time.perf_counter()
+        error = _largest_error(function, arguments, implementation)
+        passed = error <= LIMIT[str(jnp.dtype(dtype))]
+        checks[name] = {"error": error, "passed": passed, "seconds": time.perf_counter() - start}
+        print_line(f"{name:<22}{'ok' if passed else 'WRONG':<7}error {error:.1e} ({jnp.dtype(dtype)})")
+    return {
+        "versions": versions,
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "dtype": str(jnp.dtype(dtype)),
+        "kernels": checks,
+        "passed": all(check["passed"] for check in checks.values()),
+    }
+
+
+def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
+    """name -> (op(implementation, *arrays), arrays, implementation to check against "xla")."""
+    keys = iter(jax.random.split(jax.random.key(0), 32))
+
+    def normal(*shape, dtype=dtype):
+        return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
+
+    batch, length, heads, kv_heads, dim, width, vocab = 1, 67, 4, 2, 32, 96, 515
+    q, k, v = (
+        normal(batch, length, heads, dim),
+        normal(batch, length, kv_heads, dim),
+        normal(batch, length, kv_heads, dim),
+    )
+    segments = jnp.where(jnp.arange(length) < 23, 1, 2)[None]
+    angle = jnp.arange(length)[None, :, None] * 10000.0 ** (-jnp.arange(dim // 2) / (dim // 2))
+    cos, sin = jnp.cos(angle).astype(jnp.float32), jnp.sin(angle).astype(jnp.float32)
+    labels = jax.random.randint(next(keys), (length,), 0, vocab).at[::7].set(-100)
+    return {
+        "rms_norm": (
+            lambda i, x, w: rms_norm(x, w, eps=1e-6, implementation=i),
+            [normal(length, width), normal(width)],
+            "pallas",
+        ),
+        "rope": (lambda i, q, k: apply_rope(q, k, cos, sin, implementation=i), [q, k], "pallas"),
+        "gated_activation": (
+            lambda i, g, u: gated_activation(g, u, activation="silu", implementation=i),
+            [normal(length, width), normal(length, width)],
+            "pallas",
+        ),
+        "flash_attention": (
+            lambda i, q, k, v: flash_attention(q, k, v, segment_ids=segments, implementation=i),
+            [q, k, v],
+            "pallas",
+        ),
+        "cross_entropy": (
+            lambda i, z: cross_entropy(z, labels, implementation=i),
+            [normal(length, vocab, dtype=jnp.float32)],
+            "pallas",
+        ),
+        "linear_cross_entropy": (
+            lambda i, h, w: linear_cross_entropy(h, w, labels, implementation=i),
+            [normal(length, width), normal(vocab, width) * 0.1],
+            "pallas",
+        ),
+        "lora_linear": (
+            lambda i, x, w, a, b: lora_linear(x, w, a, b, scale=2.0, implementation=i),
+            [
+                normal(length, width),
+                normal(80, width),
+                normal(8, width, dtype=jnp.float32),
+                normal(80, 8, dtype=jnp.float32),
+            ],
+            "pallas",
+        ),
+    }
+
+
+def _largest_error(function: Callable[..., Any], arguments: list[jax.Array], implementation: str) -> float:
+    """max over outputs and gradients of max|fast − oracle| / max|oracle|."""
+
+    def outputs_and_gradients(implementation):
+        def run(*arguments):
+            out, pull = jax.vjp(lambda *a: function(implementation, *a), *arguments)
+            cotangent = jax.tree.map(
+                lambda x: jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), out
+            )
+            return out, pull(cotangent)
+
+        with jax.default_matmul_precision("highest"):
+            return jax.tree.leaves(jax.jit(run)(*arguments))
+
+    errors = []
+    for fast, oracle in zip(outputs_and_gradients(implementation), outputs_and_gradients("xla"), strict=True):
+        fast, oracle = np.asarray(fast, np.float64), np.asarray(oracle, np.float64)
+        errors.append(np.abs(fast - oracle).max() / max(np.abs(oracle).max(), 1e-30))
+    worst = float(max(errors))
+    return worst if worst == worst else float("inf")
