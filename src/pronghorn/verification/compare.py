@@ -68,7 +68,8 @@ class VerifyReport:
             f"{self.model}"
             + (f" with {self.adapter}" if self.adapter else "")
             + f", {self.tokens} tokens, fp32",
-            f"  layers     {len(self.layers)} compared, worst {worst.name}: {worst.relative:.2e} (limit {LAYER_LIMIT:.0e})",
+            f"  layers     {len(self.layers)} compared, worst {worst.name}: {worst.relative:.2e} "
+            f"(limit {LAYER_LIMIT:.0e})",
             f"  logits     largest difference {self.logits_max_abs:.2e}, relative {self.logits_relative:.2e} "
             f"(limit {LOGITS_LIMIT:.0e}), top-1 agreement {self.top1_agreement:.2%}",
             f"  KL         mean {self.kl_mean:.2e}, largest {self.kl_max:.2e} nats a token (limit {KL_LIMIT:.0e})",
@@ -228,7 +229,7 @@ def _canonical_names(reference: Any) -> dict[str, str]:
 
 
 def _canonical_adapter_name(name: str) -> str | None:
-    """`base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight` -> `layers.0.self_attn.q_proj.lora_A`."""
+    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` -> `layers.0.mlp.up_proj.lora_A`."""
     name = name.removeprefix("base_model.model.").removeprefix("model.")
     name = name.removesuffix(".weight").removesuffix(".default")
     return name if ".lora_" in name else None
