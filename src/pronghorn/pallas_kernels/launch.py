@@ -5,10 +5,9 @@ implementation and no caller changes. `resolve` picks the implementation of an o
 """
 
 import contextlib
-import contextvars
-import functools
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -18,37 +17,32 @@ from pronghorn.errors import InputError
 
 Implementation = Literal["pallas", "xla", "cudnn"]
 
-_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("pronghorn_implementation", default=None)
-_interpret: contextvars.ContextVar[bool | None] = contextvars.ContextVar("pronghorn_interpret", default=None)
+# User contexts, not contextvars: their values are part of the key of jax's trace and compile caches.
+_forced = jax.make_user_context(None)
+_interpret = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def kernels(implementation: Implementation) -> Iterator[None]:
     """Force one implementation for every op traced inside the block.
 
-    The choice is made while a function is traced: a function that `jax.jit` has already compiled keeps the
-    implementation it was compiled with, so enter the block before the first call. An op that lacks the forced
+    A function that `jax.jit` has compiled under another choice is traced and compiled anew inside the block, and found
+    in the cache again outside it. An explicit `implementation=` argument wins. An op that lacks the forced
     implementation (only attention has "cudnn") keeps its default.
 
     Raises:
       InputError: for a name that is no implementation.
     """
     _check(implementation)
-    token = _forced.set(implementation)
-    try:
+    with _forced(implementation):
         yield
-    finally:
-        _forced.reset(token)
 
 
 @contextlib.contextmanager
 def interpret(enabled: bool) -> Iterator[None]:
     """Run (True) or lower for a GPU (False) the Pallas kernels traced inside; the default is by platform."""
-    token = _interpret.set(enabled)
-    try:
+    with _interpret(enabled):
         yield
-    finally:
-        _interpret.reset(token)
 
 
 def _check(implementation: str) -> None:
@@ -59,11 +53,19 @@ def _check(implementation: str) -> None:
 
 
 def resolve(
-    implementation: str | None, *, default_gpu: str = "pallas", available: Sequence[str] = ("pallas", "xla")
+    implementation: str | None,
+    *,
+    default_gpu: str = "pallas",
+    default_cpu: str = "xla",
+    available: Sequence[str] = ("pallas", "xla"),
 ) -> str:
-    """The implementation for one call: the argument, else the forced one, else the measured default of the platform.
+    """The implementation for one call: the argument, else the forced one, else the default of the platform.
 
-    On a machine without a GPU the default is "xla"; "pallas" there runs in interpret mode.
+    "pallas" on a machine without a GPU runs in interpret mode: right, and slow, so `default_cpu` is "xla" for every op
+    that launches a kernel.
+
+    Raises:
+      InputError: for an argument that is no implementation, or none of this op.
     """
     if implementation is not None:
         _check(implementation)
@@ -72,15 +74,17 @@ def resolve(
                 f"implementation={implementation!r} does not exist for this op; use one of {', '.join(available)}."
             )
         return implementation
-    forced = _forced.get()
+    forced = _forced.value
     if forced in available:
         return str(forced)
-    return default_gpu if on_gpu() else "xla"
+    return default_gpu if on_gpu() else default_cpu
 
 
 def on_gpu() -> bool:
-    """Whether the default device is a GPU."""
-    return jax.default_backend() in ("gpu", "cuda", "rocm")
+    """Whether arrays land on a GPU by default (`jax.default_device` counts, committed arguments do not)."""
+    device = jax.config.jax_default_device
+    platform = getattr(device, "platform", device) or jax.default_backend()
+    return platform in ("gpu", "cuda", "rocm")
 
 
 def pallas_call(
@@ -100,20 +104,28 @@ def pallas_call(
     Args:
       kernel: the kernel body; its static parameters bound with `functools.partial`.
       name: shown in profiles and in the HLO.
+      grid: programs along each axis; static.
+      out_shape: one `jax.ShapeDtypeStruct`, or a sequence of them.
+      in_specs, out_specs: block specifications; without them every reference is the whole array.
       num_warps, num_stages: Triton's launch parameters. They are always passed: without them jax 0.10 would pick
         another backend.
+      input_output_aliases: input index -> index of the output that may take its memory.
     """
     from jax.experimental.pallas import triton
 
-    interpreted = _interpret.get()
+    interpreted = _interpret.value
     if interpreted is None:
         interpreted = not on_gpu()
+    if not interpreted:
+        # Deprecated since jax 0.11, and still the only portable way to Triton: the README says so. The warning comes
+        # while the caller's program is lowered, long after this call: only a standing filter reaches it.
+        warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
     specs: dict[str, Any] = {}
     if in_specs is not None:
         specs["in_specs"] = in_specs
     if out_specs is not None:
         specs["out_specs"] = out_specs
-    call = pl.pallas_call(
+    return pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
@@ -124,15 +136,30 @@ def pallas_call(
         **specs,
     )
 
-    @functools.wraps(kernel)
-    def launch(*arguments):
-        with warnings.catch_warnings():
-            # Deprecated since jax 0.11, and still the only portable way to Triton: the README says so.
-            warnings.filterwarnings("ignore", message=".*Triton.*deprecat.*")
-            warnings.filterwarnings("ignore", message=".*deprecat.*Triton.*")
-            return call(*arguments)
 
-    return launch
+def in_bounds(shape: Sequence[int], *indices: jax.Array) -> jax.Array:
+    """The mask of the elements `array[indices]` that exist: every index below its extent, broadcast together.
+
+    A block that does not divide the array reads and writes past its end on a GPU (before jax 0.12), and a value's size
+    must be a power of two: so kernels index whole arrays by hand and pass this mask to every load and store.
+    """
+    mask = indices[0] < shape[0]
+    for index, extent in zip(indices[1:], shape[1:], strict=True):
+        mask = mask & (index < extent)
+    return mask
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A hashable value that rides along a custom_vjp's residuals without becoming an array."""
+
+    value: Hashable
+
+
+def perturbed(tree: Any) -> bool:
+    """Whether anything in one argument of a `symbolic_zeros` forward rule is differentiated."""
+    return any(leaf.perturbed for leaf in jax.tree.leaves(tree))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -143,3 +170,8 @@ def cdiv(a: int, b: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The smallest power of two >= n (n >= 1): the size a Triton value must have."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def warps_for(elements: int, *, per_thread: int = 32, most: int = 16) -> int:
+    """Warps for a program that holds `elements` values: a power of two from 1 to `most`, about `per_thread` a thread."""
+    return max(1, min(most, next_power_of_2(cdiv(elements, 32 * per_thread))))

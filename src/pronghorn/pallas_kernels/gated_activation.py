@@ -1,0 +1,194 @@
+"""The gate of a gated feed-forward layer: h = f(gate) · up, with the gradients of both in one pass.
+
+    f(e) = e σ(e)                                   f'(e) = σ(e) (1 + e (1 − σ(e)))                      "silu"
+    f(e) = e Φ(e)                                   f'(e) = Φ(e) + e φ(e)                                "gelu"
+    f(e) = e (1 + tanh u) / 2, u = √(2/π) (e + 0.044715 e³)                                              "gelu_tanh"
+                                                    f'(e) = (1 + tanh u) / 2 + e (1 − tanh² u) u'(e) / 2
+
+Φ and φ are the distribution and the density of the standard normal. From D = ∂L/∂h: ∂L/∂up = D f(gate) and
+∂L/∂gate = D up f'(gate). Saved: gate and up, named "gated_activation_gate" and "gated_activation_up" for
+`jax.checkpoint` policies; backward rebuilds f(gate). Everything is fp32, rounded once.
+
+Sources: Shazeer, GLU Variants Improve Transformer, 2020, https://arxiv.org/abs/2002.05202; Hendrycks and Gimpel,
+Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415.
+"""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+BLOCK_ELEMENTS = 4096
+MOST_COLUMNS = 2048
+
+# exp(z²) erfc(z) = t Σ c_i tⁱ with t = 1 / (1 + 0.4 z) for 0 <= z <= 9.6, relative error 6.3e-8: least squares of the
+# relative error in Chebyshev nodes of t, against scipy.special.erfcx.
+_ERFCX_SLOPE = 0.4
+_ERFCX = (
+    0.22563166916370392,
+    0.2264823019504547,
+    0.20163898169994354,
+    0.1942518651485443,
+    0.07798467576503754,
+    0.09020859748125076,
+    0.08227790147066116,
+    -0.13960148394107819,
+    0.04112555459141731,
+)
+_SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
+_CUBIC = 0.044715
+
+
+def gated_activation(
+    gate: jax.Array,
+    up: jax.Array,
+    *,
+    activation: Activation = "silu",
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """activation(gate) · up.
+
+    Args:
+      gate, up: [..., f], one dtype: bf16, fp16 or fp32.
+      activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU as in Gemma) or "gelu" (exact).
+      implementation: "pallas", "xla" or None for the platform's default.
+
+    Returns:
+      [..., f] in the dtype of gate.
+
+    Raises:
+      InputError: for an unknown activation, or shapes or dtypes that differ.
+    """
+    if activation not in get_args(Activation):
+        raise InputError(
+            f"activation={activation!r} is not known; use one of {', '.join(get_args(Activation))}."
+        )
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        raise InputError(
+            f"gated_activation: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be alike."
+        )
+    if launch.resolve(implementation) == "xla" or gate.size == 0:
+        return gated_activation_reference(gate, up, activation=activation)
+    return _gated_activation(gate, up, activation)
+
+
+def gated_activation_reference(
+    gate: jax.Array, up: jax.Array, *, activation: Activation = "silu"
+) -> jax.Array:
+    """The oracle of `gated_activation`, in plain jax.numpy."""
+    functions = {
+        "silu": jax.nn.silu,
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    }
+    return (functions[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+
+
+def normal_cdf_and_pdf(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(Φ(x), φ(x)) of the standard normal in fp32, both from one exponential.
+
+    Pallas Triton lowers no erf. Φ(−|x|) = exp(−x²/2) erfcx(|x| / √2) / 2 keeps the relative error of the far tail at
+    the exponential's, where (1 + erf) / 2 would cancel to zero.
+    """
+    t = 1.0 / (1.0 + (_ERFCX_SLOPE * math.sqrt(0.5)) * jnp.abs(x))
+    polynomial = jnp.full_like(t, _ERFCX[-1])
+    for coefficient in _ERFCX[-2::-1]:
+        polynomial = polynomial * t + coefficient
+    exponential = jnp.exp(-0.5 * x * x)
+    tail = 0.5 * exponential * (polynomial * t)
+    return jnp.where(x > 0, 1.0 - tail, tail), exponential * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+def value_and_slope(gate: jax.Array, activation: Activation) -> tuple[jax.Array, jax.Array]:
+    """(f(gate), f'(gate)) in fp32; the compiler drops the half that is not used."""
+    if activation == "silu":
+        sigmoid = jax.nn.sigmoid(gate)
+        return gate * sigmoid, sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    if activation == "gelu":
+        cdf, pdf = normal_cdf_and_pdf(gate)
+        return gate * cdf, cdf + gate * pdf
+    square = gate * gate
+    tanh = jnp.tanh(_SQRT_2_OVER_PI * gate * (1.0 + _CUBIC * square))
+    inner_slope = _SQRT_2_OVER_PI * (1.0 + 3.0 * _CUBIC * square)
+    half_sum = 0.5 * (1.0 + tanh)
+    return gate * half_sum, half_sum + 0.5 * gate * (1.0 - tanh * tanh) * inner_slope
+
+
+def _tile(shape, block):
+    """Indices and mask of this program's block; columns run fastest, so neighbours read neighbouring memory."""
+    program, column_blocks = pl.program_id(0), launch.cdiv(shape[1], block[1])
+    rows = (program // column_blocks) * block[0] + jnp.arange(block[0])
+    columns = (program % column_blocks) * block[1] + jnp.arange(block[1])
+    tile = (rows[:, None], columns[None, :])
+    return tile, launch.in_bounds(shape, *tile)
+
+
+def _forward_kernel(gate_ref, up_ref, out_ref, *, activation, block):
+    tile, mask = _tile(gate_ref.shape, block)
+    gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+    up = triton.load(up_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+    value, _ = value_and_slope(gate, activation)
+    triton.store(out_ref.at[tile], (value * up).astype(out_ref.dtype), mask=mask)
+
+
+def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *, activation, block):
+    tile, mask = _tile(gate_ref.shape, block)
+    dout = triton.load(dout_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+    gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+    up = triton.load(up_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+    value, slope = value_and_slope(gate, activation)
+    triton.store(dgate_ref.at[tile], (dout * up * slope).astype(dgate_ref.dtype), mask=mask)
+    triton.store(dup_ref.at[tile], (dout * value).astype(dup_ref.dtype), mask=mask)
+
+
+def _block(rows: int, width: int) -> tuple[int, int]:
+    """(rows, columns) of a program: columns that divide the width where a fair power of two does, else padded."""
+    dividing = width & -width
+    columns = min(dividing if dividing >= 256 else launch.next_power_of_2(width), MOST_COLUMNS)
+    return min(max(1, BLOCK_ELEMENTS // columns), launch.next_power_of_2(rows)), columns
+
+
+def _launch(kernel, name, arguments, outputs, activation, aliases):
+    shape = arguments[0].shape
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    block = _block(rows, width)
+    results = launch.pallas_call(
+        functools.partial(kernel, activation=activation, block=block),
+        name=name,
+        grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
+        out_shape=(jax.ShapeDtypeStruct((rows, width), arguments[0].dtype),) * outputs,
+        input_output_aliases=aliases,
+        num_warps=launch.warps_for(block[0] * block[1], per_thread=16),
+    )(*(a.reshape(rows, width) for a in arguments))
+    return tuple(r.reshape(shape) for r in results)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gated_activation(gate, up, activation):
+    return _launch(_forward_kernel, "gated_activation_forward", (gate, up), 1, activation, {})[0]
+
+
+def _gated_activation_forward(gate, up, activation):
+    gate = checkpoint_name(gate, "gated_activation_gate")
+    up = checkpoint_name(up, "gated_activation_up")
+    return _gated_activation(gate, up, activation), (gate, up)
+
+
+def _gated_activation_backward(activation, saved, dout):
+    # Each program reads its elements before it writes them, so the gradients take the memory of what was saved.
+    return _launch(
+        _backward_kernel, "gated_activation_backward", (dout, *saved), 2, activation, {1: 0, 2: 1}
+    )
+
+
+_gated_activation.defvjp(_gated_activation_forward, _gated_activation_backward)

@@ -1,0 +1,234 @@
+"""A linear layer with a low-rank adapter, and its gradient by hand: no ΔW = B A, no cotangent of a frozen weight.
+
+With X [tokens, in], W [out, in] (frozen or trained, 16 bit or quantised), A [r, in], B [out, r] and M the dropout mask
+over 1 − rate (all ones without dropout):
+
+    T  = (X ∘ M) Aᵀ
+    Y  = X Wᵀ + s T Bᵀ + bias
+    G  = s dY B                        rank r, computed once
+    dX = dY W + (G A) ∘ M
+    dA = Gᵀ (X ∘ M)        dB = s dYᵀ T        dW = dYᵀ X        dbias = Σ dY
+
+Products run in the dtype of X with fp32 accumulation; A and B are cast to it, their gradients leave the products in
+fp32. They are left to XLA, and through it to cuBLAS: a kernel of our own reached 89 % of it, and the rank-r product is
+added in cuBLAS's epilogue. So this op launches no kernel: "pallas" names the hand gradient, which is the default on
+every device, a CPU included, since what it saves does not depend on the device. "xla" is the oracle under autodiff.
+
+Saved: X only where A or W is trained; T (r numbers a token) where B is, since reading X again costs more than keeping
+1/256 of it. Both carry names for `jax.checkpoint` policies, "lora_linear_input" and "lora_linear_rank". A quantised
+weight is dequantised again in backward; the mask is drawn again from its key.
+
+Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685; dropout on the adapter's input as in PEFT.
+"""
+
+import functools
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
+
+
+@runtime_checkable
+class QuantizedWeight(Protocol):
+    """A frozen weight kept in fewer bits: a registered pytree with a shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def dequantize(self) -> jax.Array: ...
+
+
+def lora_linear(
+    x: jax.Array,
+    weight: jax.Array | QuantizedWeight,
+    lora_a: jax.Array | None = None,
+    lora_b: jax.Array | None = None,
+    *,
+    scale: float = 1.0,
+    bias: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """x Wᵀ + scale · (dropout(x) Aᵀ) Bᵀ + bias.
+
+    Args:
+      x: [..., in]; bf16, fp16 or fp32.
+      weight: [out, in] of any float dtype, or a `QuantizedWeight`, which is never trained.
+      lora_a, lora_b: [r, in] and [out, r], fp32 masters; both or neither. Without them this is a plain linear layer.
+      scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
+      bias: [out].
+      dropout_rate: the share of x that the adapter does not see, in [0, 1); kept values are divided by 1 − rate.
+      dropout_key: the random key of this call. None turns dropout off: evaluation.
+      implementation: "pallas" (the hand gradient), "xla" (autodiff), or None for the hand gradient.
+
+    Returns:
+      [..., out] in the dtype of x.
+
+    Raises:
+      InputError: when shapes do not fit, one of A and B is missing, or the rate is out of range.
+    """
+    _check_arguments(x, weight, lora_a, lora_b, bias, dropout_rate)
+    if lora_a is None or dropout_rate == 0.0:
+        dropout_key = None
+    if launch.resolve(implementation, default_cpu="pallas") == "xla":
+        return lora_linear_reference(
+            x,
+            weight,
+            lora_a,
+            lora_b,
+            scale=scale,
+            bias=bias,
+            dropout_rate=dropout_rate,
+            dropout_key=dropout_key,
+        )
+    return _lora_linear(x, weight, lora_a, lora_b, bias, dropout_key, float(scale), float(dropout_rate))
+
+
+def _check_arguments(x, weight, lora_a, lora_b, bias, dropout_rate):
+    if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
+        raise InputError(f"lora_linear: weight {weight.shape} must be [out, in] for x {x.shape}.")
+    if (lora_a is None) != (lora_b is None):
+        raise InputError("lora_linear: give both lora_a and lora_b, or neither.")
+    if lora_a is not None:
+        rank = lora_a.shape[0]
+        if lora_a.shape != (rank, weight.shape[1]) or lora_b.shape != (weight.shape[0], rank):
+            raise InputError(
+                f"lora_linear: lora_a {lora_a.shape} and lora_b {lora_b.shape} must be [r, in] and [out, r] "
+                f"for weight {weight.shape}."
+            )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"lora_linear: bias {bias.shape} must be {weight.shape[:1]}.")
+    if not 0.0 <= dropout_rate < 1.0:
+        raise InputError(f"lora_linear: dropout_rate={dropout_rate} must be in [0, 1).")
+
+
+def lora_linear_reference(
+    x: jax.Array,
+    weight: jax.Array | QuantizedWeight,
+    lora_a: jax.Array | None = None,
+    lora_b: jax.Array | None = None,
+    *,
+    scale: float = 1.0,
+    bias: jax.Array | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """The oracle of `lora_linear`: the formula in jax.numpy, summed in fp32, rounded once."""
+    y = jnp.einsum("...i,oi->...o", x, _dense(weight, x.dtype), preferred_element_type=jnp.float32)
+    if lora_a is not None and lora_b is not None:
+        seen = _dropout(x, dropout_key, dropout_rate)
+        t = jnp.einsum("...i,ri->...r", seen, lora_a.astype(x.dtype), preferred_element_type=jnp.float32)
+        b = lora_b.astype(x.dtype)
+        y += scale * jnp.einsum("...r,or->...o", t.astype(x.dtype), b, preferred_element_type=jnp.float32)
+    if bias is not None:
+        y += bias.astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+def _is_quantized(weight):
+    return hasattr(weight, "dequantize")
+
+
+def _dense(weight, dtype):
+    return (weight.dequantize() if _is_quantized(weight) else weight).astype(dtype)
+
+
+def _dropout(x, key, rate):
+    """x ∘ M, drawn from the key; x itself without one. M is linear and diagonal, so this is also its transpose."""
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def _times_transposed(x, matrix, dtype):
+    """x [..., i] · matrix [o, i]ᵀ -> [..., o]."""
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, matrix, dims, preferred_element_type=dtype)
+
+
+def _times(y, matrix, dtype):
+    """y [..., o] · matrix [o, i] -> [..., i]."""
+    return jax.lax.dot_general(y, matrix, (((y.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
+
+
+def _over_tokens(y, x, dtype):
+    """y [..., o]ᵀ · x [..., i] -> [o, i], summed over every leading axis."""
+    tokens = tuple(range(x.ndim - 1))
+    return jax.lax.dot_general(y, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
+
+
+def _compute(x, weight, lora_a, lora_b, bias, key, scale, rate):
+    """(Y, T); T is None without an adapter."""
+    y, t = _times_transposed(x, _dense(weight, x.dtype), x.dtype), None
+    if lora_a is not None:
+        t = _times_transposed(_dropout(x, key, rate), lora_a.astype(x.dtype), x.dtype)
+        # The scale goes on the smallest matrix of the product, before the one rounding of B.
+        y += _times_transposed(t, (scale * lora_b).astype(x.dtype), x.dtype)
+    if bias is not None:
+        y += bias.astype(x.dtype)
+    return y, t
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _lora_linear(x, weight, lora_a, lora_b, bias, key, scale, rate):
+    return _compute(x, weight, lora_a, lora_b, bias, key, scale, rate)[0]
+
+
+def _lora_linear_forward(x, weight, lora_a, lora_b, bias, key, scale, rate):
+    arguments = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
+    wanted = frozenset(name for name, argument in arguments.items() if launch.perturbed(argument))
+    x, weight, lora_a, lora_b, bias, key = jax.custom_derivatives.custom_vjp_primal_tree_values(
+        (x, weight, lora_a, lora_b, bias, key)
+    )
+    if "weight" in wanted and _is_quantized(weight):
+        raise InputError("lora_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit.")
+    saved: dict[str, Any] = {}
+    if wanted & {"weight", "lora_a"}:
+        saved["x"] = x = checkpoint_name(x, "lora_linear_input")
+    y, t = _compute(x, weight, lora_a, lora_b, bias, key, scale, rate)
+    if "lora_b" in wanted:
+        saved["t"] = checkpoint_name(t, "lora_linear_rank")
+    # Parameters are saved as the very objects that came in, which jax recognises and does not copy.
+    saved |= {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias, "key": key}
+    return y, (saved, launch.Static((wanted, x.dtype)))
+
+
+def _lora_linear_backward(scale, rate, residuals, dy):
+    saved, static = residuals
+    wanted, dtype = static.value
+    gradients: dict[str, Any] = dict.fromkeys(("x", "weight", "lora_a", "lora_b", "bias"))
+    weight, lora_a, lora_b, key = (saved[name] for name in ("weight", "lora_a", "lora_b", "key"))
+    # Without the barriers XLA would find the forward's dequantised weight, or its mask, equal to the one computed
+    # here, and keep it alive from one to the other.
+    if _is_quantized(weight) or key is not None:
+        weight, key, dy = jax.lax.optimization_barrier((weight, key, dy))
+
+    if lora_a is not None and wanted & {"x", "lora_a"}:
+        g = _times(dy, (scale * lora_b).astype(dtype), dtype)
+    if "x" in wanted:
+        dx = _times(dy, _dense(weight, dtype), dtype)
+        if lora_a is not None:
+            dx += _dropout(_times(g, lora_a.astype(dtype), dtype), key, rate)
+        gradients["x"] = dx
+    if "lora_a" in wanted:
+        seen = _dropout(saved["x"], key, rate)
+        gradients["lora_a"] = _over_tokens(g, seen, jnp.float32).astype(lora_a.dtype)
+    if "lora_b" in wanted:
+        gradients["lora_b"] = (scale * _over_tokens(dy, saved["t"], jnp.float32)).astype(lora_b.dtype)
+    if "weight" in wanted:
+        # bf16 out of bf16 operands: the product rounds once, and no fp32 copy of the weight's size exists.
+        product_dtype = jnp.promote_types(dtype, weight.dtype)
+        gradients["weight"] = _over_tokens(dy, saved["x"], product_dtype).astype(weight.dtype)
+    if "bias" in wanted:
+        total = jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
+        gradients["bias"] = total.astype(saved["bias"].dtype)
+    return *gradients.values(), None
+
+
+_lora_linear.defvjp(_lora_linear_forward, _lora_linear_backward, symbolic_zeros=True)
