@@ -1,0 +1,438 @@
+"""The three Triton kernels of flash attention: forward, dk and dv, dq.
+
+Notation: t a query, k a key, s_tk = scale q_t·k_k (soft-capped: softcap tanh(s / softcap)), and
+    lse_t = log(exp(sink) + Σ_k exp s_tk),  p_tk = exp(s_tk − lse_t),  o_t = Σ_k p_tk v_k
+with the sums over the interval of keys that t sees (attention_bounds). Backward, with delta_t = o_t·do_t:
+    dv_k = Σ_t p_tk do_t,  ds_tk = p_tk (do_t·v_k − delta_t) [(1 − tanh²) where soft-capped],
+    dk_k = scale Σ_t ds_tk q_t,  dq_t = scale Σ_k ds_tk k_k,  dsink = −Σ_t exp(sink − lse_t) delta_t.
+Logits are kept in base 2 (times log2 e), so exp is the hardware's exp2; `logsumexp` here is in base 2 too.
+
+Every kernel walks the blocks of the other axis in two loops: blocks that are visible as a whole (no mask), then the
+blocks at either edge of the interval (masked). The online softmax does not mind the order. Programs with the most
+blocks start first: heads vary fastest, query blocks run backwards. No atomics: a rerun is bit-exact.
+
+Sources: Dao, FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2; Milakov and Gimelshein, Online normalizer
+calculation for softmax (arXiv:1805.02867).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, multiprocessors
+from pronghorn.pallas_kernels.launch import cdiv, next_power_of_2, pallas_call
+
+LOG2_E = math.log2(math.e)
+# Start of the running maximum: finite, so that (−inf) − (maximum) is never NaN in a row that saw no key yet.
+_LOWEST = -1e30
+_ROWS_BY_COLUMNS = ((1,), (0,))  # a @ b
+_ROWS_BY_ROWS = ((1,), (1,))  # a @ b.T
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """What is static in one attention call."""
+
+    scale: float
+    softcap: float | None
+    sliding_window: int | None  # only where there are no segments: else the window is inside the bounds
+    blocks: AttentionBlocks
+
+    @property
+    def base2(self) -> float:
+        """Factor from `_scores` to logits in base 2."""
+        return (self.scale if self.softcap is None else self.softcap) * LOG2_E
+
+
+# ---- pieces that the kernels share ----
+
+
+def _dot(a: jax.Array, b: jax.Array, contract) -> jax.Array:
+    """2-D product accumulated in fp32; fp32 operands are multiplied in fp32, never in tf32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _scores(qk: jax.Array, spec: AttentionSpec) -> jax.Array:
+    """Products as they are, or tanh(scale qk / softcap), by 1 − 2 / (1 + exp 2x): it saturates without overflow."""
+    if spec.softcap is None:
+        return qk
+    return 1.0 - 2.0 / (1.0 + jnp.exp2(qk * (2.0 * LOG2_E * spec.scale / spec.softcap)))
+
+
+def _mask(shape: tuple[int, int], start, seq_len: int | None, head_dim: int) -> jax.Array | None:
+    """True inside the array; seq_len None: the rows are known to be inside."""
+    mask = None
+    if seq_len is not None and seq_len % shape[0] != 0:
+        mask = jnp.broadcast_to((start + jnp.arange(shape[0], dtype=jnp.int32) < seq_len)[:, None], shape)
+    if head_dim != shape[1]:
+        columns = jnp.broadcast_to((jnp.arange(shape[1], dtype=jnp.int32) < head_dim)[None, :], shape)
+        mask = columns if mask is None else mask & columns
+    return mask
+
+
+def _load_tile(ref, head, start, rows: int, seq_len: int | None, head_dim: int) -> jax.Array:
+    """Rows [start, start + rows) of a [seq, padded] ref (or of one head of [seq, heads, padded]); 0 outside."""
+    view = ref.at[pl.ds(start, rows), :] if head is None else ref.at[pl.ds(start, rows), head, :]
+    mask = _mask((rows, ref.shape[-1]), start, seq_len, head_dim)
+    return triton.load(view) if mask is None else triton.load(view, mask=mask, other=0.0)
+
+
+def _store_tile(ref, start, value: jax.Array, seq_len: int, head_dim: int) -> None:
+    mask = _mask((value.shape[0], value.shape[1]), start, seq_len, head_dim)
+    triton.store(ref.at[pl.ds(start, value.shape[0]), :], value.astype(ref.dtype), mask=mask)
+
+
+def _load_vector(ref, head, start, rows: int, seq_len: int) -> jax.Array:
+    """Entries [start, start + rows) of a [seq] ref (or of one head of [heads, seq]); 0 outside."""
+    view = ref.at[pl.ds(start, rows)] if head is None else ref.at[head, pl.ds(start, rows)]
+    if seq_len % rows == 0:
+        return triton.load(view)
+    inside = start + jnp.arange(rows, dtype=jnp.int32) < seq_len
+    return triton.load(view, mask=inside, other=jnp.zeros((), ref.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """Blocks [start, end) hold a visible pair; in [full, full_end) every pair is visible."""
+
+    start: jax.Array
+    full: jax.Array
+    full_end: jax.Array
+    end: jax.Array
+    left_edge: bool  # False: start == full is known when compiling
+    right_edge: bool  # False: full_end == end is known
+
+    @classmethod
+    def ordered(cls, start, full, full_end, end, *, left_edge: bool, right_edge: bool) -> "_Blocks":
+        """With start <= full <= full_end <= end enforced."""
+        full = jnp.minimum(jnp.maximum(full, start), end)
+        return cls(start, full, jnp.minimum(jnp.maximum(full_end, full), end), end, left_edge, right_edge)
+
+    @property
+    def num_whole(self):
+        return self.full_end - self.full
+
+    @property
+    def num_edge(self):
+        return (self.full - self.start) + (self.end - self.full_end)
+
+    def whole(self, i):
+        return self.full + i
+
+    def edge(self, i):
+        if not self.left_edge:
+            return self.full_end + i
+        if not self.right_edge:
+            return self.start + i
+        before = self.full - self.start
+        return jnp.where(i < before, self.start + i, self.full_end + (i - before))
+
+
+class _KeyInterval:
+    """The keys that a block of queries sees: per-row first key, and the blocks of keys to walk."""
+
+    def __init__(self, k_start_ref, q0, block_q: int, block_k: int, seq_len: int, window: int | None):
+        self.rows = q0 + jnp.arange(block_q, dtype=jnp.int32)
+        q_last = jnp.minimum(q0 + (block_q - 1), seq_len - 1)
+        if k_start_ref is not None:
+            self.first = _load_vector(k_start_ref, None, q0, block_q, seq_len)
+            low, high = k_start_ref[q0], k_start_ref[q_last]
+        elif window is not None:
+            self.first = self.rows - (window - 1)
+            low, high = jnp.maximum(q0 - (window - 1), 0), jnp.maximum(q_last - (window - 1), 0)
+        else:
+            self.first, low, high = None, jnp.int32(0), jnp.int32(0)
+        self.blocks = _Blocks.ordered(
+            lax.div(low, block_k),
+            lax.div(high + (block_k - 1), block_k),
+            lax.div(q0 + 1, block_k),
+            lax.div(q_last + block_k, block_k),
+            left_edge=self.first is not None,
+            right_edge=True,
+        )
+
+    def visible(self, k0, block_k: int) -> jax.Array:
+        keys = (k0 + jnp.arange(block_k, dtype=jnp.int32))[None, :]
+        seen = keys <= self.rows[:, None]
+        return seen if self.first is None else seen & (keys >= self.first[:, None])
+
+
+def _walk(blocks: "_Blocks", body: Callable[..., Any], carry, *, heads: int = 1):
+    """carry = body(block, head, carry, edge) over `heads` times the blocks: whole ones first, then the edges."""
+    for edge, count, position in (
+        (False, blocks.num_whole, blocks.whole),
+        (True, blocks.num_edge, blocks.edge),
+    ):
+
+        def step(i, carry, edge=edge, count=count, position=position):
+            if heads == 1:
+                return body(position(i), jnp.int32(0), carry, edge)
+            # One flat loop over heads and blocks: nested loops would drain the load pipeline between heads.
+            head = lax.div(i, count)
+            return body(position(i - head * count), head, carry, edge)
+
+        carry = lax.fori_loop(0, count * heads, step, carry)
+    return carry
+
+
+# ---- forward ----
+
+
+def _forward_kernel(
+    q_ref,
+    k_ref,
+    v_ref,
+    k_start_ref,
+    sinks_ref,
+    o_ref,
+    lse_ref,
+    *,
+    spec: AttentionSpec,
+    seq_len: int,
+    head_dim: int,
+):
+    """Grid (head, batch, query block backwards). q, k, v, o: [seq, padded]; k_start, lse: [seq]; sinks: [heads]."""
+    b = spec.blocks.forward
+    q0 = (cdiv(seq_len, b.block_q) - 1 - pl.program_id(2)) * b.block_q
+    keys = _KeyInterval(k_start_ref, q0, b.block_q, b.block_k, seq_len, spec.sliding_window)
+    q = _load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
+
+    accumulator = jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32)
+    if sinks_ref is None:
+        maximum = jnp.full((b.block_q,), _LOWEST, jnp.float32)
+        total = jnp.zeros((b.block_q,), jnp.float32)
+    else:
+        # The sink is a key with value 0 that every query has already seen.
+        sink = sinks_ref[pl.program_id(0)].astype(jnp.float32) * LOG2_E
+        highest = jnp.maximum(sink, _LOWEST)
+        maximum = jnp.zeros((b.block_q,), jnp.float32) + highest
+        total = jnp.zeros((b.block_q,), jnp.float32) + jnp.exp2(sink - highest)
+
+    def body(block, _, carry, edge):
+        accumulator, maximum, total = carry
+        k0 = block * b.block_k
+        k = _load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        s = _scores(_dot(q, k, _ROWS_BY_ROWS), spec)
+        if edge:
+            s = jnp.where(keys.visible(k0, b.block_k), s, float("-inf"))
+        new_maximum = jnp.maximum(maximum, jnp.max(s, axis=1) * spec.base2)
+        p = jnp.exp2(s * spec.base2 - new_maximum[:, None])
+        correction = jnp.exp2(maximum - new_maximum)
+        v = _load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        total = total * correction + jnp.sum(p, axis=1)
+        accumulator = accumulator * correction[:, None] + _dot(p.astype(v.dtype), v, _ROWS_BY_COLUMNS)
+        return accumulator, new_maximum, total
+
+    accumulator, maximum, total = _walk(keys.blocks, body, (accumulator, maximum, total))
+    _store_tile(o_ref, q0, accumulator / total[:, None], seq_len, head_dim)
+    inside = None if seq_len % b.block_q == 0 else keys.rows < seq_len
+    triton.store(lse_ref.at[pl.ds(q0, b.block_q)], maximum + jnp.log2(total), mask=inside)
+
+
+# ---- backward ----
+
+
+def _dq_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, k_start_ref, dq_ref, *, spec, seq_len: int, head_dim: int
+):
+    """Grid (head, batch, query block backwards). Refs: [seq, padded]; lse, delta, k_start: [seq]."""
+    b = spec.blocks.dq
+    q0 = (cdiv(seq_len, b.block_q) - 1 - pl.program_id(2)) * b.block_q
+    keys = _KeyInterval(k_start_ref, q0, b.block_q, b.block_k, seq_len, spec.sliding_window)
+    q = _load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
+    do = _load_tile(do_ref, None, q0, b.block_q, seq_len, head_dim)
+    lse = _load_vector(lse_ref, None, q0, b.block_q, seq_len)
+    delta = _load_vector(delta_ref, None, q0, b.block_q, seq_len)
+
+    def body(block, _, dq, edge):
+        k0 = block * b.block_k
+        k = _load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        v = _load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        s = _scores(_dot(q, k, _ROWS_BY_ROWS), spec)
+        p = jnp.exp2(s * spec.base2 - lse[:, None])
+        if edge:
+            p = jnp.where(keys.visible(k0, b.block_k), p, 0.0)
+        ds = p * (_dot(do, v, _ROWS_BY_ROWS) - delta[:, None])
+        if spec.softcap is not None:
+            ds = ds * (1.0 - s * s)
+        return dq + _dot(ds.astype(k.dtype), k, _ROWS_BY_COLUMNS)
+
+    dq = _walk(keys.blocks, body, jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32))
+    _store_tile(dq_ref, q0, dq * spec.scale, seq_len, head_dim)
+
+
+def _dkdv_kernel(
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, q_end_ref, dk_ref, dv_ref,
+    *, spec, seq_len: int, head_dim: int, heads: int,
+):  # fmt: skip
+    """Grid (part of a group of query heads, batch, key block); sums over the part's `heads` query heads.
+
+    q, do: [seq, all heads, padded]; k, v, dk, dv: [seq, padded]; lse, delta: [all heads, seq]; q_end: [seq].
+    Tiles are transposed, [keys, queries], so that no probability tile is transposed between two products.
+    """
+    b = spec.blocks.dkdv
+    k0 = pl.program_id(2) * b.block_k
+    k_last = jnp.minimum(k0 + (b.block_k - 1), seq_len - 1)
+    keys = k0 + jnp.arange(b.block_k, dtype=jnp.int32)
+    end = None
+    low = high = jnp.int32(seq_len)
+    if q_end_ref is not None:
+        end = _load_vector(q_end_ref, None, k0, b.block_k, seq_len)
+        low, high = q_end_ref[k0], q_end_ref[k_last]
+    elif spec.sliding_window is not None:
+        end = keys + spec.sliding_window
+        low = jnp.minimum(k0 + spec.sliding_window, seq_len)
+        high = jnp.minimum(k_last + spec.sliding_window, seq_len)
+    blocks = _Blocks.ordered(
+        lax.div(k0, b.block_q),
+        lax.div(k0 + (b.block_k - 1 + b.block_q - 1), b.block_q),
+        lax.div(low, b.block_q),
+        lax.div(high + (b.block_q - 1), b.block_q),
+        left_edge=True,
+        right_edge=end is not None or seq_len % b.block_q != 0,
+    )
+    k = _load_tile(k_ref, None, k0, b.block_k, seq_len, head_dim)
+    v = _load_tile(v_ref, None, k0, b.block_k, seq_len, head_dim)
+    first_head = pl.program_id(0) * heads
+
+    def body(block, head, carry, edge):
+        dk, dv = carry
+        head, q0 = first_head + head, block * b.block_q
+        q = _load_tile(q_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
+        do = _load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
+        lse = _load_vector(lse_ref, head, q0, b.block_q, seq_len)
+        delta = _load_vector(delta_ref, head, q0, b.block_q, seq_len)
+        s = _scores(_dot(k, q, _ROWS_BY_ROWS), spec)
+        p = jnp.exp2(s * spec.base2 - lse[None, :])
+        if edge:
+            rows = (q0 + jnp.arange(b.block_q, dtype=jnp.int32))[None, :]
+            seen = rows >= keys[:, None]  # rows past the sequence add nothing: their q, do and delta are 0
+            p = jnp.where(seen if end is None else seen & (rows < end[:, None]), p, 0.0)
+        dv = dv + _dot(p.astype(do.dtype), do, _ROWS_BY_COLUMNS)
+        ds = p * (_dot(v, do, _ROWS_BY_ROWS) - delta[None, :])
+        if spec.softcap is not None:
+            ds = ds * (1.0 - s * s)
+        return dk + _dot(ds.astype(q.dtype), q, _ROWS_BY_COLUMNS), dv
+
+    zeros = jnp.zeros((b.block_k, k_ref.shape[-1]), jnp.float32)
+    dk, dv = _walk(blocks, body, (zeros, zeros), heads=heads)
+    _store_tile(dk_ref, k0, dk * spec.scale, seq_len, head_dim)
+    _store_tile(dv_ref, k0, dv, seq_len, head_dim)
+
+
+# ---- launches ----
+
+
+def _specs(q: jax.Array, k: jax.Array):
+    """BlockSpecs of a grid (head, batch, block): one head of q-like, of k-like, one row of [batch, head, seq]."""
+    seq_len, group = q.shape[1], q.shape[2] // k.shape[2]
+    tile = (None, seq_len, None, max(16, next_power_of_2(q.shape[3])))
+    return (
+        pl.BlockSpec(tile, lambda h, b, i: (b, 0, h, 0)),
+        pl.BlockSpec(tile, lambda h, b, i: (b, 0, h if group == 1 else lax.div(h, group), 0)),
+        pl.BlockSpec((None, None, seq_len), lambda h, b, i: (b, h, 0)),
+    )
+
+
+def _bound_spec(bound: jax.Array | None) -> pl.BlockSpec | None:
+    return None if bound is None else pl.BlockSpec((None, bound.shape[1]), lambda h, b, i: (b, 0))
+
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    k_start: jax.Array | None,
+    sinks: jax.Array | None,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """(o [batch, seq, heads, head_dim] in q's dtype, base-2 logsumexp fp32 [batch, heads, seq])."""
+    batch, seq_len, num_heads, head_dim = q.shape
+    query, key, row = _specs(q, k)
+    b = spec.blocks.forward
+    return pallas_call(
+        functools.partial(_forward_kernel, spec=spec, seq_len=seq_len, head_dim=head_dim),
+        name="flash_attention_forward",
+        grid=(num_heads, batch, cdiv(seq_len, b.block_q)),
+        in_specs=[
+            query, key, key, _bound_spec(k_start),
+            None if sinks is None else pl.BlockSpec((num_heads,), lambda h, b, i: (0,)),
+        ],
+        out_specs=(query, row),
+        out_shape=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, seq_len), jnp.float32),
+        ),
+        num_warps=b.num_warps,
+        num_stages=b.num_stages,
+    )(q, k, v, k_start, sinks)  # fmt: skip
+
+
+def backward_dq(q, k, v, do, lse, delta, k_start, spec: AttentionSpec) -> jax.Array:
+    """dq, like q. lse in base 2 and delta: fp32 [batch, heads, seq]."""
+    batch, seq_len, num_heads, head_dim = q.shape
+    query, key, row = _specs(q, k)
+    b = spec.blocks.dq
+    return pallas_call(
+        functools.partial(_dq_kernel, spec=spec, seq_len=seq_len, head_dim=head_dim),
+        name="flash_attention_dq",
+        grid=(num_heads, batch, cdiv(seq_len, b.block_q)),
+        in_specs=[query, key, key, query, row, row, _bound_spec(k_start)],
+        out_specs=query,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        num_warps=b.num_warps,
+        num_stages=b.num_stages,
+    )(q, k, v, do, lse, delta, k_start)
+
+
+def _group_parts(programs: int, group: int) -> int:
+    """Into how many parts a group of query heads is cut, so that every multiprocessor has work; a divisor of it."""
+    parts = 1
+    while programs * parts < multiprocessors() and group % (parts * 2) == 0:
+        parts *= 2
+    return parts
+
+
+def backward_dkdv(q, k, v, do, lse, delta, q_end, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """(dk, dv), like k and v. Summed over a group's query heads inside the kernel; a small problem cuts the group
+    into parts whose fp32 sums XLA adds, in a fixed order either way."""
+    batch, seq_len, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    group = num_heads // num_kv_heads
+    b = spec.blocks.dkdv
+    num_blocks = cdiv(seq_len, b.block_k)
+    parts = _group_parts(num_kv_heads * batch * num_blocks, group)
+    padded = max(16, next_power_of_2(head_dim))
+    every_head = pl.BlockSpec((None, seq_len, num_heads, padded), lambda p, b, i: (b, 0, 0, 0))
+    every_row = pl.BlockSpec((None, num_heads, seq_len), lambda p, b, i: (b, 0, 0))
+    tile = (None, seq_len, None, padded)
+    key = pl.BlockSpec(tile, lambda p, b, i: (b, 0, p if parts == 1 else lax.div(p, parts), 0))
+    partial_sum = pl.BlockSpec(tile, lambda p, b, i: (b, 0, p, 0))
+    shape = jax.ShapeDtypeStruct(
+        (batch, seq_len, num_kv_heads * parts, head_dim), k.dtype if parts == 1 else jnp.float32
+    )
+    dk, dv = pallas_call(
+        functools.partial(_dkdv_kernel, spec=spec, seq_len=seq_len, head_dim=head_dim, heads=group // parts),
+        name="flash_attention_dkdv",
+        grid=(num_kv_heads * parts, batch, num_blocks),
+        in_specs=[every_head, key, key, every_head, every_row, every_row, _bound_spec(q_end)],
+        out_specs=(partial_sum, partial_sum),
+        out_shape=(shape, shape),
+        num_warps=b.num_warps,
+        num_stages=b.num_stages,
+    )(q, k, v, do, lse, delta, q_end)
+    if parts > 1:
+        parted = (batch, seq_len, num_kv_heads, parts, head_dim)
+        dk, dv = (x.reshape(parted).sum(axis=3).astype(k.dtype) for x in (dk, dv))
+    return dk, dv
