@@ -1,0 +1,143 @@
+"""Keys and values kept for generation, and the forward pass of one layer over them.
+
+A token at position p of a row lives in slot p of that row, so nothing has to remember how full a row is: a query at
+position p sees the slots p - window + 1 .. p, and whatever an earlier, longer padded call left in later slots is
+overwritten before it can be seen. Position -1 marks padding: nothing is written for it, its output means nothing.
+
+Keys are stored rotated, except where the frequencies depend on the length (dynamic, longrope): there they are stored
+as projected and rotated with every call, so that queries and keys always share one set of frequencies. Hidden states
+computed before a change of frequencies are not computed again: they equal those of one full call only if the
+frequencies have not changed since, so after a change of longrope's factors prefill the row again.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.models import rope
+from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.layers import DecoderLayer, gated_mlp, output_projection, project_qkv, value_or_none
+
+
+class LayerCache(NamedTuple):
+    """Keys and values, each `[batch, max_length, kv_heads, head_dim]`; stacked layers have a leading axis."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+class Rotation(NamedTuple):
+    """cos and sin of the queries; and of every slot, or None where keys are stored rotated."""
+
+    query: tuple[jax.Array, jax.Array]
+    slots: tuple[jax.Array, jax.Array] | None
+
+
+def empty_cache(
+    config: DecoderConfig, batch: int, max_length: int, *, dtype: Any, leading: tuple = ()
+) -> LayerCache:
+    """Zeros for one layer, or for a stack of `leading[0]` layers."""
+    shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
+    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def rotation(config: DecoderConfig, positions: jax.Array, max_length: int) -> Rotation:
+    """What every layer of one call needs: positions int `[batch, tokens]`, -1 for padding."""
+    length = jnp.max(positions) + 1
+    query = rope.cos_sin(config, positions, length=length)
+    if not rope.depends_on_length(config.rope):
+        return Rotation(query, None)
+    return Rotation(query, rope.cos_sin(config, jnp.arange(max_length)[None], length=length))
+
+
+def cached_attention(
+    q: jax.Array,
+    cache: LayerCache,
+    positions: jax.Array,
+    *,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """softmax(scale q Kᵀ) V over the visible slots, in fp32.
+
+    Args:
+      q: `[batch, tokens, heads, head_dim]`, rotated. Keys of the cache are rotated too.
+      positions: int `[batch, tokens]`.
+      sinks: `[heads]` logits that take part in the softmax and have no value, or None.
+
+    Returns:
+      `[batch, tokens, heads, head_dim]` in the dtype of q; zeros for padding.
+    """
+    batch, tokens, heads, head_dim = q.shape
+    max_length, kv_heads = cache.keys.shape[1:3]
+    grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    logits = scale * jnp.einsum("btkgd,blkd->bkgtl", grouped, cache.keys, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    slots, at = jnp.arange(max_length), positions[..., None]
+    visible = slots <= at
+    if sliding_window is not None:
+        visible &= slots > at - sliding_window
+    visible = visible[:, None, None]
+    logits = jnp.where(visible, logits, -jnp.inf)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    sink = None
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, kv_heads, -1, 1, 1)
+        top = jnp.maximum(top, sink)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)  # a padded row sees nothing
+    weights = jnp.where(visible, jnp.exp(logits - top), 0.0)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + jnp.exp(sink - top)
+    weights = (weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(cache.values.dtype)
+    out = jnp.einsum("bkgtl,blkd->btkgd", weights, cache.values, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def cached_decoder_layer(
+    layer: DecoderLayer,
+    x: jax.Array,
+    cache: LayerCache,
+    angles: Rotation,
+    positions: jax.Array,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+) -> tuple[jax.Array, LayerCache]:
+    """`layers.decoder_layer` for tokens that follow those in the cache; returns the cache with them in it.
+
+    Args:
+      x: `[batch, tokens, d]`.
+      cache: of this layer.
+      positions: int `[batch, tokens]`, increasing in each row, -1 for padding.
+    """
+    attention = layer.self_attn
+    q, k, v = project_qkv(attention, layer.input_layernorm(x), config=config)
+    q = rope.rotate(q, *angles.query)
+    if angles.slots is None:
+        k = rope.rotate(k, *angles.query)
+    rows = jnp.arange(x.shape[0])[:, None]
+    # An index past the end is dropped; a negative one would wrap round.
+    slots = jnp.where(positions < 0, cache.keys.shape[1], positions)
+    cache = LayerCache(
+        cache.keys.at[rows, slots].set(k.astype(cache.keys.dtype), mode="drop"),
+        cache.values.at[rows, slots].set(v.astype(cache.values.dtype), mode="drop"),
+    )
+    rotated = cache
+    if angles.slots is not None:
+        rotated = cache._replace(keys=rope.rotate(cache.keys, *angles.slots))
+    heads = cached_attention(
+        q,
+        rotated,
+        positions,
+        sliding_window=config.sliding_window if kind == "sliding" else None,
+        softcap=config.attention_softcap,
+        sinks=value_or_none(attention.sinks),
+        scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+    )
+    x = x + output_projection(attention, heads)
+    return x + gated_mlp(layer.mlp, layer.post_attention_layernorm(x), config=config), cache

@@ -1,0 +1,332 @@
+"""Reading a Hugging Face `config.json`: what a family file is built with.
+
+Every key is known to the family, known to be harmless, or refused: a key that nobody looked at may change the maths.
+A key whose value is null counts as absent.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pronghorn.errors import InputError
+from pronghorn.models.config import Activation, DecoderConfig, LayerKind, RopeConfig
+
+HfConfig = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How one family of checkpoints is read and written.
+
+    Attributes:
+      name: as in DecoderConfig.family.
+      model_types: values of config.json's `model_type`.
+      config_from_hf: the dict of a config.json -> DecoderConfig. Raises InputError naming the keys it refuses.
+      config_to_hf: DecoderConfig -> a dict that transformers reads.
+      tensor_names: DecoderConfig -> {single-layer name of ours: name in the checkpoint}, base weights only.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    config_from_hf: Callable[[HfConfig], DecoderConfig]
+    config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
+    tensor_names: Callable[[DecoderConfig], dict[str, str]]
+
+
+# Keys that say nothing about the forward pass.
+HARMLESS = frozenset({
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "bad_words_ids", "begin_suppress_tokens",
+    "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
+    "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range",
+    "is_llama_config", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length", "model_type",
+    "name_or_path", "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_labels", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "pad_token", "pad_token_id", "prefix",
+    "pretraining_tp", "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params", "temperature",
+    "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
+    "transformers_version", "typical_p", "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
+})  # fmt: skip
+
+# Keys that say nothing as long as they have one of these values.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_dropout": (0,),
+    "cross_attention_hidden_size": (),
+    "is_decoder": (False, True),
+    "is_encoder_decoder": (False,),
+    "partial_rotary_factor": (1,),
+    "pruned_heads": ({},),
+    "rope_interleaved": (False,),
+    "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
+}
+
+# Read by `read_common` for every family.
+COMMON_KEYS = frozenset({
+    "head_dim", "hidden_act", "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "original_max_position_embeddings", "rms_norm_eps",
+    "rope_parameters", "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
+})  # fmt: skip
+
+ROPE_KEYS = frozenset({
+    "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "long_factor", "low_freq_factor",
+    "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+    "rope_type", "short_factor", "truncate", "type",
+})  # fmt: skip
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ROPE_NEEDS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"
+}  # fmt: skip
+_ACTIVATION_NAMES: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_LAYER_TYPES: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_LAYER_TYPE_NAMES: dict[LayerKind, str] = {kind: name for name, kind in _LAYER_TYPES.items()}
+
+
+def refuse_unknown(hf: HfConfig, known: frozenset[str]) -> None:
+    """InputError if the config has remote code, or a key that nobody knows to be harmless."""
+    if hf.get("auto_map"):
+        raise InputError(
+            "config.json has auto_map, which runs code from the model folder; pronghorn never does. Use a checkpoint "
+            "of a supported model_type, and remove the key if the weights are one."
+        )
+    unknown = []
+    for key, value in hf.items():
+        if value is None or key in HARMLESS or key in known or key == "auto_map":
+            continue
+        if key not in NEUTRAL or value not in NEUTRAL[key]:
+            unknown.append(f"{key}={_short(value)}")
+    if unknown:
+        raise InputError(
+            f"config.json (model_type {hf.get('model_type')!r}) has {', '.join(sorted(unknown))}, which pronghorn does "
+            "not know and which may change the result; remove what is only a note, or use another checkpoint."
+        )
+
+
+def read_common(
+    hf: HfConfig,
+    *,
+    family: str,
+    known: frozenset[str] = frozenset(),
+    default_kv_heads: int | None = None,
+    **specific: Any,
+) -> DecoderConfig:
+    """A DecoderConfig from the keys that every Llama-like family shares.
+
+    Args:
+      hf: the config.json.
+      family: name for DecoderConfig.family.
+      known: keys that the caller reads.
+      default_kv_heads: where num_key_value_heads is absent; None for as many as heads.
+      specific: fields of DecoderConfig that the family sets, in place of what is read here.
+
+    Raises:
+      InputError: a key is unknown, missing, or has a value that cannot be.
+    """
+    refuse_unknown(hf, COMMON_KEYS | known)
+    hidden_size, num_heads = positive(hf, "hidden_size"), positive(hf, "num_attention_heads")
+    # A null means "as many as heads"; an absent key means the family's default.
+    kv_default = num_heads if "num_key_value_heads" in hf or default_kv_heads is None else default_kv_heads
+    head_dim = specific.pop("head_dim", None) or positive(hf, "head_dim", hidden_size // num_heads)
+    fields: dict[str, Any] = {
+        "vocab_size": positive(hf, "vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": positive(hf, "intermediate_size"),
+        "num_layers": positive(hf, "num_hidden_layers"),
+        "num_heads": num_heads,
+        "num_kv_heads": positive(hf, "num_key_value_heads", kv_default),
+        "head_dim": head_dim,
+        "max_position_embeddings": positive(hf, "max_position_embeddings"),
+        "rms_norm_eps": number(hf, "rms_norm_eps", 1e-6),
+        "activation": choice(hf, "hidden_act", _ACTIVATIONS, "silu"),
+        "tie_word_embeddings": flag(hf, "tie_word_embeddings"),
+        "rope": read_rope(hf, head_dim=head_dim),
+    }
+    if fields["rope"].partial_rotary_factor != 1:
+        raise InputError(
+            f"config.json: partial_rotary_factor has to be 1 for model_type {hf.get('model_type')!r}."
+        )
+    try:
+        return DecoderConfig(family=family, **(fields | specific))
+    except ValueError as error:
+        raise InputError(f"config.json describes no possible model: {error}.") from error
+
+
+def write_common(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, Any]:
+    """The keys that `read_common` reads, with rope as `rope_theta` and `rope_scaling`, which every reader knows."""
+    rope = config.rope
+    hf: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": _ACTIVATION_NAMES[config.activation],
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_theta": rope.base,
+        "rope_scaling": None,
+    }
+    if rope.kind != "default":
+        defaults = RopeConfig()
+        scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
+        for field in dataclasses.fields(rope):
+            value = getattr(rope, field.name)
+            if field.name in ROPE_KEYS - {"factor"} and value != getattr(defaults, field.name):
+                scaling[field.name] = list(value) if isinstance(value, tuple) else value
+        hf["rope_scaling"] = scaling
+    return hf
+
+
+def llama_tensor_names(config: DecoderConfig) -> dict[str, str]:
+    """Our name -> the checkpoint's, for a family whose checkpoint says "model." in front of all but the head."""
+    linears = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
+    biased = {f"self_attn.{p}_proj": config.qkv_bias for p in "qkv"}
+    biased["self_attn.o_proj"] = config.output_bias
+    names = ["embed_tokens.weight"]
+    for index in range(config.num_layers):
+        layer = f"layers.{index}."
+        names += [f"{layer}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
+        for linear in linears:
+            names.append(f"{layer}{linear}.weight")
+            if biased.get(linear, config.mlp_bias):
+                names.append(f"{layer}{linear}.bias")
+        if config.qk_norm:
+            names += [f"{layer}self_attn.{p}_norm.weight" for p in "qk"]
+    names.append("norm.weight")
+    mapping = {name: f"model.{name}" for name in names}
+    return mapping if config.tie_word_embeddings else mapping | {"lm_head.weight": "lm_head.weight"}
+
+
+def read_rope(hf: HfConfig, *, head_dim: int) -> RopeConfig:
+    """`rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before).
+
+    Raises:
+      InputError: an unknown kind or key, one dict a layer type, or a key that the kind needs and lacks.
+    """
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    scaling = hf.get(name) or {}
+    if not isinstance(scaling, Mapping):
+        raise InputError(f"config.json: {name} has to be an object, and is {_short(scaling)}.")
+    # `finetuned` was a note of yarn's first checkpoints.
+    unknown = [
+        f"{name}.{key}"
+        for key, v in scaling.items()
+        if key not in ROPE_KEYS | {"finetuned"} and v is not None
+    ]
+    if unknown:
+        raise InputError(f"config.json has {', '.join(sorted(unknown))}, which pronghorn does not know.")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in _ROPE_KINDS:
+        raise InputError(f"config.json: {name} is of type {kind!r}; supported are {', '.join(_ROPE_KINDS)}.")
+    missing = [f"{name}.{key}" for key in _ROPE_NEEDS.get(kind, ()) if scaling.get(key) is None]
+    if missing:
+        raise InputError(f"config.json lacks {', '.join(missing)}, which rope of type {kind!r} needs.")
+    base = number(scaling, "rope_theta", number(hf, "rope_theta", 10000.0))
+    partial = number(scaling, "partial_rotary_factor", 1.0)
+    fields: dict[str, Any] = {"base": base, "kind": kind, "partial_rotary_factor": partial}
+    if kind == "default":
+        return RopeConfig(**fields)
+    context = positive(hf, "max_position_embeddings")
+    if kind in ("llama3", "yarn", "longrope"):
+        # As in transformers: the key beside rope's dict comes first (Phi-3).
+        original = positive(scaling, "original_max_position_embeddings", context)
+        original = positive(hf, "original_max_position_embeddings", original)
+    else:
+        original = context  # what dynamic compares with, whatever the dict says
+    fields["original_max_position_embeddings"] = original
+    fields["factor"] = number(scaling, "factor", context / original)
+    for key in ("low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim", "attention_factor"):
+        if scaling.get(key) is not None:
+            fields[key] = number(scaling, key)
+    for key in ("beta_fast", "beta_slow"):
+        if scaling.get(key):  # transformers takes 0 as absent
+            fields[key] = number(scaling, key)
+    if scaling.get("truncate") is not None:
+        fields["truncate"] = flag(scaling, "truncate")
+    pairs = int(head_dim * partial) // 2
+    for key in ("short_factor", "long_factor"):
+        factors = scaling.get(key)
+        if factors is None:
+            continue
+        if not isinstance(factors, list | tuple) or len(factors) != pairs:
+            raise InputError(
+                f"config.json: {name}.{key} has to be a list of {pairs} numbers, one a rotated pair."
+            )
+        fields[key] = tuple(float(f) for f in factors)
+    return RopeConfig(**fields)
+
+
+def read_layer_types(hf: HfConfig, default: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
+    """`layer_types` as kinds, or the default where it is absent."""
+    types = hf.get("layer_types")
+    if types is None:
+        return default
+    unknown = sorted({str(t) for t in types if t not in _LAYER_TYPES})
+    if unknown:
+        raise InputError(
+            f"config.json: layer_types has {', '.join(unknown)}; supported are {', '.join(_LAYER_TYPES)}."
+        )
+    if len(types) != len(default):
+        raise InputError(f"config.json: layer_types has {len(types)} entries for {len(default)} layers.")
+    return tuple(_LAYER_TYPES[t] for t in types)
+
+
+def write_layer_types(config: DecoderConfig) -> list[str]:
+    """Layer kinds as `layer_types`."""
+    return [_LAYER_TYPE_NAMES[kind] for kind in config.layer_kinds]
+
+
+def positive(hf: HfConfig, key: str, default: int | None = None) -> int:
+    """A whole number over 0; absent or null gives the default, and without one an InputError."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"config.json lacks {key}; the file is incomplete.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
+        raise InputError(f"config.json: {key} has to be a whole number over 0, and is {_short(value)}.")
+    return int(value)
+
+
+def number(hf: HfConfig, key: str, default: float | None = None) -> float:
+    """A finite number; absent or null gives the default."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        raise InputError(f"config.json: {key} has to be a number, and is {_short(value)}.")
+    return float(value)
+
+
+def flag(hf: HfConfig, key: str, default: bool = False) -> bool:
+    """True or false; absent or null gives the default."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise InputError(f"config.json: {key} has to be true or false, and is {_short(value)}.")
+    return value
+
+
+def choice(hf: HfConfig, key: str, choices: Mapping[str, Any], default: str) -> Any:
+    """The meaning of one of the names in `choices`."""
+    value = hf.get(key)
+    value = default if value is None else value
+    if not isinstance(value, str) or value not in choices:
+        raise InputError(f"config.json: {key} is {_short(value)}; supported are {', '.join(choices)}.")
+    return choices[value]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."

@@ -1,0 +1,374 @@
+"""`Decoder`: the one decoder that serves every family, by configuration.
+
+Layers live in segments. Unrolled, one segment holds every layer and each keeps arrays of its own. Scanned, a segment
+is one period of the layer pattern, weights stacked over its repeats, and one `lax.scan`. Nothing above the decoder
+sees the difference; `models/parameters.py` names single layers in both.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from pronghorn.errors import InputError
+from pronghorn.models import cache as kv_cache
+from pronghorn.models import rope
+from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, decoder_layer, value_or_none
+
+LayerLayout = Literal["unrolled", "scanned"]
+
+# What the backward pass finds in memory, from fast to small; everything else is computed again, layer by layer.
+# The names are given in attention's forward rule and in `_run_layer`.
+_CHECKPOINT_POLICIES = {
+    "attention": lambda: jax.checkpoint_policies.save_only_these_names(
+        "attention_out", "attention_logsumexp"
+    ),
+    "layer_inputs": lambda: None,
+    "offload": lambda: jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+MEMORY_POLICIES = ("keep", *_CHECKPOINT_POLICIES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model came from, so that it can be saved as it was.
+
+    Attributes:
+      path: the folder or hub name.
+      hf_config: text of the original config.json.
+      dtype: of the checkpoint's weights, such as "bfloat16".
+    """
+
+    path: str
+    hf_config: str
+    dtype: str
+
+
+class Segment(nnx.Module):
+    """Layers `start .. start + repeats * len(layers)`: a period of the pattern, stacked over its repeats or single.
+
+    The index of a layer is `start + repeat * len(layers) + position`.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        start: int,
+        period: int,
+        repeats: int,
+        *,
+        stacked: bool,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        leading = (repeats,) if stacked else ()
+        self.start = start
+        self.repeats = repeats
+        self.stacked = stacked
+        self.layers = nnx.List([
+            DecoderLayer(config, dtype=dtype, rngs=rngs, leading=leading) for _ in range(period)
+        ])  # fmt: skip
+
+
+def plan_segments(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], ...]:
+    """Cut a layer pattern into (start, period, repeats) with the least to compile: one body a period entry.
+
+    Five sliding and one full, four times and two more sliding: (0, 6, 4), (24, 1, 2).
+    """
+    count = len(kinds)
+    # best[i] = (cost, plan) for kinds[i:]; a segment costs its period, and one for the loop.
+    best: list[tuple[int, tuple[tuple[int, int, int], ...]]] = [(0, ())] * (count + 1)
+    for start in range(count - 1, -1, -1):
+        options = []
+        for period in range(1, count - start + 1):
+            end = start + period
+            while kinds[end : end + period] == kinds[start : start + period]:
+                end += period
+            rest_cost, rest = best[end]
+            options.append((period + 1 + rest_cost, ((start, period, (end - start) // period), *rest)))
+        best[start] = min(options)
+    return best[0][1]
+
+
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions that restart at 0 wherever the id changes, int32 `[batch, seq]`."""
+    index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+class Decoder(nnx.Module):
+    """A decoder-only language model.
+
+    Args:
+      config: the architecture.
+      dtype: of weights and activations. Norms and softmax are computed in fp32, logits come in fp32.
+      layers: "unrolled" (faster steps) or "scanned" (faster compiles).
+      rngs: weights are drawn from N(0, 0.02²), norms start at one, biases at zero.
+
+    Attributes:
+      embed_tokens, segments, norm, lm_head: parameters; lm_head is None where the embedding is the head.
+      config, dtype: as given.
+      source: `Source` or None, static. adapter: `AdapterInfo` or None, static.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: Any = jnp.bfloat16,
+        layers: LayerLayout = "unrolled",
+        rngs: nnx.Rngs | None = None,
+    ):
+        if layers not in get_args(LayerLayout):
+            raise InputError(
+                f"layers={layers!r} is not known; use one of {', '.join(get_args(LayerLayout))}."
+            )
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.source: Source | None = nnx.static(None)
+        self.adapter: Any = nnx.static(None)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=self.dtype, rngs=rngs)
+        scanned = layers == "scanned"
+        plan = plan_segments(config.layer_kinds) if scanned else ((0, config.num_layers, 1),)
+        self.segments = nnx.List([
+            Segment(config, *cut, stacked=scanned, dtype=self.dtype, rngs=rngs) for cut in plan
+        ])  # fmt: skip
+        self.norm = RMSNorm(config.hidden_size, config, dtype=self.dtype)
+        self.lm_head = nnx.data(
+            None
+            if config.tie_word_embeddings
+            else Linear(
+                config.hidden_size, config.vocab_size, axes=("vocab", "hidden"), dtype=self.dtype, rngs=rngs
+            )
+        )
+
+    @classmethod
+    def abstract(
+        cls, config: DecoderConfig, *, dtype: Any = jnp.bfloat16, layers: LayerLayout = "unrolled"
+    ) -> "Decoder":
+        """The same module with `jax.ShapeDtypeStruct` leaves: nothing is allocated. Fill it with `assign`."""
+        return nnx.eval_shape(lambda: cls(config, dtype=dtype, layers=layers))
+
+    def __call__(
+        self, input_ids: jax.Array, positions: jax.Array | None = None, segment_ids: jax.Array | None = None
+    ) -> jax.Array:
+        """Logits of the next token, fp32 `[batch, seq, vocab]`; arguments as in `hidden_states`."""
+        return self.logits(self.hidden_states(input_ids, positions, segment_ids))
+
+    def hidden_states(
+        self,
+        input_ids: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        *,
+        memory_policy: str = "keep",
+        dropout_key: jax.Array | None = None,
+        return_layers: bool = False,
+    ) -> Any:
+        """Hidden states after the final norm, `[batch, seq, d]` in the model's dtype.
+
+        Args:
+          input_ids: int `[batch, seq]`.
+          positions: int `[batch, seq]`; default 0, 1, .. , from 0 again where a segment starts.
+          segment_ids: int `[batch, seq]`; a token sees its own run of equal ids only. None: each row is one.
+          memory_policy: what is kept for the backward pass: "keep" (what the hand gradients save), "attention"
+            (attention's output only), "layer_inputs", or "offload" (layer inputs in pinned host memory).
+          dropout_key: for LoRA dropout; None drops nothing.
+          return_layers: also return the embedding output and each layer's output, a list of num_layers + 1.
+
+        Raises:
+          InputError: for an unknown memory_policy.
+        """
+        if memory_policy not in MEMORY_POLICIES:
+            raise InputError(
+                f"memory_policy={memory_policy!r} is not known; use one of {', '.join(MEMORY_POLICIES)}."
+            )
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+            if segment_ids is not None:
+                positions = segment_positions(segment_ids)
+        cos, sin = rope.cos_sin(self.config, positions)
+        x = self.embed_tokens(input_ids)
+        outputs = [x]
+        for segment in self.segments:
+            x, segment_outputs = _run_segment(
+                segment,
+                x,
+                (cos, sin, segment_ids),
+                dropout_key,
+                config=self.config,
+                memory_policy=memory_policy,
+                return_layers=return_layers,
+            )
+            outputs.extend(segment_outputs)
+        x = self.norm(x)
+        return (x, outputs) if return_layers else x
+
+    def head(self) -> tuple[Any, jax.Array | None, jax.Array | None, jax.Array | None, float]:
+        """(weight `[vocab, d]`, bias, lora_A, lora_B, lora_scale) of the head, as linear_cross_entropy takes them.
+
+        A tied head is the embedding's weight alone: an adapter of the embedding changes the lookup only, as in PEFT.
+        """
+        if self.lm_head is None:
+            return self.embed_tokens.weight.get_value(), None, None, None, 1.0
+        head = self.lm_head
+        return (
+            head.weight.get_value(),
+            value_or_none(head.bias),
+            value_or_none(head.lora_A),
+            value_or_none(head.lora_B),
+            head.lora_scale,
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """fp32 `[..., vocab]` from hidden states `[..., d]`: never rounded to the model's dtype."""
+        weight, bias, lora_a, lora_b, scale = self.head()
+        weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
+        logits = _product(hidden, weight)
+        if lora_a is not None:
+            low = _product(hidden, lora_a.astype(hidden.dtype)).astype(hidden.dtype)
+            logits = logits + scale * _product(low, lora_b.astype(hidden.dtype))
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)
+        cap = self.config.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def init_cache(self, batch: int, max_length: int) -> Any:
+        """An empty cache of keys and values for `batch` rows of up to `max_length` tokens, a pytree."""
+        return tuple(
+            tuple(
+                kv_cache.empty_cache(
+                    self.config,
+                    batch,
+                    max_length,
+                    dtype=self.dtype,
+                    leading=(segment.repeats,) if segment.stacked else (),
+                )
+                for _ in segment.layers
+            )
+            for segment in self.segments
+        )
+
+    def decode(self, input_ids: jax.Array, cache: Any, positions: jax.Array) -> tuple[jax.Array, Any]:
+        """Logits of new tokens given those in the cache: prefill and single steps alike.
+
+        Args:
+          input_ids: int `[batch, tokens]`, tokens >= 1.
+          cache: from `init_cache` or an earlier call.
+          positions: int `[batch, tokens]`, where each token stands in its row, below max_length. -1 is padding:
+            not stored, its logits mean nothing. Rows may be of different lengths.
+
+        Returns:
+          Logits fp32 `[batch, tokens, vocab]`, and the cache with the new tokens in it.
+        """
+        max_length = cache[0][0].keys.shape[-3]
+        if not isinstance(positions, jax.core.Tracer) and int(jnp.max(positions)) >= max_length:
+            raise InputError(
+                f"positions reach {int(jnp.max(positions))} and the cache was made for max_length={max_length}; "
+                "make it longer with init_cache(batch, max_length)."
+            )
+        angles = kv_cache.rotation(self.config, positions, max_length)
+        x = self.embed_tokens(input_ids)
+        filled = []
+        for segment, segment_cache in zip(self.segments, cache, strict=True):
+            x, segment_cache = _decode_segment(
+                segment, x, segment_cache, angles, positions, config=self.config
+            )
+            filled.append(segment_cache)
+        return self.logits(self.norm(x)), tuple(filled)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x Wᵀ with the fp32 accumulator as the result."""
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
+
+
+def _run_layer(
+    state: Any, x: jax.Array, shared: Any, key: Any, *, graph: Any, config: DecoderConfig, kind: LayerKind
+):
+    # Named here, inside of what is checkpointed: an offload policy can only move what it sees computed.
+    x = checkpoint_name(x, "layer_input")
+    return decoder_layer(nnx.merge(graph, state), x, *shared, config=config, kind=kind, dropout_key=key)
+
+
+def _run_segment(
+    segment: Segment,
+    x: jax.Array,
+    shared: tuple[jax.Array, jax.Array, jax.Array | None],
+    dropout_key: jax.Array | None,
+    *,
+    config: DecoderConfig,
+    memory_policy: str,
+    return_layers: bool,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """All layers of a segment; `shared` is (cos, sin, segment_ids). The outputs are empty unless asked for."""
+    split = [nnx.split(layer) for layer in segment.layers]
+    period = len(split)
+    functions = []
+    for position, (graph, _) in enumerate(split):
+        run = functools.partial(
+            _run_layer, graph=graph, config=config, kind=config.layer_kinds[segment.start + position]
+        )
+        if memory_policy != "keep":
+            # Inside of a scan nothing can be merged across the loop; outside XLA would undo the recomputation.
+            run = jax.checkpoint(
+                run, policy=_CHECKPOINT_POLICIES[memory_policy](), prevent_cse=not segment.stacked
+            )
+        functions.append(run)
+
+    def one_period(x, scanned):
+        repeat, states = scanned
+        outputs = []
+        for position, (run, state) in enumerate(zip(functions, states, strict=True)):
+            index = segment.start + repeat * period + position
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+            x = run(state, x, shared, key)
+            outputs.append(x)
+        return x, tuple(outputs) if return_layers else ()
+
+    states = tuple(state for _, state in split)
+    if not segment.stacked:
+        x, outputs = one_period(x, (0, states))
+        return x, list(outputs)
+    x, outputs = jax.lax.scan(one_period, x, (jnp.arange(segment.repeats), states))
+    return x, [outputs[p][r] for r in range(segment.repeats) for p in range(period)] if return_layers else []
+
+
+def _decode_segment(
+    segment: Segment, x: jax.Array, cache: Any, angles: Any, positions: jax.Array, *, config: DecoderConfig
+) -> tuple[jax.Array, Any]:
+    split = [nnx.split(layer) for layer in segment.layers]
+
+    def one_period(x, scanned):
+        states, caches = scanned
+        filled = []
+        for position, ((graph, _), state, layer_cache) in enumerate(zip(split, states, caches, strict=True)):
+            x, layer_cache = kv_cache.cached_decoder_layer(
+                nnx.merge(graph, state),
+                x,
+                layer_cache,
+                angles,
+                positions,
+                config=config,
+                kind=config.layer_kinds[segment.start + position],
+            )
+            filled.append(layer_cache)
+        return x, tuple(filled)
+
+    states = tuple(state for _, state in split)
+    if segment.stacked:
+        return jax.lax.scan(one_period, x, (states, cache))
+    return one_period(x, (states, cache))

@@ -1,0 +1,47 @@
+"""The families that pronghorn knows, by the `model_type` of a `config.json`."""
+
+from pronghorn.errors import InputError
+from pronghorn.models import llama, mistral, qwen2, qwen3
+from pronghorn.models.config_json import Family, HfConfig
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+
+
+def family_for(hf_config: HfConfig) -> Family:
+    """The family of a checkpoint; its `config_from_hf` will read this config.
+
+    Args:
+      hf_config: the dict of a config.json.
+
+    Raises:
+      InputError: model_type is absent or not supported, or the config has keys that are refused, named.
+    """
+    supported = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+    model_type = hf_config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            family.config_from_hf(hf_config)
+            return family
+    if model_type is None:
+        raise InputError(f"config.json has no model_type; supported are {supported}.")
+    remote = (
+        " Its auto_map asks for code from the model folder, which is never run."
+        if hf_config.get("auto_map")
+        else ""
+    )
+    raise InputError(f"config.json: model_type is {model_type!r}; supported are {supported}.{remote}")
+
+
+def family_named(name: str) -> Family:
+    """The family of `DecoderConfig.family`.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    for family in FAMILIES:
+        if family.name == name:
+            return family
+    raise InputError(f"There is no family {name!r}; known are {', '.join(f.name for f in FAMILIES)}.")
+
+
+__all__ = ["FAMILIES", "Family", "family_for", "family_named"]

@@ -1,0 +1,147 @@
+"""Single-layer names for the parameters of a decoder, whichever way its layers are laid out.
+
+Names are those of Hugging Face without the leading "model.": `layers.3.self_attn.q_proj.weight`. A parameter of a
+scanned decoder is one slice of a stack; the stack itself is never copied to read or name a slice.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pronghorn.errors import InputError
+from pronghorn.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One array of one layer.
+
+    Attributes:
+      variable: the NNX variable that holds it.
+      repeat: its index on the variable's leading axis, or None where the variable is not stacked.
+    """
+
+    variable: nnx.Variable
+    repeat: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = tuple(self.variable.get_value().shape)
+        return shape if self.repeat is None else shape[1:]
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.variable.get_value().dtype)
+
+    @property
+    def logical_axes(self) -> tuple[str, ...]:
+        axes = self.variable.logical_axes
+        return axes if self.repeat is None else axes[1:]
+
+    def get(self) -> Any:
+        """The array, or the quantised weight; a slice where it is stacked."""
+        value = self.variable.get_value()
+        return value if self.repeat is None else jax.tree.map(lambda leaf: leaf[self.repeat], value)
+
+
+def named_parameters(model: Decoder) -> dict[str, Parameter]:
+    """Every parameter by name: embedding, layers in order, norm, head; adapters (`...lora_A`) beside their weights."""
+    named = {name: Parameter(v) for name, v in _variables(model.embed_tokens, "embed_tokens")}
+    for segment in model.segments:
+        period = [list(_variables(layer, "")) for layer in segment.layers]
+        for repeat in range(segment.repeats):
+            for position, variables in enumerate(period):
+                index = segment.start + repeat * len(period) + position
+                for name, variable in variables:
+                    named[f"layers.{index}.{name}"] = Parameter(variable, repeat if segment.stacked else None)
+    named |= {name: Parameter(v) for name, v in _variables(model.norm, "norm")}
+    if model.lm_head is not None:
+        named |= {name: Parameter(v) for name, v in _variables(model.lm_head, "lm_head")}
+    return named
+
+
+def flat_arrays(model: Decoder) -> dict[str, Any]:
+    """`{name: array}` of every parameter. Slices of stacks are copies: to save memory read one at a time."""
+    return {name: parameter.get() for name, parameter in named_parameters(model).items()}
+
+
+def assign(model: Decoder, mapping: Mapping[str, Any], *, strict: bool = True) -> None:
+    """Set parameters in place, cast to the dtype of the model, on the device or sharding of the leaf they replace.
+
+    Args:
+      model: a decoder, or `Decoder.abstract`, whose leaves become arrays.
+      mapping: arrays of numpy or jax by single-layer name. It may read lazily: each name is read once, and a stack is
+        filled on the host and moved at once, so no more than one leaf is held beside the model.
+      strict: every parameter of the model has to be given. Otherwise those not given keep their values.
+
+    Raises:
+      InputError: a name that the model does not have, a missing one, or a shape that differs.
+    """
+    parameters = named_parameters(model)
+    unknown = [name for name in mapping if name not in parameters]
+    if unknown:
+        raise InputError(
+            f"The model has no parameter {_list(unknown)}; the weights belong to another architecture or adapter."
+        )
+    missing = [name for name in parameters if name not in mapping]
+    if strict and missing:
+        raise InputError(
+            f"The weights lack {_list(missing)}; they are incomplete or of another architecture."
+        )
+    leaves: dict[int, list[tuple[str, Parameter]]] = {}
+    for name, parameter in parameters.items():
+        if name in mapping:
+            leaves.setdefault(id(parameter.variable), []).append((name, parameter))
+    for group in leaves.values():
+        _set_leaf(group, mapping)
+
+
+def _variables(module: nnx.Module, prefix: str) -> Iterator[tuple[str, nnx.Variable]]:
+    for path, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Variable):
+            yield ".".join([*([prefix] if prefix else []), *map(str, path)]), node
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _set_leaf(group: list[tuple[str, Parameter]], mapping: Mapping[str, Any]) -> None:
+    """All the given slices of one variable (or its only value)."""
+    variable = group[0][1].variable
+    current = variable.get_value()
+    abstract = isinstance(current, jax.ShapeDtypeStruct)
+    sharding = getattr(current, "sharding", None)
+    dtype = jnp.dtype(current.dtype)
+    if group[0][1].repeat is None:
+        [(name, parameter)] = group
+        value = _checked(mapping[name], name, parameter)
+        value = value.astype(dtype) if isinstance(value, jax.Array) else np.asarray(value, dtype)
+        variable.set_value(jax.device_put(value, sharding))
+        return
+    complete = len(group) == current.shape[0]
+    if abstract and not complete:
+        given = {parameter.repeat for _, parameter in group}
+        lacking = [r for r in range(current.shape[0]) if r not in given]
+        raise InputError(
+            f"{group[0][0]} is one slice of a stack of which the slices {lacking} are not given; give every layer."
+        )
+    stack = np.empty(current.shape, dtype) if complete else np.array(current)
+    for name, parameter in group:
+        stack[parameter.repeat] = np.asarray(_checked(mapping[name], name, parameter)).astype(dtype)
+    variable.set_value(jax.device_put(stack, sharding))
+
+
+def _checked(value: Any, name: str, parameter: Parameter) -> Any:
+    if tuple(value.shape) != parameter.shape:
+        raise InputError(
+            f"{name} has shape {list(value.shape)} in the weights and {list(parameter.shape)} in the model; the "
+            "config.json does not belong to these weights."
+        )
+    return value
