@@ -238,9 +238,10 @@ def _sentencepiece(
         models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
     prefix_space = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="\u2581", prepend_scheme="first" if prefix_space else "never", split=False
-    )
+    # as Llama 2's tokenizer.json: the space in front goes before every text, one that begins with a space included
+    spaces = normalizers.Replace(" ", "\u2581")
+    prepend = [normalizers.Prepend("\u2581")] if prefix_space else []
+    tokenizer.normalizer = normalizers.Sequence([*prepend, spaces])
     steps: list[decoders.Decoder] = [
         decoders.Replace("\u2581", " "),
         decoders.ByteFallback(),
