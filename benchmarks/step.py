@@ -1,0 +1,154 @@
+"""A LoRA training step of pronghorn: tokens/s, MFU, memory, loss and gradient norm of real optimizer steps.
+
+Random weights of the true shape, random tokens without padding, one document a row unless --documents says more.
+
+    python benchmarks/step.py --model llama-3.1-8b --batch 1 --seq 4096 --memory-policy keep
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+import common
+import jax
+import jax.numpy as jnp
+import numpy as np
+import shapes
+
+import pronghorn as ph
+from pronghorn.models.decoder import Decoder
+from pronghorn.training.config import TrainConfig
+from pronghorn.training.flops import count_flops, device_peak_flops
+from pronghorn.training.memory_plan import plan_from_compiled
+from pronghorn.training.optimizers import make_optimizer
+from pronghorn.training.schedules import make_schedule
+from pronghorn.training.step import compile_step, compute_dtypes, init_state, make_train_step
+
+
+def random_batch(rows: int, tokens: int, documents: int, vocab_size: int) -> dict[str, np.ndarray]:
+    """[1, rows, tokens] of random ids in `documents` equal segments a row, all trained."""
+    rng = np.random.default_rng(0)
+    index = np.arange(tokens)
+    length = -(-tokens // documents)
+    shape = (1, rows, tokens)
+    ids = rng.integers(0, vocab_size, shape, dtype=np.int32)
+    return {
+        "input_ids": ids,
+        "labels": ids,
+        "segment_ids": np.broadcast_to(index // length + 1, shape).astype(np.int32),
+        "positions": np.broadcast_to(index % length, shape).astype(np.int32),
+    }
+
+
+def measure(options: argparse.Namespace, policy: str) -> dict:
+    """One row of results/step-*.json, and more."""
+    config = shapes.MODELS[options.model]
+    dtype = jnp.dtype(options.dtype)
+    model = Decoder(config, dtype=dtype, layers=options.layers)
+    if options.adapter == "lora":
+        model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank))
+    train = TrainConfig(
+        learning_rate=1e-4,
+        max_steps=1000,
+        schedule="constant",
+        batch_size=options.batch,
+        memory_policy=policy,
+    )
+    graph, trainable, frozen = ph.split(model)
+    optimizer = make_optimizer(train, 1000)
+    state = init_state(trainable, optimizer)
+    dtypes = compute_dtypes(trainable)
+    del model
+    flops = count_flops(config, trainable, frozen)
+    batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
+    step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
+    compiled = compile_step(step, state, frozen, batch)
+    if options.hlo:
+        Path(options.hlo).write_text(compiled.executable.as_text())
+    plan = plan_from_compiled(
+        config,
+        compiled.executable,
+        state,
+        trainable,
+        frozen,
+        (1, options.batch, options.seq),
+        memory_policy=policy,
+        compile_seconds=compiled.seconds,
+    )
+    state_leaves, frozen_leaves = jax.tree.leaves(state), jax.tree.leaves(frozen)
+    del state, trainable
+    device_batch = jax.device_put(batch)
+    seconds, records = [], []
+    for index in range(options.steps + 3):
+        if options.profile and index == options.steps:
+            jax.profiler.start_trace(options.profile)
+        start = time.perf_counter()
+        state_leaves, metrics = compiled(state_leaves, frozen_leaves, device_batch)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+        records.append({"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])})
+    if options.profile:
+        jax.profiler.stop_trace()
+    step_seconds = float(np.median(seconds[3 : options.steps]))
+    tokens = options.batch * options.seq
+    peak = device_peak_flops(jax.devices()[0].device_kind)
+    real = np.ones((1, options.batch, options.seq), bool)
+    memory = jax.devices()[0].memory_stats() or {}
+    row = {
+        "framework": "pronghorn",
+        "model": options.model,
+        "weights": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype],
+        "adapter": options.adapter,
+        "rank": options.rank,
+        "batch": options.batch,
+        "seq": options.seq,
+        "documents_per_row": options.documents,
+        "layers": options.layers,
+        "memory_policy": policy,
+        "tokens_per_second": tokens / step_seconds,
+        "step_milliseconds": step_seconds * 1e3,
+        "mfu": flops.of_batch(batch["positions"], real) / step_seconds / peak if peak else None,
+        "peak_device_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
+        "planned_device_gib": plan.peak_device_bytes / 2**30,
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "loss": records[-1]["loss"],
+        "grad_norm": records[-1]["grad_norm"],
+        "losses": [record["loss"] for record in records],
+        "grad_norms": [record["grad_norm"] for record in records],
+        "compile_seconds": compiled.seconds,
+        "run": options.run,
+        **common.environment(options.commit),
+    }
+    print(
+        f"{options.model} {policy} {options.layers} {options.batch}x{options.seq}: "
+        f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_milliseconds']:.1f} ms, MFU {row['mfu'] or 0:.1%}, "
+        f"peak {row['peak_device_gib']:.2f} GiB (planned {row['planned_device_gib']:.2f}), loss {row['loss']:.4f}, "
+        f"grad norm {row['grad_norm']:.3e}, compiled in {compiled.seconds:.1f} s",
+        flush=True,
+    )
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    common.add_arguments(parser, "step-pronghorn")
+    parser.add_argument("--model", choices=sorted(shapes.MODELS), default="llama-3.1-8b")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--adapter", default="lora", choices=("lora", "full"))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--documents", type=int, default=1, help="equal documents packed into each row")
+    parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
+    parser.add_argument("--memory-policy", default="keep")
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--run", default="single", help="id shared by the rows of one run")
+    parser.add_argument("--profile", default=None, help="folder for a profiler trace of the last three steps")
+    parser.add_argument("--hlo", default=None, help="file for the optimised program")
+    options = parser.parse_args()
+    common.write(options.out, [measure(options, options.memory_policy)])
+
+
+if __name__ == "__main__":
+    main()
