@@ -1,0 +1,353 @@
+"""Hugging Face model folders, in and out.
+
+Reading streams one tensor at a time into the decoder. Writing streams one at a time into shards, carries along what
+belongs to the model (`config.json`, tokenizer, chat template, generation config), and appears by one rename. Weights
+that were not touched keep every bit, and `config.json` keeps every byte unless it would tell something untrue.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.converters.carried_files import carry_files, load_tokenizer, write_manifest, written_by_us
+from pronghorn.converters.safetensors_files import (
+    DEFAULT_SHARD_BYTES,
+    StoredTensor,
+    TensorSpec,
+    open_weights,
+    write_weights,
+)
+from pronghorn.converters.sources import resolve_model_path
+from pronghorn.errors import InputError, RunError
+from pronghorn.files import new_folder
+from pronghorn.lora import merged_config, merged_weight, sites
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.decoder import Decoder, Source
+from pronghorn.models.families import family_for, family_named
+from pronghorn.models.parameters import assign, named_parameters
+
+__all__ = ["load", "load_model", "load_tokenizer", "read_config", "resolve_model_path", "save_model"]
+
+DTYPES = ("bfloat16", "float16", "float32")
+_MAX_CONFIG_BYTES = 1 << 24
+_NAMED = 5
+
+
+def load(
+    path: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    quantization: str | None = None,
+    dtype: str | None = "bfloat16",
+    layers: Literal["unrolled", "scanned"] = "unrolled",
+) -> tuple[Decoder, Any]:
+    """A model and its tokenizer.
+
+    Args:
+      path: a Hugging Face folder, a `.gguf` file, or a hub name (cached, or downloaded).
+      adapter: a PEFT folder to load on top.
+      quantization: None; there is no quantised loading yet.
+      dtype: of weights and activations: "bfloat16", "float16", "float32"; None keeps the checkpoint's.
+      layers: "unrolled" (faster steps) or "scanned" (faster compilation).
+
+    Returns:
+      (model, tokenizer); the tokenizer is transformers' own, or None where the folder has none.
+
+    Raises:
+      InputError: anything missing, damaged, unknown or contradictory, in one sentence.
+    """
+    if quantization is not None:
+        raise InputError(
+            f"quantization={quantization!r} is not supported yet; leave it out and use a 16-bit dtype."
+        )
+    folder = resolve_model_path(path, gguf_dtype=_dtype_name(dtype) or "bfloat16")
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=dtype, layers=layers)
+    if adapter is not None:
+        from pronghorn.converters.peft import load_adapter
+
+        model = load_adapter(model, adapter)
+    return model, tokenizer
+
+
+def load_model(
+    path: str | Path, *, dtype: str | None = None, layers: Literal["unrolled", "scanned"] | None = None
+) -> Decoder:
+    """The decoder of a Hugging Face folder (or whatever `resolve_model_path` takes), on the default device.
+
+    Host memory beside the model is one tensor, or one stack where layers are scanned.
+
+    Args:
+      path: folder, GGUF file or hub name.
+      dtype: what every weight is cast to; None keeps each tensor's own, and computes in the commonest.
+      layers: "unrolled", the default, or "scanned".
+
+    Raises:
+      InputError: naming the file, tensor or key that is wrong.
+    """
+    dtype = _dtype_name(dtype)
+    folder = resolve_model_path(path, gguf_dtype=dtype or "bfloat16")
+    hf_config, text = read_config(folder)
+    family = family_for(hf_config)
+    config = family.config_from_hf(hf_config)
+    table = _match_tensors(folder, config, family.tensor_names(config), open_weights(folder))
+    sizes: Counter[str] = Counter()
+    for name, tensor in table.items():
+        if tensor.dtype.name not in DTYPES and not (dtype and tensor.dtype.name == "float64"):
+            raise InputError(
+                f"{tensor.file}: {name} has dtype {tensor.dtype.name}, and weights are read in {', '.join(DTYPES)}; "
+                "use a checkpoint that is not quantised, or give a dtype."
+            )
+        sizes[tensor.dtype.name] += tensor.nbytes
+    commonest = sizes.most_common(1)[0][0]
+    model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")
+    if dtype is None and len(sizes) > 1:
+        _keep_dtypes(folder, model, table)
+    assign(model, _LazyWeights(table, dtype))
+    model.source = Source(path=str(folder), hf_config=text, dtype=commonest)
+    return model
+
+
+def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
+    """`config.json` as a dict, and its text.
+
+    Raises:
+      InputError: it is missing, too large, or no JSON object.
+    """
+    path = Path(folder) / "config.json"
+    if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
+        raise InputError(f"{folder}: is an adapter; give its base model, and this folder as the adapter.")
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise InputError(f"{path}: over 16 MiB is no model configuration; check the folder.")
+        # Bytes, since text mode would turn \r\n into \n and the file is to be written back as it was.
+        text = path.read_bytes().decode("utf-8")
+    except OSError:
+        raise InputError(f"{path}: no such file; give the folder of a Hugging Face model.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; download it again.") from None
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not valid JSON ({str(error)[:100]}); download it again.") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: is no JSON object; download it again.")
+    return config, text
+
+
+def save_model(
+    model: Decoder,
+    out_dir: str | Path,
+    *,
+    tokenizer_from: Any = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+) -> Path:
+    """Write a folder that transformers, vLLM and `load` read. It appears whole, or not at all.
+
+    Args:
+      model: without an adapter (`save_adapter` and `save_merged` are for those).
+      out_dir: must not exist, or be empty, or hold nothing but what an earlier save wrote (which is then replaced).
+      tokenizer_from: a folder, or a transformers tokenizer; by default the folder that the model was loaded from.
+      dtype: cast every weight; None writes each as it is.
+      max_shard_bytes: largest file of weights.
+      overwrite: replace `out_dir` whatever it holds.
+
+    Raises:
+      InputError: the folder is taken, the model has an adapter, or there is nothing to take the tokenizer from.
+      RunError: the disk is full or cannot be written.
+    """
+    if model.adapter is not None:
+        raise InputError(
+            f"{out_dir}: the model has an adapter, which a model folder cannot hold; "
+            "use save_adapter, or save_merged to merge it in."
+        )
+    out_dir = Path(out_dir)
+    with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
+        write_model(
+            folder, model, tokenizer_from=tokenizer_from, dtype=dtype, max_shard_bytes=max_shard_bytes
+        )
+        write_manifest(folder, "model")
+    return out_dir
+
+
+def write_model(
+    folder: Path,
+    model: Decoder,
+    *,
+    tokenizer_from: Any = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
+    """Fill an existing folder with the model, adapters merged in one weight at a time."""
+    target = _dtype_name(dtype)
+    config = merged_config(model)
+    family = family_named(config.family)
+    parameters, places = named_parameters(model), sites(model)
+    ours = {theirs: name for name, theirs in family.tensor_names(config).items()}
+
+    def value_of(name: str) -> Any:
+        site = places.get(name.removesuffix(".weight"))
+        return parameters[name].get() if site is None or name.endswith(".bias") else merged_weight(site)
+
+    def spec_of(name: str) -> TensorSpec:
+        # An untied head has no parameter of its own yet; it starts from the embedding.
+        parameter = parameters.get(name) or parameters["embed_tokens.weight"]
+        return TensorSpec(np.dtype(target or parameter.dtype), parameter.shape)
+
+    def fetch(tensor_name: str) -> np.ndarray:
+        array = np.asarray(value_of(ours[tensor_name]))
+        return array if target is None else _cast(array, np.dtype(target), tensor_name)
+
+    text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
+    carry_files(folder, model.source, tokenizer_from)
+    (folder / "config.json").write_bytes(text.encode("utf-8"))
+    write_weights(
+        folder, {name: spec_of(ours[name]) for name in ours}, fetch, max_shard_bytes=max_shard_bytes
+    )
+
+
+class _LazyWeights(Mapping[str, np.ndarray]):
+    """`{our name: array}`, read from the files as each is asked for."""
+
+    def __init__(self, table: Mapping[str, StoredTensor], dtype: str | None):
+        self._table = table
+        self._dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        array = self._table[name].read()
+        return array if self._dtype is None else _cast(array, self._dtype, name)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
+        return name in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """`array` in `dtype`; a finite value that float16 cannot hold is refused instead of becoming infinite."""
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if dtype == np.float16 and np.isinf(result).any() and not np.isinf(array).any():
+        raise InputError(
+            f"{name} has values beyond 65504, which float16 cannot hold; use bfloat16 or float32."
+        )
+    return result
+
+
+def _dtype_name(dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise InputError(f"dtype={name!r} is not supported; use one of {', '.join(DTYPES)}.")
+    return name
+
+
+def _match_tensors(
+    folder: Path, config: DecoderConfig, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """{our name: stored tensor}, after every name and shape has been compared with the architecture."""
+    shapes = {name: p.shape for name, p in named_parameters(Decoder.abstract(config)).items()}
+    missing = [theirs for theirs in names.values() if theirs not in stored]
+    expected = set(names.values())
+    extra = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        _check_tied_copy(folder, stored["lm_head.weight"], stored.get(names["embed_tokens.weight"]))
+        extra.remove("lm_head.weight")
+    if missing:
+        raise InputError(
+            f"{folder}: the weights lack {_listed(missing)}, which config.json asks for; "
+            "the download is incomplete or config.json belongs to another model."
+        )
+    if extra:
+        raise InputError(
+            f"{folder}: the weights have {_listed(extra)}, which config.json does not describe; "
+            "config.json belongs to another model."
+        )
+    rows = stored[names["embed_tokens.weight"]].shape[:1]
+    if rows != (config.vocab_size,) and len(stored[names["embed_tokens.weight"]].shape) == 2:
+        raise InputError(
+            f"{folder}: the embedding has {rows[0]} rows and config.json says vocab_size {config.vocab_size}; "
+            f"set vocab_size to {rows[0]} if the weights are right."
+        )
+    for name, theirs in names.items():
+        if stored[theirs].shape != shapes[name]:
+            raise InputError(
+                f"{stored[theirs].file}: {theirs} has shape {list(stored[theirs].shape)} and config.json asks for "
+                f"{list(shapes[name])}; config.json belongs to another model."
+            )
+    return {name: stored[theirs] for name, theirs in names.items()}
+
+
+def _check_tied_copy(folder: Path, head: StoredTensor, embedding: StoredTensor | None) -> None:
+    """A tied checkpoint may hold the head a second time, as long as it is the same."""
+    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    if not same or head.read().tobytes() != embedding.read().tobytes():  # type: ignore[union-attr]
+        raise InputError(
+            f"{folder}: config.json says that lm_head.weight is the embedding, and the file has another one; "
+            'set "tie_word_embeddings": false in config.json if the file is right.'
+        )
+
+
+def _keep_dtypes(folder: Path, model: Decoder, table: Mapping[str, StoredTensor]) -> None:
+    """Give the abstract leaves of `model` the dtypes of their tensors, where a checkpoint mixes them."""
+    seen: dict[int, tuple[str, np.dtype]] = {}
+    for name, parameter in named_parameters(model).items():
+        dtype = table[name].dtype
+        first, first_dtype = seen.setdefault(id(parameter.variable), (name, dtype))
+        if dtype != first_dtype:
+            raise InputError(
+                f"{folder}: {first} is {first_dtype.name} and {name} is {dtype.name}, which one stack cannot hold; "
+                'give a dtype, or layers="unrolled".'
+            )
+        leaf = parameter.variable.get_value()
+        parameter.variable.set_value(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)))
+
+
+def _config_text(model: Decoder, config: DecoderConfig, dtype: str) -> str:
+    """The text of config.json: the original bytes, or the original with the untrue keys corrected."""
+    if model.source is None:
+        hf = family_named(config.family).config_to_hf(config) | {"dtype": dtype}
+        return json.dumps(hf, indent=2, ensure_ascii=False) + "\n"
+    hf = json.loads(model.source.hf_config)
+    family = family_for(hf)
+    edited = dict(hf)
+    before = family.config_from_hf(hf)
+    if before != config:
+        # Only the keys that the change touches; everything else in the file stays.
+        old, new = family.config_to_hf(before), family.config_to_hf(config)
+        edited |= {key: value for key, value in new.items() if key not in old or old[key] != value}
+        if before.rope != config.rope:
+            edited.pop("rope_parameters", None)
+    dtype_key = "torch_dtype" if "torch_dtype" in hf and "dtype" not in hf else "dtype"
+    if hf.get(dtype_key, model.source.dtype) != dtype:
+        edited[dtype_key] = dtype
+    if edited == hf:
+        return model.source.hf_config
+    if family.config_from_hf(edited) != config:
+        raise RunError(
+            "config.json: the model's architecture cannot be written as Hugging Face keys; report this."
+        )
+    return json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

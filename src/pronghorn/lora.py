@@ -1,0 +1,430 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA", https://arxiv.org/abs/2106.09685) as pytrees.
+
+A linear with an adapter computes Y = X Wᵀ + s (X Aᵀ) Bᵀ with A `[r, in]` and B `[out, r]` in fp32 and
+s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). An embedding adds
+s A[:, id]ᵀ Bᵀ with A `[r, vocab]` and B `[d, r]`. W never changes; merging writes W + s B A.
+
+A functional script needs `split` and `merge` only: they turn a model into a static graph, the trainable leaves and the
+frozen ones, and back.
+
+Tied embeddings. Where a checkpoint shares one tensor between `embed_tokens` and `lm_head`, an adapter on one of the
+two leaves the other as it was, while training and after merging: the merged model is untied, with both tensors
+written and `tie_word_embeddings` false.
+"""
+
+import dataclasses
+import fnmatch
+import math
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pronghorn.errors import InputError
+from pronghorn.fingerprint import base_hash
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.decoder import Decoder
+from pronghorn.models.layers import Embedding, Linear, LoRAParam
+
+ALL_LINEAR = "all-linear"
+HEAD, EMBEDDING = "lm_head", "embed_tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Which adapters to add.
+
+    Attributes:
+      rank: r, the inner size of every adapter.
+      alpha: numerator of the scale; None means `rank`, so that the scale is 1 (sqrt(r) for rsLoRA).
+      targets: "all-linear" (every linear inside the layers, not the head), or names and patterns. A name matches the
+        end of a module's name ("q_proj", "mlp.up_proj", "lm_head", "embed_tokens"), a pattern with `*`, `?` or `[`
+        matches all of it as a shell would ("layers.*.mlp.up_proj"), and "re:..." is a regular expression for all of it.
+      dropout: share of the inputs of A that is dropped while training.
+      use_rslora: scale by alpha / sqrt(r).
+      layers: indices of the layers to adapt; None adapts all. The head and the embedding are not layers.
+      seed: of A. A module's start depends on the seed and its name only, not on the other targets.
+
+    Raises:
+      InputError: for a value that cannot be used.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    targets: str | tuple[str, ...] = ALL_LINEAR
+    dropout: float = 0.0
+    use_rslora: bool = False
+    layers: tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"lora.rank={self.rank} must be at least 1.")
+        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise InputError(f"lora.alpha={self.alpha} must be positive; leave it out for alpha = rank.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout={self.dropout} must be at least 0 and below 1.")
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.targets or not all(self.targets):
+            raise InputError('lora.targets is empty; use "all-linear" or names such as "q_proj".')
+        if self.layers is not None and not self.layers:
+            raise InputError("lora.layers is empty; leave it out for all layers.")
+
+    @property
+    def scale(self) -> float:
+        """s of the formula."""
+        return adapter_scale(self.rank, self.rank if self.alpha is None else self.alpha, self.use_rslora)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter carries with it, so that nobody has to type it again at export. Static and hashable.
+
+    Attributes:
+      rank, alpha, use_rslora, dropout, targets, layers: as in `LoRAConfig`; alpha is a number here.
+      base_hash: `base_hash` of the model that the adapter was made for.
+      rank_pattern, alpha_pattern: (module name, value) pairs where an adapter from elsewhere departs from rank, alpha.
+    """
+
+    rank: int
+    alpha: float
+    use_rslora: bool
+    dropout: float
+    targets: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    base_hash: str
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+
+
+class Factors(NamedTuple):
+    """One module's adapter: fp32 A and B, and s. See the module's text for their shapes."""
+
+    a: Any
+    b: Any
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place where an adapter can sit.
+
+    Attributes:
+      name: canonical, `layers.3.self_attn.q_proj`, `lm_head` or `embed_tokens`.
+      module: the module that holds the weight; several sites share one where layers are stacked.
+      index: position in the stack, or None.
+      layer: index of the layer, or None for head and embedding.
+    """
+
+    name: str
+    module: Linear | Embedding
+    index: int | None = None
+    layer: int | None = None
+
+    @property
+    def factors(self) -> Factors | None:
+        """The adapter at this site, or None."""
+        a, b = (getattr(self.module, name) for name in factor_names(self.module))
+        if a is None:
+            return None
+        a, b = a.get_value(), b.get_value()
+        if self.index is not None:
+            a, b = a[self.index], b[self.index]
+        return Factors(a, b, self.module.lora_scale)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(fan out, fan in) of the adapter: the weight's shape, an embedding's transposed."""
+        rows, columns = self.module.weight.get_value().shape[-2:]
+        return (columns, rows) if isinstance(self.module, Embedding) else (rows, columns)
+
+
+def adapter_scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / r, or alpha / sqrt(r)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def factor_names(module: Linear | Embedding) -> tuple[str, str]:
+    """The attributes that hold A and B; an embedding's have names of their own, as in PEFT."""
+    if isinstance(module, Embedding):
+        return "lora_embedding_A", "lora_embedding_B"
+    return "lora_A", "lora_B"
+
+
+def sites(model: Decoder) -> dict[str, Site]:
+    """Every place of the model where an adapter can sit, by name; in a tied model the head is one as well."""
+    found = [Site(EMBEDDING, model.embed_tokens)]
+    by_layer: dict[int, list[Site]] = {}
+    for segment in model.segments:
+        for position, layer in enumerate(segment.layers):
+            linears = [
+                (path, module) for path, module in nnx.iter_modules(layer) if isinstance(module, Linear)
+            ]
+            for repeat in range(segment.repeats):
+                number = segment.start + repeat * len(segment.layers) + position
+                for path, module in linears:
+                    name = ".".join(("layers", str(number), *map(str, path)))
+                    index = repeat if segment.stacked else None
+                    by_layer.setdefault(number, []).append(Site(name, module, index, number))
+    for number in sorted(by_layer):
+        found.extend(by_layer[number])
+    found.append(Site(HEAD, tied_head(model) if model.lm_head is None else model.lm_head))
+    return {site.name: site for site in found}
+
+
+def tied_head(model: Decoder) -> Linear:
+    """A head of its own around the embedding's very weight: what an adapter on a tied head is attached to."""
+    vocab, hidden = model.embed_tokens.weight.get_value().shape
+    head = nnx.eval_shape(
+        lambda: Linear(hidden, vocab, axes=("vocab", "hidden"), dtype=model.dtype, rngs=nnx.Rngs(0))
+    )
+    head.weight = model.embed_tokens.weight
+    return head
+
+
+def select(model: Decoder, config: LoRAConfig) -> list[str]:
+    """Names of the sites that `config` chooses, in model order.
+
+    Raises:
+      InputError: a target or a layer that the model lacks, listing what exists.
+    """
+    found = sites(model)
+    if config.layers is not None:
+        wrong = [layer for layer in config.layers if not 0 <= layer < model.config.num_layers]
+        if wrong:
+            raise InputError(
+                f"lora.layers has {wrong[0]}, and the model has layers 0 to {model.config.num_layers - 1}."
+            )
+    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
+    chosen: set[str] = set()
+    for target in targets:
+        matched = {name for name, site in found.items() if _matches(site, target)}
+        if not matched:
+            endings = sorted({".".join(name.split(".")[-2:]) for name in found if "." in name})
+            raise InputError(
+                f"lora.targets: {target!r} matches no module; there are {', '.join([*endings, HEAD, EMBEDDING])}, "
+                f'whole names such as {next(name for name in found if "." in name)}, and "{ALL_LINEAR}".'
+            )
+        chosen |= matched
+    layers = None if config.layers is None else set(config.layers)
+    names = [
+        name
+        for name, site in found.items()
+        if name in chosen and (layers is None or site.layer is None or site.layer in layers)
+    ]
+    if not names:
+        raise InputError("lora.targets and lora.layers together choose nothing; widen one of them.")
+    return names
+
+
+def _matches(site: Site, target: str) -> bool:
+    if target == ALL_LINEAR:
+        return site.layer is not None
+    if target.startswith("re:"):
+        try:
+            return re.fullmatch(target[3:], site.name) is not None
+        except re.error as error:
+            raise InputError(f"lora.targets: {target!r} is not a regular expression ({error}).") from None
+    target = target.removeprefix("model.")
+    if any(mark in target for mark in "*?["):
+        return fnmatch.fnmatchcase(site.name, target)
+    return site.name == target or site.name.endswith("." + target)
+
+
+def add_lora(model: Decoder, config: LoRAConfig | None = None) -> Decoder:
+    """A new model with adapters; it shares the base weights' arrays with `model`, which stays as it is.
+
+    A starts uniform in ±1/sqrt(fan in) (He et al. 2015 with a = sqrt(5)) and B at zero, so the model's function is
+    unchanged; an embedding starts with A zero and B standard normal. Both as in PEFT.
+
+    Raises:
+      InputError: `model` has adapters already, or `config` asks for what it lacks.
+    """
+    config = config or LoRAConfig()
+    if model.adapter is not None:
+        raise InputError(
+            "add_lora: the model has an adapter already; merge it with merge_lora first, or go on with it."
+        )
+    names, found = select(model, config), sites(model)
+    key = jax.random.key(config.seed)
+    factors = {
+        name: _start(found[name], config, jax.random.fold_in(key, zlib.crc32(name.encode())))
+        for name in names
+    }
+    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
+    info = AdapterInfo(
+        rank=config.rank,
+        alpha=float(config.rank if config.alpha is None else config.alpha),
+        use_rslora=config.use_rslora,
+        dropout=config.dropout,
+        targets=targets,
+        layers=config.layers,
+        base_hash=base_hash(model),
+    )
+    return attach(model, factors, info)
+
+
+def _start(site: Site, config: LoRAConfig, key: jax.Array) -> Factors:
+    fan_out, fan_in = site.shape
+    rank = config.rank
+
+    def init() -> tuple[jax.Array, jax.Array]:
+        if isinstance(site.module, Embedding):
+            return jnp.zeros((rank, fan_in), jnp.float32), jax.random.normal(
+                key, (fan_out, rank), jnp.float32
+            )
+        bound = 1 / math.sqrt(fan_in)
+        a = jax.random.uniform(key, (rank, fan_in), jnp.float32, -bound, bound)
+        return a, jnp.zeros((fan_out, rank), jnp.float32)
+
+    a, b = jax.eval_shape(init) if is_abstract(site) else init()
+    return Factors(a, b, config.scale)
+
+
+def is_abstract(site: Site) -> bool:
+    """Whether the model holds shapes instead of arrays, as the planner's does."""
+    return any(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(site.module.weight.get_value())
+    )
+
+
+def attach(model: Decoder, factors: Mapping[str, Factors], info: AdapterInfo) -> Decoder:
+    """A new model that shares `model`'s base arrays and has the given factors at the given sites.
+
+    Where layers are stacked, layers of the stack without factors get zeros for both A and B. Both gradients are zero
+    then (each is a product with the other factor), so such a layer stays exactly as it was.
+
+    Raises:
+      InputError: layers of one stack with different ranks or scales, which a stack cannot hold.
+    """
+    model = shallow_copy(model)
+    groups: dict[int, list[Site]] = {}
+    for site in sites(model).values():
+        groups.setdefault(id(site.module), []).append(site)
+    for group in groups.values():
+        present = [site for site in group if site.name in factors]
+        if not present:
+            continue
+        module, first = present[0].module, factors[present[0].name]
+        if any(
+            (f.a.shape, f.scale) != (first.a.shape, first.scale) for f in (factors[s.name] for s in present)
+        ):
+            raise InputError(
+                f"the adapter of {present[0].name} differs in rank or scale from another layer's, which stacked "
+                'layers cannot hold; load the model with layers="unrolled".'
+            )
+        a, b = first.a, first.b
+        stacked = present[0].index is not None
+        if stacked:
+            a = _stack([factors[site.name].a if site.name in factors else None for site in group], first.a)
+            b = _stack([factors[site.name].b if site.name in factors else None for site in group], first.b)
+        out_axis, in_axis = module.weight.get_metadata()["logical_axes"][-2:]
+        if isinstance(module, Embedding):
+            out_axis, in_axis = in_axis, out_axis
+        leading = ("layers",) * stacked
+        name_a, name_b = factor_names(module)
+        setattr(module, name_a, LoRAParam(a, logical_axes=(*leading, "rank", in_axis)))
+        setattr(module, name_b, LoRAParam(b, logical_axes=(*leading, out_axis, "rank")))
+        module.lora_scale = first.scale
+        module.lora_dropout = info.dropout
+        if present[0].name == HEAD:
+            model.lm_head = module  # in a tied model the head was made by `tied_head`
+    model.adapter = info
+    return model
+
+
+def _stack(parts: Sequence[Any], like: Any) -> Any:
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((len(parts), *like.shape), like.dtype)
+    return jnp.stack([jnp.zeros_like(like) if part is None else part for part in parts])
+
+
+def shallow_copy(model: Decoder) -> Decoder:
+    """A new module tree with new variables around the same arrays."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf, state))
+
+
+def split(model: Decoder) -> tuple[Any, Any, Any]:
+    """(graph, trainable, frozen): the adapters are trainable where there are any, else every parameter (full
+    fine-tuning). `graph` is static and hashable; the other two are pytrees of arrays."""
+    chosen = LoRAParam if any(site.factors is not None for site in sites(model).values()) else nnx.Param
+    graph, *states = nnx.split(model, chosen, ...)
+    return graph, states[0], states[1]
+
+
+def merge(graph: Any, trainable: Any, frozen: Any) -> Decoder:
+    """The model that `split` took apart, with these leaves. Cheap, and made to be traced."""
+    return nnx.merge(graph, trainable, frozen)
+
+
+@jax.jit
+def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+    delta = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
+    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+
+
+def merged_weight(site: Site) -> jax.Array:
+    """W + s B A of one site, computed in fp32 and rounded once to the dtype of W; W itself without an adapter.
+
+    A quantised W is dequantised first: the result is never quantised again.
+    """
+    weight = site.module.weight.get_value()
+    if site.index is not None:
+        weight = jax.tree.map(lambda leaf: leaf[site.index], weight)
+    if hasattr(weight, "dequantize"):
+        weight = weight.dequantize()
+    factors = site.factors
+    if factors is None:
+        return weight
+    a, b, scale = factors
+    if isinstance(site.module, Embedding):
+        a, b = b.T, a.T  # the delta of [vocab, d] is (B A)ᵀ = Aᵀ Bᵀ
+    return _merged(weight, a, b, scale)
+
+
+def merged_config(model: Decoder) -> DecoderConfig:
+    """The architecture after merging: untied where an adapter made embedding and head differ."""
+    touched = any(sites(model)[name].factors is not None for name in (HEAD, EMBEDDING))
+    if model.config.tie_word_embeddings and touched:
+        return dataclasses.replace(model.config, tie_word_embeddings=False)
+    return model.config
+
+
+def merge_lora(model: Decoder) -> Decoder:
+    """A new model without adapters whose weights are W + s B A (fp32, rounded once); untouched weights are shared.
+
+    A tied model whose embedding or head has an adapter comes out untied. `model` stays as it is.
+    """
+    merged = shallow_copy(model)
+    config = merged_config(model)
+    groups: dict[int, list[Site]] = {}
+    for site in sites(merged).values():
+        groups.setdefault(id(site.module), []).append(site)
+    # All products first: in a tied model two modules hold one variable.
+    weights = {
+        key: [merged_weight(site) for site in group]
+        for key, group in groups.items()
+        if group[0].factors is not None or (group[0].name == HEAD and config != model.config)
+    }
+    for key, values in weights.items():
+        site = groups[key][0]
+        module = site.module
+        value = jnp.stack(values) if site.index is not None else values[0]
+        metadata = {"logical_axes": module.weight.get_metadata()["logical_axes"]}
+        module.weight = nnx.Param(value, **metadata)
+        for name in factor_names(module):
+            setattr(module, name, None)
+        module.lora_scale, module.lora_dropout = 1.0, 0.0
+        if site.name == HEAD:
+            merged.lm_head = module
+    merged.config = config
+    merged.adapter = None
+    return merged
