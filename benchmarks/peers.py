@@ -1,0 +1,166 @@
+"""The same LoRA step in Unsloth, Liger + PEFT, or transformers + PEFT: one process, one row.
+
+Fused AdamW, gradient clipping by norm, the same random tokens each step, real gradients printed. `benchmarks/compare.py`
+runs pronghorn and the peers side by side on one GPU.
+
+    python benchmarks/peers.py --framework unsloth --folder FOLDER --batch 1 --seq 4096 --checkpointing none
+"""
+
+import argparse
+import contextlib
+import json
+import resource
+import time
+from pathlib import Path
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load_unsloth(options):
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        options.folder,
+        max_seq_length=options.seq,
+        dtype=None,
+        load_in_4bit=options.weights == "nf4",
+        local_files_only=True,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=options.rank,
+        lora_alpha=options.rank,
+        lora_dropout=0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing={"none": False, "full": True, "offload": "unsloth"}[options.checkpointing],
+        random_state=0,
+    )
+
+
+def load_transformers(options):
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": 0}}
+    if options.weights == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    if options.framework == "liger":
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM
+
+        model = AutoLigerKernelForCausalLM.from_pretrained(options.folder, **arguments)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
+    model = get_peft_model(
+        model,
+        LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    if options.checkpointing != "none":
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.compile:
+        model = torch.compile(model)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--framework", required=True, choices=("unsloth", "liger", "transformers"))
+    parser.add_argument("--folder", required=True)
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--weights", default="bf16", choices=("bf16", "nf4"))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--checkpointing", default="none", choices=("none", "full", "offload"))
+    parser.add_argument("--attention", default="default", choices=("default", "cudnn", "flash"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--run", default="single")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+
+    model = load_unsloth(options) if options.framework == "unsloth" else load_transformers(options)
+    import torch
+
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.vocab_size
+    ids = torch.randint(0, vocab_size, (options.batch, options.seq), generator=generator).cuda()
+    backend = contextlib.nullcontext()
+    if options.attention != "default":
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+        backend = sdpa_kernel(kinds[options.attention])
+    seconds, losses, norms, warm_up = [], [], [], 0.0
+    begin = time.perf_counter()
+    for index in range(options.steps):
+        if index == 3:
+            torch.cuda.synchronize()
+            warm_up = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with backend:
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(loss.detach()))
+        norms.append(float(norm))
+    step_seconds = sorted(seconds[3:])[len(seconds[3:]) // 2]
+    from importlib.metadata import version
+
+    names = ["torch", "transformers", "peft", "triton"]
+    names += {"unsloth": ["unsloth", "unsloth_zoo"], "liger": ["liger_kernel"], "transformers": []}[
+        options.framework
+    ]
+    row = {
+        "framework": options.framework,
+        "model": options.model,
+        "weights": options.weights,
+        "adapter": "lora",
+        "rank": options.rank,
+        "batch": options.batch,
+        "seq": options.seq,
+        "memory_policy": options.checkpointing,
+        "attention": options.attention,
+        "torch_compile": options.compile,
+        "tokens_per_second": options.batch * options.seq / step_seconds,
+        "step_milliseconds": step_seconds * 1e3,
+        "peak_device_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_device_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "loss": losses[-1],
+        "grad_norm": norms[-1],
+        "losses": losses,
+        "grad_norms": norms,
+        "compile_seconds": warm_up,
+        "device": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in names},
+        "run": options.run,
+    }
+    options.out.write_text(json.dumps([row], indent=1) + "\n")
+    print(
+        f"{options.framework} {options.attention} {options.checkpointing} {options.batch}x{options.seq}: "
+        f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_milliseconds']:.1f} ms, "
+        f"peak {row['peak_device_gib']:.2f} GiB, loss {losses[-1]:.4f}, grad norm {norms[-1]:.3e}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
