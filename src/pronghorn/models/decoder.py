@@ -7,6 +7,7 @@ sees the difference; `models/parameters.py` names single layers in both.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -237,7 +238,7 @@ class Decoder(nnx.Module):
         weight, bias, lora_a, lora_b, scale = self.head()
         weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
         logits = _product(hidden, weight)
-        if lora_a is not None:
+        if lora_a is not None and lora_b is not None:
             low = _product(hidden, lora_a.astype(hidden.dtype)).astype(hidden.dtype)
             logits = logits + scale * _product(low, lora_b.astype(hidden.dtype))
         if bias is not None:
@@ -317,9 +318,9 @@ def _run_segment(
     """All layers of a segment; `shared` is (cos, sin, segment_ids). The outputs are empty unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
     period = len(split)
-    functions = []
+    functions: list[Callable[..., jax.Array]] = []
     for position, (graph, _) in enumerate(split):
-        run = functools.partial(
+        run: Callable[..., jax.Array] = functools.partial(
             _run_layer, graph=graph, config=config, kind=config.layer_kinds[segment.start + position]
         )
         if memory_policy != "keep":
