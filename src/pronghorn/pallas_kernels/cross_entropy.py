@@ -83,7 +83,9 @@ def cross_entropy_reference(
     target = jax.nn.one_hot(safe, vocab_size, dtype=bool)
     label_z = jnp.sum(jnp.where(target, z, 0.0), axis=-1)
     other = jax.nn.logsumexp(jnp.where(target, -jnp.inf, z), axis=-1)
-    loss = jax.nn.softplus(other - label_z) + options.label_smoothing * (label_z - jnp.mean(z, axis=-1))
+    loss = jax.nn.softplus(other - label_z)
+    if options.label_smoothing:  # not as 0 · mean: a column of −inf may be there
+        loss = loss + options.label_smoothing * (label_z - jnp.mean(z, axis=-1))
     return jnp.where(ignored, 0.0, loss * factor)
 
 

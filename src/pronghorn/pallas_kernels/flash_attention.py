@@ -18,8 +18,8 @@ from pronghorn.pallas_kernels import flash_attention_kernels as kernels
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks
 from pronghorn.pallas_kernels.attention_bounds import interval_bounds
+from pronghorn.pallas_kernels.attention_tiles import LOG2_E, AttentionSpec
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES, cudnn_attention, unsupported_reason
-from pronghorn.pallas_kernels.flash_attention_kernels import LOG2_E, AttentionSpec
 
 MAX_KERNEL_HEAD_DIM = 256
 # What the gradient saves, by the name a memory policy knows it under.
@@ -64,10 +64,18 @@ def flash_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if sliding_window is not None and sliding_window >= q.shape[1]:
         sliding_window = None  # every token already sees the whole past
-    options = {"segment_ids": segment_ids, "softcap": softcap, "sinks": sinks}
-    chosen = _resolve(implementation, q, **options)
+    chosen = _resolve(implementation, q, segment_ids=segment_ids, softcap=softcap, sinks=sinks)
     if chosen == "xla":
-        return flash_attention_reference(q, k, v, sliding_window=sliding_window, scale=scale, **options)
+        return flash_attention_reference(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            scale=scale,
+        )
     if chosen == "cudnn":
         q, k, v = _named(q, k, v)
         return cudnn_attention(q, k, v, scale=scale, sliding_window=sliding_window)

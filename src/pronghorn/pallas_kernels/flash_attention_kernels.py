@@ -15,11 +15,7 @@ Sources: Dao, FlashAttention-2 (arXiv:2307.08691), algorithms 1 and 2; Milakov a
 calculation for softmax (arXiv:1805.02867).
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,163 +23,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, multiprocessors
+from pronghorn.pallas_kernels.attention_blocks import multiprocessors
+from pronghorn.pallas_kernels.attention_tiles import (
+    LOG2_E,
+    ROWS_BY_COLUMNS,
+    ROWS_BY_ROWS,
+    AttentionSpec,
+    BlockRange,
+    KeyInterval,
+    dot,
+    load_tile,
+    load_vector,
+    scores,
+    store_tile,
+    walk,
+)
 from pronghorn.pallas_kernels.launch import cdiv, next_power_of_2, pallas_call
 
-LOG2_E = math.log2(math.e)
 # Start of the running maximum: finite, so that (−inf) − (maximum) is never NaN in a row that saw no key yet.
-_LOWEST = -1e30
-_ROWS_BY_COLUMNS = ((1,), (0,))  # a @ b
-_ROWS_BY_ROWS = ((1,), (1,))  # a @ b.T
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSpec:
-    """What is static in one attention call."""
-
-    scale: float
-    softcap: float | None
-    sliding_window: int | None  # only where there are no segments: else the window is inside the bounds
-    blocks: AttentionBlocks
-
-    @property
-    def base2(self) -> float:
-        """Factor from `_scores` to logits in base 2."""
-        return (self.scale if self.softcap is None else self.softcap) * LOG2_E
-
-
-# ---- pieces that the kernels share ----
-
-
-def _dot(a: jax.Array, b: jax.Array, contract) -> jax.Array:
-    """2-D product accumulated in fp32; fp32 operands are multiplied in fp32, never in tf32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _scores(qk: jax.Array, spec: AttentionSpec) -> jax.Array:
-    """Products as they are, or tanh(scale qk / softcap), by 1 − 2 / (1 + exp 2x): it saturates without overflow."""
-    if spec.softcap is None:
-        return qk
-    return 1.0 - 2.0 / (1.0 + jnp.exp2(qk * (2.0 * LOG2_E * spec.scale / spec.softcap)))
-
-
-def _mask(shape: tuple[int, int], start, seq_len: int | None, head_dim: int) -> jax.Array | None:
-    """True inside the array; seq_len None: the rows are known to be inside."""
-    mask = None
-    if seq_len is not None and seq_len % shape[0] != 0:
-        mask = jnp.broadcast_to((start + jnp.arange(shape[0], dtype=jnp.int32) < seq_len)[:, None], shape)
-    if head_dim != shape[1]:
-        columns = jnp.broadcast_to((jnp.arange(shape[1], dtype=jnp.int32) < head_dim)[None, :], shape)
-        mask = columns if mask is None else mask & columns
-    return mask
-
-
-def _load_tile(ref, head, start, rows: int, seq_len: int | None, head_dim: int) -> jax.Array:
-    """Rows [start, start + rows) of a [seq, padded] ref (or of one head of [seq, heads, padded]); 0 outside."""
-    view = ref.at[pl.ds(start, rows), :] if head is None else ref.at[pl.ds(start, rows), head, :]
-    mask = _mask((rows, ref.shape[-1]), start, seq_len, head_dim)
-    return triton.load(view) if mask is None else triton.load(view, mask=mask, other=0.0)
-
-
-def _store_tile(ref, start, value: jax.Array, seq_len: int, head_dim: int) -> None:
-    mask = _mask((value.shape[0], value.shape[1]), start, seq_len, head_dim)
-    triton.store(ref.at[pl.ds(start, value.shape[0]), :], value.astype(ref.dtype), mask=mask)
-
-
-def _load_vector(ref, head, start, rows: int, seq_len: int) -> jax.Array:
-    """Entries [start, start + rows) of a [seq] ref (or of one head of [heads, seq]); 0 outside."""
-    view = ref.at[pl.ds(start, rows)] if head is None else ref.at[head, pl.ds(start, rows)]
-    if seq_len % rows == 0:
-        return triton.load(view)
-    inside = start + jnp.arange(rows, dtype=jnp.int32) < seq_len
-    return triton.load(view, mask=inside, other=jnp.zeros((), ref.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Blocks:
-    """Blocks [start, end) hold a visible pair; in [full, full_end) every pair is visible."""
-
-    start: jax.Array
-    full: jax.Array
-    full_end: jax.Array
-    end: jax.Array
-    left_edge: bool  # False: start == full is known when compiling
-    right_edge: bool  # False: full_end == end is known
-
-    @classmethod
-    def ordered(cls, start, full, full_end, end, *, left_edge: bool, right_edge: bool) -> "_Blocks":
-        """With start <= full <= full_end <= end enforced."""
-        full = jnp.minimum(jnp.maximum(full, start), end)
-        return cls(start, full, jnp.minimum(jnp.maximum(full_end, full), end), end, left_edge, right_edge)
-
-    @property
-    def num_whole(self):
-        return self.full_end - self.full
-
-    @property
-    def num_edge(self):
-        return (self.full - self.start) + (self.end - self.full_end)
-
-    def whole(self, i):
-        return self.full + i
-
-    def edge(self, i):
-        if not self.left_edge:
-            return self.full_end + i
-        if not self.right_edge:
-            return self.start + i
-        before = self.full - self.start
-        return jnp.where(i < before, self.start + i, self.full_end + (i - before))
-
-
-class _KeyInterval:
-    """The keys that a block of queries sees: per-row first key, and the blocks of keys to walk."""
-
-    def __init__(self, k_start_ref, q0, block_q: int, block_k: int, seq_len: int, window: int | None):
-        self.rows = q0 + jnp.arange(block_q, dtype=jnp.int32)
-        q_last = jnp.minimum(q0 + (block_q - 1), seq_len - 1)
-        if k_start_ref is not None:
-            self.first = _load_vector(k_start_ref, None, q0, block_q, seq_len)
-            low, high = k_start_ref[q0], k_start_ref[q_last]
-        elif window is not None:
-            self.first = self.rows - (window - 1)
-            low, high = jnp.maximum(q0 - (window - 1), 0), jnp.maximum(q_last - (window - 1), 0)
-        else:
-            self.first, low, high = None, jnp.int32(0), jnp.int32(0)
-        self.blocks = _Blocks.ordered(
-            lax.div(low, block_k),
-            lax.div(high + (block_k - 1), block_k),
-            lax.div(q0 + 1, block_k),
-            lax.div(q_last + block_k, block_k),
-            left_edge=self.first is not None,
-            right_edge=True,
-        )
-
-    def visible(self, k0, block_k: int) -> jax.Array:
-        keys = (k0 + jnp.arange(block_k, dtype=jnp.int32))[None, :]
-        seen = keys <= self.rows[:, None]
-        return seen if self.first is None else seen & (keys >= self.first[:, None])
-
-
-def _walk(blocks: "_Blocks", body: Callable[..., Any], carry, *, heads: int = 1):
-    """carry = body(block, head, carry, edge) over `heads` times the blocks: whole ones first, then the edges."""
-    for edge, count, position in (
-        (False, blocks.num_whole, blocks.whole),
-        (True, blocks.num_edge, blocks.edge),
-    ):
-
-        def step(i, carry, edge=edge, count=count, position=position):
-            if heads == 1:
-                return body(position(i), jnp.int32(0), carry, edge)
-            # One flat loop over heads and blocks: nested loops would drain the load pipeline between heads.
-            head = lax.div(i, count)
-            return body(position(i - head * count), head, carry, edge)
-
-        carry = lax.fori_loop(0, count * heads, step, carry)
-    return carry
+LOWEST = -1e30
 
 
 # ---- forward ----
@@ -205,37 +63,37 @@ def _forward_kernel(
     """Grid (head, batch, query block backwards). q, k, v, o: [seq, padded]; k_start, lse: [seq]; sinks: [heads]."""
     b = spec.blocks.forward
     q0 = (cdiv(seq_len, b.block_q) - 1 - pl.program_id(2)) * b.block_q
-    keys = _KeyInterval(k_start_ref, q0, b.block_q, b.block_k, seq_len, spec.sliding_window)
-    q = _load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
+    keys = KeyInterval(k_start_ref, q0, b.block_q, b.block_k, seq_len, spec.sliding_window)
+    q = load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
 
     accumulator = jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32)
     if sinks_ref is None:
-        maximum = jnp.full((b.block_q,), _LOWEST, jnp.float32)
+        maximum = jnp.full((b.block_q,), LOWEST, jnp.float32)
         total = jnp.zeros((b.block_q,), jnp.float32)
     else:
         # The sink is a key with value 0 that every query has already seen.
         sink = sinks_ref[pl.program_id(0)].astype(jnp.float32) * LOG2_E
-        highest = jnp.maximum(sink, _LOWEST)
+        highest = jnp.maximum(sink, LOWEST)
         maximum = jnp.zeros((b.block_q,), jnp.float32) + highest
         total = jnp.zeros((b.block_q,), jnp.float32) + jnp.exp2(sink - highest)
 
     def body(block, _, carry, edge):
         accumulator, maximum, total = carry
         k0 = block * b.block_k
-        k = _load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        s = _scores(_dot(q, k, _ROWS_BY_ROWS), spec)
+        k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        s = scores(dot(q, k, ROWS_BY_ROWS), spec)
         if edge:
             s = jnp.where(keys.visible(k0, b.block_k), s, float("-inf"))
         new_maximum = jnp.maximum(maximum, jnp.max(s, axis=1) * spec.base2)
         p = jnp.exp2(s * spec.base2 - new_maximum[:, None])
         correction = jnp.exp2(maximum - new_maximum)
-        v = _load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
         total = total * correction + jnp.sum(p, axis=1)
-        accumulator = accumulator * correction[:, None] + _dot(p.astype(v.dtype), v, _ROWS_BY_COLUMNS)
+        accumulator = accumulator * correction[:, None] + dot(p.astype(v.dtype), v, ROWS_BY_COLUMNS)
         return accumulator, new_maximum, total
 
-    accumulator, maximum, total = _walk(keys.blocks, body, (accumulator, maximum, total))
-    _store_tile(o_ref, q0, accumulator / total[:, None], seq_len, head_dim)
+    accumulator, maximum, total = walk(keys.blocks, body, (accumulator, maximum, total))
+    store_tile(o_ref, q0, accumulator / total[:, None], seq_len, head_dim)
     inside = None if seq_len % b.block_q == 0 else keys.rows < seq_len
     triton.store(lse_ref.at[pl.ds(q0, b.block_q)], maximum + jnp.log2(total), mask=inside)
 
@@ -249,27 +107,27 @@ def _dq_kernel(
     """Grid (head, batch, query block backwards). Refs: [seq, padded]; lse, delta, k_start: [seq]."""
     b = spec.blocks.dq
     q0 = (cdiv(seq_len, b.block_q) - 1 - pl.program_id(2)) * b.block_q
-    keys = _KeyInterval(k_start_ref, q0, b.block_q, b.block_k, seq_len, spec.sliding_window)
-    q = _load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
-    do = _load_tile(do_ref, None, q0, b.block_q, seq_len, head_dim)
-    lse = _load_vector(lse_ref, None, q0, b.block_q, seq_len)
-    delta = _load_vector(delta_ref, None, q0, b.block_q, seq_len)
+    keys = KeyInterval(k_start_ref, q0, b.block_q, b.block_k, seq_len, spec.sliding_window)
+    q = load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
+    do = load_tile(do_ref, None, q0, b.block_q, seq_len, head_dim)
+    lse = load_vector(lse_ref, None, q0, b.block_q, seq_len)
+    delta = load_vector(delta_ref, None, q0, b.block_q, seq_len)
 
     def body(block, _, dq, edge):
         k0 = block * b.block_k
-        k = _load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        v = _load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        s = _scores(_dot(q, k, _ROWS_BY_ROWS), spec)
+        k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        s = scores(dot(q, k, ROWS_BY_ROWS), spec)
         p = jnp.exp2(s * spec.base2 - lse[:, None])
         if edge:
             p = jnp.where(keys.visible(k0, b.block_k), p, 0.0)
-        ds = p * (_dot(do, v, _ROWS_BY_ROWS) - delta[:, None])
+        ds = p * (dot(do, v, ROWS_BY_ROWS) - delta[:, None])
         if spec.softcap is not None:
             ds = ds * (1.0 - s * s)
-        return dq + _dot(ds.astype(k.dtype), k, _ROWS_BY_COLUMNS)
+        return dq + dot(ds.astype(k.dtype), k, ROWS_BY_COLUMNS)
 
-    dq = _walk(keys.blocks, body, jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32))
-    _store_tile(dq_ref, q0, dq * spec.scale, seq_len, head_dim)
+    dq = walk(keys.blocks, body, jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32))
+    store_tile(dq_ref, q0, dq * spec.scale, seq_len, head_dim)
 
 
 def _dkdv_kernel(
@@ -288,13 +146,13 @@ def _dkdv_kernel(
     end = None
     low = high = jnp.int32(seq_len)
     if q_end_ref is not None:
-        end = _load_vector(q_end_ref, None, k0, b.block_k, seq_len)
+        end = load_vector(q_end_ref, None, k0, b.block_k, seq_len)
         low, high = q_end_ref[k0], q_end_ref[k_last]
     elif spec.sliding_window is not None:
         end = keys + spec.sliding_window
         low = jnp.minimum(k0 + spec.sliding_window, seq_len)
         high = jnp.minimum(k_last + spec.sliding_window, seq_len)
-    blocks = _Blocks.ordered(
+    blocks = BlockRange.ordered(
         lax.div(k0, b.block_q),
         lax.div(k0 + (b.block_k - 1 + b.block_q - 1), b.block_q),
         lax.div(low, b.block_q),
@@ -302,33 +160,33 @@ def _dkdv_kernel(
         left_edge=True,
         right_edge=end is not None or seq_len % b.block_q != 0,
     )
-    k = _load_tile(k_ref, None, k0, b.block_k, seq_len, head_dim)
-    v = _load_tile(v_ref, None, k0, b.block_k, seq_len, head_dim)
+    k = load_tile(k_ref, None, k0, b.block_k, seq_len, head_dim)
+    v = load_tile(v_ref, None, k0, b.block_k, seq_len, head_dim)
     first_head = pl.program_id(0) * heads
 
     def body(block, head, carry, edge):
         dk, dv = carry
         head, q0 = first_head + head, block * b.block_q
-        q = _load_tile(q_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
-        do = _load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
-        lse = _load_vector(lse_ref, head, q0, b.block_q, seq_len)
-        delta = _load_vector(delta_ref, head, q0, b.block_q, seq_len)
-        s = _scores(_dot(k, q, _ROWS_BY_ROWS), spec)
+        q = load_tile(q_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
+        do = load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
+        lse = load_vector(lse_ref, head, q0, b.block_q, seq_len)
+        delta = load_vector(delta_ref, head, q0, b.block_q, seq_len)
+        s = scores(dot(k, q, ROWS_BY_ROWS), spec)
         p = jnp.exp2(s * spec.base2 - lse[None, :])
         if edge:
             rows = (q0 + jnp.arange(b.block_q, dtype=jnp.int32))[None, :]
             seen = rows >= keys[:, None]  # rows past the sequence add nothing: their q, do and delta are 0
             p = jnp.where(seen if end is None else seen & (rows < end[:, None]), p, 0.0)
-        dv = dv + _dot(p.astype(do.dtype), do, _ROWS_BY_COLUMNS)
-        ds = p * (_dot(v, do, _ROWS_BY_ROWS) - delta[None, :])
+        dv = dv + dot(p.astype(do.dtype), do, ROWS_BY_COLUMNS)
+        ds = p * (dot(v, do, ROWS_BY_ROWS) - delta[None, :])
         if spec.softcap is not None:
             ds = ds * (1.0 - s * s)
-        return dk + _dot(ds.astype(q.dtype), q, _ROWS_BY_COLUMNS), dv
+        return dk + dot(ds.astype(q.dtype), q, ROWS_BY_COLUMNS), dv
 
     zeros = jnp.zeros((b.block_k, k_ref.shape[-1]), jnp.float32)
-    dk, dv = _walk(blocks, body, (zeros, zeros), heads=heads)
-    _store_tile(dk_ref, k0, dk * spec.scale, seq_len, head_dim)
-    _store_tile(dv_ref, k0, dv, seq_len, head_dim)
+    dk, dv = walk(blocks, body, (zeros, zeros), heads=heads)
+    store_tile(dk_ref, k0, dk * spec.scale, seq_len, head_dim)
+    store_tile(dv_ref, k0, dv, seq_len, head_dim)
 
 
 # ---- launches ----
