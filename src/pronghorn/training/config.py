@@ -1,0 +1,135 @@
+"""`TrainConfig`: every setting of a training run, validated where it is made and printed before step 1."""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from pronghorn.errors import InputError
+
+Schedule = Literal["cosine", "linear", "constant"]
+MemoryPolicy = Literal["keep", "attention", "layer_inputs", "offload"]
+MEMORY_POLICIES: tuple[str, ...] = get_args(MemoryPolicy)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained; what it is trained on is `DataConfig`.
+
+    Attributes:
+      learning_rate: peak of the schedule.
+      max_steps: optimizer updates of the whole run; None means `epochs` passes over the data.
+      epochs: passes over the data, read only when `max_steps` is None; may be a fraction.
+      batch_size: rows of one micro-batch (with packing, a row is `data.max_length` tokens of several documents).
+      gradient_accumulation: micro-batches of one update. Loss sums and token counts are added over them and divided
+        once, so 4 micro-batches of 2 rows give the update of 1 micro-batch of 8.
+      schedule: after the warm-up, "cosine" or "linear" fall to 0 at the last step, "constant" stays.
+      warmup_steps: updates over which the learning rate rises linearly from 0 (as in transformers, the very first
+        update of a warm-up has learning rate 0).
+      weight_decay: AdamW's decoupled decay; norms, biases and other vectors are never decayed.
+      beta1, beta2, eps: AdamW's moments and denominator.
+      max_grad_norm: gradients are scaled so that their global L2 norm is at most this; None never clips.
+      label_smoothing: share of the target's probability spread over the vocabulary, in [0, 1).
+      memory_policy: what the forward pass saves for the backward pass, from fast to small: "keep" (what the hand
+        gradients need), "attention" (attention's output only), "layer_inputs" (each layer's input, the layer is
+        computed again), "offload" (those in pinned host memory).
+      master_weights: in full fine-tuning of a 16-bit model, keep fp32 copies that the optimizer updates (adds 4
+        bytes a parameter); adapters are always fp32.
+      eval_every: evaluate on the held-out rows every so many steps, and at the end; None evaluates at the end only.
+      eval_batch_size: rows of an evaluation batch; None uses `batch_size`.
+      save_every: write a checkpoint every so many steps, and at the end; None writes one only when the run is
+        interrupted (SIGTERM or Ctrl-C).
+      keep_checkpoints: how many of the newest checkpoints stay on disk.
+      log_every: steps between two printed lines where there is no terminal; metrics.jsonl has every step.
+      seed: dropout's random stream (rows are shuffled by `data.seed`).
+      output_dir: folder of the run: config.json, metrics.jsonl, checkpoints.
+      overwrite: replace an earlier run in `output_dir`, which is refused otherwise.
+      resume: go on from the newest complete checkpoint in `output_dir`; "auto" starts anew where there is none.
+      tensorboard: also write TensorBoard events to `output_dir`/tensorboard.
+      max_skipped_streak: stop after so many steps in a row whose loss or gradient was not finite. Such a step never
+        changes the weights.
+      deterministic: ask XLA for kernels whose sums have a fixed order and whose choice does not depend on timing,
+        at some cost in speed. Without it a rerun is bit-exact as long as the same compiled program is used.
+      compile_cache: folder where compiled programs are kept between runs; None leaves jax's own setting.
+    """
+
+    learning_rate: float = 2e-4
+    max_steps: int | None = None
+    epochs: float = 1.0
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    max_grad_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    memory_policy: MemoryPolicy = "keep"
+    master_weights: bool = True
+    eval_every: int | None = None
+    eval_batch_size: int | None = None
+    save_every: int | None = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    seed: int = 0
+    output_dir: str = "runs/train"
+    overwrite: bool = False
+    resume: bool | Literal["auto"] = False
+    tensorboard: bool = False
+    max_skipped_streak: int = 5
+    deterministic: bool = False
+    compile_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size",
+            "gradient_accumulation",
+            "keep_checkpoints",
+            "log_every",
+            "max_skipped_streak",
+        ):
+            self._at_least_one(name)
+        for name in ("max_steps", "eval_every", "eval_batch_size", "save_every"):
+            if getattr(self, name) is not None:
+                self._at_least_one(name)
+        for name in ("learning_rate", "epochs", "eps"):
+            self._check(name, getattr(self, name) > 0, "give a number over 0")
+        for name in ("weight_decay", "warmup_steps"):
+            self._check(name, getattr(self, name) >= 0, "give 0 or more")
+        for name in ("beta1", "beta2", "label_smoothing"):
+            self._check(name, 0 <= getattr(self, name) < 1, "give a number in [0, 1)")
+        if self.max_grad_norm is not None:
+            self._check(
+                "max_grad_norm", self.max_grad_norm > 0, "give a number over 0, or null for no clipping"
+            )
+        self._check(
+            "schedule", self.schedule in ("cosine", "linear", "constant"), "use cosine, linear or constant"
+        )
+        self._check(
+            "memory_policy", self.memory_policy in MEMORY_POLICIES, f"use one of {', '.join(MEMORY_POLICIES)}"
+        )
+        self._check("output_dir", bool(self.output_dir), "name a folder")
+        self._check("seed", 0 <= self.seed < 2**32, "give a whole number from 0 to 2**32 - 1")
+        if self.max_steps is not None:
+            self._check("warmup_steps", self.warmup_steps < self.max_steps, "give fewer than max_steps")
+
+    def _at_least_one(self, name: str) -> None:
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        self._check(name, whole and value >= 1, "give a whole number, 1 or more")
+
+    def _check(self, name: str, fine: bool, cure: str) -> None:
+        value = getattr(self, name)
+        if not fine or (isinstance(value, float) and not math.isfinite(value)):
+            raise InputError(f"train.{name}: {value!r} cannot be used; {cure}.")
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Updates of the whole run: `max_steps`, else `epochs` times the steps of one pass, rounded up."""
+        if self.max_steps is not None:
+            return self.max_steps
+        total = max(1, math.ceil(self.epochs * steps_per_epoch - 1e-9))
+        self._check(
+            "warmup_steps", self.warmup_steps < total, f"the run has {total} steps, give fewer than that"
+        )
+        return total

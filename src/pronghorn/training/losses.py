@@ -1,0 +1,143 @@
+"""The next-token loss as a sum over trained tokens and their count.
+
+  L = sum_t w_t CE(logits_t, labels_{t+1}),   w_t = 1 where labels_{t+1} != -100 and t+1 is in the segment of t
+
+Labels are aligned with `input_ids`; the shift is here. Sums and counts, not means, are what micro-batches add up, so
+that k micro-batches equal one large batch whatever their token counts are. The head's product and the cross entropy
+are one op (`linear_cross_entropy`): the logits of a whole batch never exist.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.lora import merge
+from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
+
+IGNORED = -100
+
+Batch = Mapping[str, jax.typing.ArrayLike]
+LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def shifted_labels(labels: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Targets of each position: the next position's label, -100 at the end and where the next segment starts.
+
+    Args:
+      labels: int32 `[batch, seq]`, aligned with the input ids, -100 where not trained.
+      segment_ids: int32 `[batch, seq]`, or None where every row is one document.
+
+    Returns:
+      int32 `[batch, seq]`.
+    """
+    targets = jnp.pad(labels[:, 1:], ((0, 0), (0, 1)), constant_values=IGNORED)
+    if segment_ids is not None:
+        same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (0, 1)))
+        targets = jnp.where(same, targets, IGNORED)
+    return targets
+
+
+def loss_sum_and_count(
+    model: Any,
+    batch: Batch,
+    *,
+    label_smoothing: float = 0.0,
+    memory_policy: str = "keep",
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed next-token loss of one micro-batch and how many tokens it is over; differentiable.
+
+    Args:
+      model: a Decoder.
+      batch: `input_ids` and `labels`, int32 `[batch, seq]`; `segment_ids` and `positions` where rows are packed.
+      label_smoothing: share of the target's probability spread over the vocabulary.
+      memory_policy: see `TrainConfig.memory_policy`.
+      dropout_key: turns the adapters' dropout on.
+
+    Returns:
+      (fp32 scalar, int32 scalar).
+    """
+    hidden, targets = _hidden_and_targets(model, batch, memory_policy=memory_policy, dropout_key=dropout_key)
+    weight, bias, lora_a, lora_b, lora_scale = model.head()
+    loss_sum = linear_cross_entropy(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        lora_a=lora_a,
+        lora_b=lora_b,
+        lora_scale=lora_scale,
+        label_smoothing=label_smoothing,
+        softcap=model.config.logit_softcap,
+    )
+    return loss_sum, jnp.sum(targets != IGNORED, dtype=jnp.int32)
+
+
+def next_token(
+    graph: Any,
+    *,
+    label_smoothing: float = 0.0,
+    memory_policy: str = "keep",
+    reduction: Literal["mean", "sum"] = "mean",
+) -> LossFunction:
+    """The loss function of a split model, to be differentiated with respect to its first argument.
+
+    Example:
+      >>> graph, lora, frozen = ph.split(model)
+      >>> loss_fn = ph.losses.next_token(graph)
+      >>> (loss, aux), gradient = jax.value_and_grad(loss_fn, has_aux=True)(lora, frozen, batch)
+
+    Args:
+      graph: the static part that `split` returned.
+      label_smoothing, memory_policy: see `loss_sum_and_count`.
+      reduction: "mean" over the trained tokens of the batch, or "sum" (what is added over micro-batches).
+
+    Returns:
+      `loss_fn(trainable, frozen, batch, dropout_key=None) -> (loss, aux)`; `aux` has `loss_sum` (fp32 scalar) and
+      `token_count` (int32 scalar). A batch without one trained token has loss 0.
+    """
+
+    def loss_fn(trainable: Any, frozen: Any, batch: Batch, dropout_key: jax.Array | None = None):
+        loss_sum, count = loss_sum_and_count(
+            merge(graph, trainable, frozen),
+            batch,
+            label_smoothing=label_smoothing,
+            memory_policy=memory_policy,
+            dropout_key=dropout_key,
+        )
+        loss = loss_sum / jnp.maximum(count, 1) if reduction == "mean" else loss_sum
+        return loss, {"loss_sum": loss_sum, "token_count": count}
+
+    return loss_fn
+
+
+def evaluation_sums(graph: Any) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """`(trainable, frozen, batch) -> (loss sum fp32, token count int32)`, forward only, without dropout."""
+
+    def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        model = merge(graph, trainable, frozen)
+        hidden, targets = _hidden_and_targets(model, batch)
+        weight, bias, lora_a, lora_b, lora_scale = model.head()
+        losses = linear_token_losses(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            lora_a=lora_a,
+            lora_b=lora_b,
+            lora_scale=lora_scale,
+            softcap=model.config.logit_softcap,
+        )
+        return jnp.sum(losses), jnp.sum(targets != IGNORED, dtype=jnp.int32)
+
+    return sums
+
+
+def _hidden_and_targets(model: Any, batch: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Hidden states `[batch * seq, d]` and their targets `[batch * seq]`."""
+    segment_ids = batch.get("segment_ids")
+    hidden = model.hidden_states(batch["input_ids"], batch.get("positions"), segment_ids, **options)
+    targets = shifted_labels(jnp.asarray(batch["labels"]), segment_ids)
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)

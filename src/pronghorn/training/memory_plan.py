@@ -1,0 +1,253 @@
+"""Device and host memory of a run, read from the compiled step before anything is allocated.
+
+  device peak = arguments + outputs - aliased + temporaries + program code
+
+Arguments are the frozen weights, the state and the batch; the state is donated, so its outputs alias its arguments.
+XLA's temporaries are one allocation, made when the step starts, so the sum is the peak and not an upper bound.
+Evaluation runs beside the resident state: its own temporaries count where they are larger.
+"""
+
+import dataclasses
+import resource
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.lora import LoRAConfig, add_lora, split
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.decoder import Decoder
+from pronghorn.training.checkpoints import state_bytes
+from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
+from pronghorn.training.flops import count_flops, has_shape
+from pronghorn.training.losses import evaluation_sums
+from pronghorn.training.optimizers import make_optimizer
+from pronghorn.training.step import TrainState, compile_step, compute_dtypes, init_state, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes, unless said otherwise.
+
+    Attributes:
+      peak_device_bytes: the most the device holds during a step or an evaluation.
+      peak_host_bytes: this process at its largest so far, and on top of it pinned memory and the copy of the state
+        that a checkpoint makes. Where the device is the CPU, device memory is in it too.
+      arguments, outputs, aliased, temporaries, program: the terms of the device peak.
+      evaluation_temporaries: the evaluation's own, 0 when there is none.
+      pinned_host: host memory that the program itself uses (memory_policy "offload").
+      checkpoint: size of a checkpoint on disk and as a copy on the host.
+      flops_per_step: of a full batch without padding, whose rows are one document each.
+      tokens_per_step: positions of a batch, padding included.
+      trained_parameters, frozen_parameters: elements.
+      memory_policy: that of the step.
+      compile_seconds: what reading these numbers took; the training run pays it too.
+    """
+
+    peak_device_bytes: int
+    peak_host_bytes: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    program: int
+    evaluation_temporaries: int
+    pinned_host: int
+    checkpoint: int
+    flops_per_step: float
+    tokens_per_step: int
+    trained_parameters: int
+    frozen_parameters: int
+    memory_policy: str
+    compile_seconds: float
+
+    def __str__(self) -> str:
+        gib = 2**30
+        return "\n".join(
+            (
+                f"device memory  {self.peak_device_bytes / gib:8.2f} GiB peak = "
+                f"{self.arguments / gib:.2f} weights, state and batch + {self.temporaries / gib:.2f} temporaries + "
+                f"{(self.outputs - self.aliased + self.program) / gib:.2f} other",
+                f"host memory    {self.peak_host_bytes / gib:8.2f} GiB peak ({self.pinned_host / gib:.2f} pinned, "
+                f"{self.checkpoint / gib:.2f} for a checkpoint)",
+                f"parameters     {self.trained_parameters:,} trained, {self.frozen_parameters:,} frozen",
+                f"step           {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOP, memory policy "
+                f"{self.memory_policy}, compiled in {self.compile_seconds:.1f} s",
+            )
+        )
+
+
+def plan_memory(
+    config: DecoderConfig,
+    lora_config: LoRAConfig | None,
+    train_config: TrainConfig,
+    dtype: Any = jnp.bfloat16,
+    *,
+    max_length: int,
+    layers: str = "unrolled",
+    evaluate: bool = False,
+) -> MemoryPlan:
+    """Compile the training step on shapes alone, for the default device, and read its memory.
+
+    Args:
+      config: the architecture.
+      lora_config: the adapters, or None for full fine-tuning.
+      train_config: batch, accumulation, memory policy, optimizer.
+      dtype: of the weights and products.
+      max_length: tokens in a row.
+      layers: "unrolled" or "scanned".
+      evaluate: whether the run has held-out rows.
+    """
+    model = Decoder.abstract(config, dtype=dtype, layers=layers)
+    if lora_config is not None:
+        model = add_lora(model, lora_config)
+    graph, trainable, frozen = split(model)
+    total_steps = train_config.max_steps or 1000 + train_config.warmup_steps
+    optimizer = make_optimizer(train_config, total_steps)
+    state = jax.eval_shape(lambda leaves: start_state(leaves, optimizer, train_config), trainable)
+    shape = (train_config.gradient_accumulation, train_config.batch_size, max_length)
+    batch = abstract_batch(shape)
+    step = make_train_step(graph, optimizer, train_config, dtypes=compute_dtypes(trainable))
+    compiled = compile_step(step, state, frozen, batch, deterministic=train_config.deterministic)
+    evaluation = None
+    if evaluate:
+        rows = train_config.eval_batch_size or train_config.batch_size
+        evaluation = compile_evaluation(graph, trainable, frozen, rows, max_length)
+    return plan_from_compiled(
+        config,
+        compiled.executable,
+        state,
+        trainable,
+        frozen,
+        shape,
+        memory_policy=train_config.memory_policy,
+        compile_seconds=compiled.seconds,
+        evaluation=evaluation,
+    )
+
+
+def plan_policies(*arguments: Any, **options: Any) -> dict[str, MemoryPlan]:
+    """`plan_memory` for every memory policy, compiled one after another; the arguments are its own.
+
+    A policy that this device cannot compile ("offload" needs a pinned host memory space) is left out.
+    """
+    config, lora_config, train_config, *rest = arguments
+    plans = {}
+    for policy in MEMORY_POLICIES:
+        changed = dataclasses.replace(train_config, memory_policy=policy)
+        try:
+            plans[policy] = plan_memory(config, lora_config, changed, *rest, **options)
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+            if policy != "offload":
+                raise
+    return plans
+
+
+def plan_from_compiled(
+    config: DecoderConfig,
+    executable: Any,
+    state: TrainState,
+    trainable: Any,
+    frozen: Any,
+    shape: tuple[int, int, int],
+    *,
+    memory_policy: str,
+    compile_seconds: float,
+    evaluation: Any = None,
+) -> MemoryPlan:
+    """The plan of a step that is compiled already; trees hold arrays or `jax.ShapeDtypeStruct`s.
+
+    Args:
+      shape: (micro-batches, rows, tokens) of a batch.
+      evaluation: the compiled evaluation, or None.
+    """
+    memory = executable.memory_analysis()
+    step_peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    evaluation_temporaries = 0
+    if evaluation is not None:
+        evaluation_memory = evaluation.memory_analysis()
+        evaluation_temporaries = (
+            evaluation_memory.temp_size_in_bytes
+            + evaluation_memory.generated_code_size_in_bytes
+            + _cast_bytes(state.trainable, trainable)
+        )
+    peak_device = max(step_peak, memory.argument_size_in_bytes + evaluation_temporaries)
+    pinned = (
+        memory.host_argument_size_in_bytes
+        + memory.host_output_size_in_bytes
+        - memory.host_alias_size_in_bytes
+        + memory.host_temp_size_in_bytes
+    )
+    checkpoint = state_bytes(state)
+    on_cpu = jax.default_backend() == "cpu"
+    micro, rows, tokens = shape
+    positions = np.broadcast_to(np.arange(tokens), shape)
+    flops = count_flops(config, trainable, frozen)
+    return MemoryPlan(
+        peak_device_bytes=peak_device,
+        peak_host_bytes=_process_peak() + pinned + checkpoint + (peak_device if on_cpu else 0),
+        arguments=memory.argument_size_in_bytes,
+        outputs=memory.output_size_in_bytes,
+        aliased=memory.alias_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        program=memory.generated_code_size_in_bytes,
+        evaluation_temporaries=evaluation_temporaries,
+        pinned_host=pinned,
+        checkpoint=checkpoint,
+        flops_per_step=flops.of_batch(positions, np.ones(shape, bool)),
+        tokens_per_step=micro * rows * tokens,
+        trained_parameters=count_parameters(trainable),
+        frozen_parameters=count_parameters(frozen),
+        memory_policy=memory_policy,
+        compile_seconds=compile_seconds,
+    )
+
+
+def start_state(trainable: Any, optimizer: Any, train_config: TrainConfig) -> TrainState:
+    """The state before step 1, as a run with this configuration makes it."""
+    return init_state(
+        trainable, optimizer, seed=train_config.seed, master_weights=train_config.master_weights
+    )
+
+
+def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch: int32 ids, labels, segment ids and positions."""
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.int32)
+        for name in ("input_ids", "labels", "segment_ids", "positions")
+    }
+
+
+def compile_evaluation(graph: Any, trainable: Any, frozen: Any, rows: int, tokens: int) -> Any:
+    """The compiled forward pass of `[1, rows, tokens]` batches: (trainable, frozen, batch) -> (loss sum, count)."""
+    sums = evaluation_sums(graph)
+
+    def evaluate(trainable: Any, frozen: Any, batch: Any):
+        return sums(trainable, frozen, jax.tree.map(lambda x: x[0], batch))
+
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (trainable, frozen))
+    return jax.jit(evaluate).lower(*shapes, abstract_batch((1, rows, tokens))).compile()
+
+
+def count_parameters(tree: Any) -> int:
+    """Elements of all leaves; a quantised weight counts as the matrix it stands for."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree, is_leaf=has_shape))
+
+
+def _cast_bytes(masters: Any, trainable: Any) -> int:
+    """Bytes of the 16-bit weights that evaluation makes from fp32 masters."""
+    pairs = zip(jax.tree.leaves(masters), jax.tree.leaves(trainable), strict=True)
+    return sum(state_bytes(leaf) for master, leaf in pairs if master.dtype != leaf.dtype)
+
+
+def _process_peak() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

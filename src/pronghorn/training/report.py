@@ -1,0 +1,108 @@
+"""What is printed before step 1: parameters, tokens, memory, arithmetic, every setting, one example with its mask."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from pronghorn.training.losses import IGNORED
+from pronghorn.training.memory_plan import MemoryPlan
+
+_SHOWN_TOKENS = 400
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFacts:
+    """What a run is, apart from its settings and memory.
+
+    Attributes:
+      model: architecture, dtype, layer layout in a few words.
+      rows, real_tokens, trained_tokens: of one pass over the data.
+      padded_tokens: positions of one pass that hold no token.
+      truncated, dropped: rows that were cut or left out when they were tokenised.
+      steps: updates of the whole run.
+      steps_per_epoch: updates of one pass.
+    """
+
+    model: str
+    rows: int
+    real_tokens: int
+    trained_tokens: int
+    padded_tokens: int
+    truncated: int
+    dropped: int
+    steps: int
+    steps_per_epoch: int
+
+
+def print_report(
+    console: Console, facts: RunFacts, plan: MemoryPlan, configs: dict[str, Any], batch: Any, tokenizer: Any
+) -> None:
+    """Print everything that is known before step 1.
+
+    Args:
+      configs: name -> frozen dataclass; settings that are at their defaults are listed apart.
+      batch: the first batch, `[micro, batch, seq]` arrays.
+      tokenizer: to decode the example; None shows ids.
+    """
+    trained, frozen = plan.trained_parameters, plan.frozen_parameters
+    share = 100 * trained / max(1, trained + frozen)
+    masked = facts.real_tokens - facts.trained_tokens
+    lines = [
+        f"model          {facts.model}",
+        f"parameters     {trained:,} trained ({share:.2f} %), {frozen:,} frozen",
+        f"tokens         {facts.real_tokens:,} in {facts.rows:,} rows: {facts.trained_tokens:,} in the loss, "
+        f"{masked:,} masked; {facts.padded_tokens:,} padding a pass; {facts.truncated:,} rows truncated, "
+        f"{facts.dropped:,} dropped",
+        f"steps          {facts.steps:,} of {plan.tokens_per_step:,} positions "
+        f"({facts.steps / facts.steps_per_epoch:.2f} passes of {facts.steps_per_epoch:,} steps)",
+        *(line for line in str(plan).splitlines() if not line.startswith(("parameters", "step"))),
+        f"arithmetic     {plan.flops_per_step:.3g} FLOP a full step, memory policy {plan.memory_policy}",
+        f"compiled in    {plan.compile_seconds:.1f} s",
+        *settings_lines(configs),
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(example_text(batch, tokenizer, colour=console.is_terminal), highlight=False, soft_wrap=True)
+
+
+def settings_lines(configs: dict[str, Any]) -> list[str]:
+    """Two lines: the settings that were given, and those left at their defaults."""
+    given, defaults = [], []
+    for name, config in configs.items():
+        for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+            value = getattr(config, field.name)
+            default = (
+                field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+            )
+            (defaults if value == default else given).append(f"{name}.{field.name}={value}")
+    return [f"given          {' '.join(given) or 'nothing'}", f"defaults       {' '.join(defaults)}"]
+
+
+def example_text(batch: Any, tokenizer: Any, *, colour: bool) -> Text:
+    """The first document of the first row, decoded; tokens in the loss green, or between ⟦ ⟧ without colour."""
+    row = {name: np.asarray(values)[0, 0] for name, values in batch.items()}
+    length = int(np.sum(row["segment_ids"] == row["segment_ids"][0]))
+    ids, in_loss = row["input_ids"][:length], row["labels"][:length] != IGNORED
+    text = Text("example        ")
+    text.append("green is in the loss, dim is masked\n" if colour else "⟦in the loss⟧, the rest is masked\n")
+    if length > _SHOWN_TOKENS:
+        # The end of the prompt and the start of the answer say most about a mask.
+        first = int(np.argmax(in_loss)) if in_loss.any() else 0
+        start = max(0, min(first - _SHOWN_TOKENS // 2, length - _SHOWN_TOKENS))
+        text.append(f"({start} tokens before) ")
+        ids, in_loss = ids[start : start + _SHOWN_TOKENS], in_loss[start : start + _SHOWN_TOKENS]
+    boundaries = [0, *(np.flatnonzero(np.diff(in_loss)) + 1).tolist(), len(ids)]
+    for start, end in itertools.pairwise(boundaries):
+        piece = ids[start:end].tolist()
+        decoded = " ".join(map(str, piece)) if tokenizer is None else tokenizer.decode(piece)
+        if not in_loss[start]:
+            text.append(decoded, style="dim")
+        elif colour:
+            text.append(decoded, style="green")
+        else:
+            text.append(f"⟦{decoded}⟧")
+    return text

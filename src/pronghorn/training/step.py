@@ -1,0 +1,236 @@
+"""One training step as one compiled program.
+
+Micro-batches are scanned inside. With S_k the loss sum, n_k the token count and G_k the gradient sum of micro-batch k:
+
+  n = sum n_k        loss = sum S_k / n        g = sum G_k / n        g <- g min(1, max_norm / |g|)
+
+one division, at the end. The global norm is reported before clipping. Where the loss or the norm is not finite the
+update is skipped on the device: weights, moments and schedule stay, and `skipped` counts it.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pronghorn.training.config import TrainConfig
+from pronghorn.training.losses import LossFunction, next_token
+from pronghorn.training.optimizers import init_optimizer, is_stacked, is_variable
+from pronghorn.training.schedules import LearningRate
+
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[["TrainState", Any, Any], tuple["TrainState", Metrics]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a step changes, and all that a checkpoint holds.
+
+    Attributes:
+      step: int32, steps done, skipped ones included. It is the data position too: the next batch is `batch_at(step)`.
+      trainable: the parameters that the optimizer updates (fp32 adapters; fp32 masters or the weights themselves).
+      opt_state: Optax's state, fp32 moments.
+      rng: uint32 key data; a step's dropout key is `fold_in(rng, step)`, so it never changes.
+      skipped: int32, steps whose update was skipped.
+    """
+
+    step: jax.Array
+    trainable: Any
+    opt_state: Any
+    rng: jax.Array
+    skipped: jax.Array
+
+
+def init_state(
+    trainable: Any, optimizer: optax.GradientTransformation, *, seed: int = 0, master_weights: bool = True
+) -> TrainState:
+    """The state before step 1.
+
+    Args:
+      trainable: from `split`.
+      optimizer: from `make_optimizer`, or any Optax transformation without a clipping of its own.
+      seed: of the dropout stream.
+      master_weights: hold 16-bit parameters as fp32; pass `compute_dtypes(trainable)` to `make_train_step` then.
+    """
+    if master_weights:
+        trainable = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), trainable)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        trainable=trainable,
+        opt_state=init_optimizer(optimizer, trainable),
+        rng=jax.random.key_data(jax.random.key(seed)),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def compute_dtypes(trainable: Any) -> Any:
+    """The dtype of each leaf, in the structure of `trainable`: what fp32 masters are cast to once a step."""
+    return jax.tree.map(lambda leaf: jnp.dtype(leaf.dtype), trainable)
+
+
+def make_train_step(
+    graph: Any,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    *,
+    schedule: LearningRate | None = None,
+    dtypes: Any = None,
+    loss_fn: LossFunction | None = None,
+    dropout: bool = True,
+) -> StepFunction:
+    """`step(state, frozen, batch) -> (state, metrics)`, pure: jit it with `donate_argnums=0`.
+
+    Args:
+      graph: the static part that `split` returned.
+      optimizer: an Optax transformation without clipping.
+      config: `max_grad_norm`, `label_smoothing`, `memory_policy`.
+      schedule: only to report `learning_rate`; the optimizer applies its own.
+      dtypes: from `compute_dtypes`, when the state holds fp32 masters of 16-bit weights.
+      loss_fn: `(trainable, frozen, micro_batch, dropout_key) -> (loss sum, {"token_count": ...})`; default next token.
+      dropout: give the loss a dropout key.
+
+    Returns:
+      The step. `batch` is a pytree of `[micro, batch, seq]` arrays. `metrics`: `loss`, `grad_norm` (before clipping),
+      `learning_rate`, fp32; `token_count` of this step, `skipped` so far, int32; `applied`, bool; `leaf_grad_norms`,
+      fp32 `[leaves]`, one entry for each layer of a stacked leaf (see `guards.leaf_names`).
+    """
+    summed_loss = loss_fn or next_token(
+        graph, label_smoothing=config.label_smoothing, memory_policy=config.memory_policy, reduction="sum"
+    )
+
+    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
+        parameters = state.trainable
+        if dtypes is not None:
+            parameters = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), parameters, dtypes)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if dropout else None
+        loss_sum, count, gradient = _sum_over_micro_batches(summed_loss, parameters, frozen, batch, key)
+
+        tokens = jnp.maximum(count, 1).astype(jnp.float32)
+        loss = loss_sum / tokens
+        squares = leaf_square_sums(gradient)
+        grad_norm = jnp.sqrt(jnp.sum(squares)) / tokens
+        applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (count > 0)
+
+        scale = 1.0 / tokens
+        if config.max_grad_norm is not None:
+            scale *= jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
+        gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, gradient)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+
+        # A select, not a branch: it fuses into the update, and the state is donated either way.
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "token_count": count,
+            "applied": applied,
+            "skipped": state.skipped + ~applied,
+            "leaf_grad_norms": jnp.sqrt(squares) / tokens,
+        }
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(state.step - state.skipped)
+        new_state = TrainState(
+            step=state.step + 1,
+            trainable=keep(trainable, state.trainable),
+            opt_state=keep(opt_state, state.opt_state),
+            rng=state.rng,
+            skipped=metrics["skipped"],
+        )
+        return new_state, metrics
+
+    return step
+
+
+def _sum_over_micro_batches(loss_fn: LossFunction, parameters: Any, frozen: Any, batch: Any, key: Any):
+    """Loss sum (fp32), token count (int32) and gradient sum over the leading axis of `batch`.
+
+    More than one micro-batch adds gradients up in fp32; a single one keeps the parameters' dtype and has no scan.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    micro_batches = jax.tree.leaves(batch)[0].shape[0]
+
+    def one(index: Any, micro_batch: Any):
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+        (loss_sum, aux), gradient = value_and_grad(parameters, frozen, micro_batch, micro_key)
+        return loss_sum.astype(jnp.float32), aux["token_count"].astype(jnp.int32), gradient
+
+    if micro_batches == 1:
+        return one(0, jax.tree.map(lambda x: x[0], batch))
+
+    def body(total: Any, indexed: Any):
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, one(*indexed)), None
+
+    zeros = (
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((), jnp.int32),
+        jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), parameters),
+    )
+    total, _ = jax.lax.scan(body, zeros, (jnp.arange(micro_batches), batch))
+    return total
+
+
+def leaf_square_sums(tree: Any) -> jax.Array:
+    """Sum of squares of each leaf in fp32, one entry for each layer of a stacked leaf: `[leaves]`."""
+    sums = []
+    for leaf in jax.tree.leaves(tree, is_leaf=is_variable):
+        array = leaf[...] if is_variable(leaf) else leaf
+        axes = tuple(range(1, array.ndim)) if is_stacked(leaf) else None
+        sums.append(jnp.atleast_1d(jnp.sum(jnp.square(array.astype(jnp.float32)), axis=axes)))
+    return jnp.concatenate(sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step compiled ahead of time, called on flat lists of arrays.
+
+    Flat lists because a tree of NNX variables is flattened in Python, which at several hundred leaves costs more per
+    step than the dispatch itself.
+    """
+
+    executable: Any
+    state_structure: Any
+    seconds: float
+
+    def __call__(self, state_leaves: list[Any], frozen_leaves: list[Any], batch: Any):
+        """(state leaves, which are donated; frozen leaves; batch) -> (state leaves, metrics)."""
+        return self.executable(state_leaves, frozen_leaves, batch)
+
+    def state(self, state_leaves: list[Any]) -> TrainState:
+        """The state that the leaves are of."""
+        return jax.tree.unflatten(self.state_structure, state_leaves)
+
+
+def compile_step(
+    step: StepFunction, state: Any, frozen: Any, batch: Any, *, deterministic: bool = False
+) -> CompiledStep:
+    """Lower and compile `step` for arrays, or `jax.ShapeDtypeStruct`s, of these shapes; nothing is run."""
+    state_leaves, state_structure = jax.tree.flatten(state)
+    frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
+
+    def flat_step(state_leaves: list[Any], frozen_leaves: list[Any], batch: Any):
+        new_state, metrics = step(
+            jax.tree.unflatten(state_structure, state_leaves),
+            jax.tree.unflatten(frozen_structure, frozen_leaves),
+            batch,
+        )
+        return jax.tree.leaves(new_state), metrics
+
+    options = {"xla_gpu_deterministic_ops": True} if deterministic else None
+    start = time.perf_counter()
+    lowered = jax.jit(flat_step, donate_argnums=0).lower(
+        *jax.tree.map(_abstract, (state_leaves, frozen_leaves, batch))
+    )
+    executable = lowered.compile(compiler_options=options)
+    return CompiledStep(executable, state_structure, time.perf_counter() - start)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -1,0 +1,496 @@
+"""`Trainer`: the loop around the compiled step, and everything a run promises its user.
+
+One step is compiled ahead of time; its memory is reported before it runs. The loop only picks the next batch, calls
+the program and hands metrics on; it waits for the device where a number must be looked at (the first batch's
+gradients, an evaluation, a checkpoint) and nowhere else.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pronghorn.data import DataConfig, Loader, TokenizedDataset, load_rows, tokenize_rows
+from pronghorn.errors import InputError, RunError
+from pronghorn.lora import split
+from pronghorn.training import memory_plan, report, run_folder
+from pronghorn.training.checkpoints import CheckpointWriter, check_free_space, check_settings, restore
+from pronghorn.training.config import TrainConfig
+from pronghorn.training.flops import count_flops, device_peak_flops
+from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
+from pronghorn.training.interruption import Interruption
+from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, peak_device_bytes
+from pronghorn.training.optimizers import make_optimizer
+from pronghorn.training.schedules import make_schedule
+from pronghorn.training.step import TrainState, compile_step, compute_dtypes, make_train_step
+
+# An adapter's A has a gradient once its B has moved; with a warm-up that takes two updates. Ten is patience enough.
+_GUARDED_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss: nats a token over `token_count` trained tokens, after `step` updates."""
+
+    step: int
+    loss: float
+    token_count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+      steps: updates made since step 0, those before a resume included; skipped ones count.
+      losses, grad_norms: of each step of this call, in order; norms before clipping.
+      grad_norm_min: the smallest of them that is finite.
+      final_loss: the last of `losses`.
+      skipped: steps of the whole run whose update was not finite and left out.
+      tokens_per_second: real tokens, padding not counted, from the second step of this call on, without evaluations.
+      compile_seconds: of the training step.
+      peak_device_bytes: what the device reports for this process; where it reports nothing (CPU), the plan's.
+      planned_device_bytes, planned_host_bytes: from the compiled step, before step 1.
+      evaluations: every evaluation of this call.
+      output_dir: the run's folder.
+      interrupted: stopped by a signal or `stop_after`, with a checkpoint to resume from.
+      resumed_from: step that this call began at; 0 for a new run.
+    """
+
+    steps: int
+    losses: list[float]
+    grad_norms: list[float]
+    grad_norm_min: float
+    final_loss: float
+    skipped: int
+    tokens_per_second: float
+    compile_seconds: float
+    peak_device_bytes: int
+    planned_device_bytes: int
+    planned_host_bytes: int
+    evaluations: list[Evaluation]
+    output_dir: str
+    interrupted: bool
+    resumed_from: int
+
+
+class Trainer:
+    """Fine-tunes a model: its adapters where it has any, every weight where it has none.
+
+    Example:
+      >>> trainer = ph.Trainer(model, tokenizer, "rows.jsonl", ph.TrainConfig(max_steps=60))
+      >>> trainer.train().final_loss
+
+    Args:
+      model: a Decoder. While `train` runs, its trainable leaves belong to the trainer (their buffers are reused by the
+        step); when it returns or raises, they are the trained ones.
+      tokenizer: of the model; None is fine for a dataset that is tokenised already.
+      dataset: a path or hub name, rows, or a `TokenizedDataset`.
+      config: how to train.
+      data: how rows become tokens and batches.
+      eval_dataset: held-out rows, in the same forms as `dataset`; None takes `data.eval_path` where that is set.
+
+    Raises:
+      InputError: for data or settings that cannot be used.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        dataset: Any,
+        config: TrainConfig | None = None,
+        *,
+        data: DataConfig | None = None,
+        eval_dataset: Any = None,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config or TrainConfig()
+        self.data = data or DataConfig()
+        if eval_dataset is None:
+            eval_dataset = self.data.eval_path
+        self.dataset = self._tokenized(dataset, self.data.split, "dataset")
+        self.eval_dataset = (
+            None if eval_dataset is None else self._tokenized(eval_dataset, None, "eval_dataset")
+        )
+        self.loader = Loader(
+            self.dataset,
+            batch_size=self.config.batch_size,
+            micro_batches=self.config.gradient_accumulation,
+            max_length=self.data.max_length,
+            packing=self.data.packing,
+            seed=self.data.seed,
+        )
+        self.total_steps = self.config.total_steps(len(self.loader))
+        self._evaluation: Any = None
+        self._eval_loader: Any = None
+
+    def _tokenized(self, dataset: Any, part: str | None, what: str) -> TokenizedDataset:
+        if not isinstance(dataset, TokenizedDataset):
+            if self.tokenizer is None:
+                raise InputError(f"{what}: rows need a tokenizer, and the model's folder has none.")
+            dataset = tokenize_rows(load_rows(dataset, part), self.tokenizer, self.data)
+        if dataset.stats.trained_tokens == 0:
+            raise InputError(
+                f"{what}: no token of its {dataset.stats.rows} rows is in the loss, so nothing would be learned; "
+                "look at data.format and data.loss_on."
+            )
+        return dataset
+
+    def evaluate(self) -> Evaluation:
+        """Loss on the held-out rows with the model as it is, weighted by token, without dropout.
+
+        Raises:
+          InputError: there are no held-out rows.
+        """
+        _, trainable, frozen = split(self.model)
+        return self._evaluate(trainable, frozen, step=0)
+
+    def train(self, resume: bool | str = False, *, stop_after: int | None = None) -> TrainResult:
+        """Run, or go on with, the training run in `config.output_dir`.
+
+        SIGTERM and Ctrl-C finish the step, save a checkpoint and return a result with `interrupted` set.
+
+        Args:
+          resume: go on from the newest complete checkpoint; the continued run is bit-exact with one that was never
+            interrupted. "auto" starts anew where there is none. `config.resume` does the same.
+          stop_after: stop and save after so many steps of this call, as a signal would (for time-limited machines).
+
+        Raises:
+          InputError: the folder holds another run, or the checkpoint is of another run.
+          RunError: a trainable leaf without a gradient, too many skipped steps, no room on the disk.
+        """
+        return _Run(self, resume or self.config.resume, stop_after).result()
+
+    def _evaluate(self, trainable: Any, frozen: Any, *, step: int) -> Evaluation:
+        compiled = self._compiled_evaluation(trainable, frozen)
+        if compiled is None:
+            raise InputError("eval_dataset: there are no held-out rows; give eval_dataset or data.eval_path.")
+        sums = [
+            compiled(trainable, frozen, self._eval_loader.batch_at(index))
+            for index in range(len(self._eval_loader))
+        ]
+        losses, counts = zip(*jax.device_get(sums), strict=True)
+        # In fp64: the sum over a whole set has more digits than fp32.
+        tokens = int(np.sum(counts, dtype=np.int64))
+        return Evaluation(step, float(np.sum(losses, dtype=np.float64)) / max(1, tokens), tokens)
+
+    def _compiled_evaluation(self, trainable: Any, frozen: Any) -> Any:
+        if self.eval_dataset is None:
+            return None
+        if self._evaluation is None:
+            graph, _, _ = split(self.model)
+            rows = self.config.eval_batch_size or self.config.batch_size
+            self._eval_loader = Loader(
+                self.eval_dataset,
+                batch_size=rows,
+                micro_batches=1,
+                max_length=self.data.max_length,
+                packing=self.data.packing,
+                seed=self.data.seed,
+                shuffle=False,
+            )
+            self._evaluation = memory_plan.compile_evaluation(
+                graph, trainable, frozen, rows, self.data.max_length
+            )
+        return self._evaluation
+
+
+class _Run:
+    """One call of `Trainer.train`."""
+
+    def __init__(self, trainer: Trainer, resume: bool | str, stop_after: int | None):
+        self.trainer, self.config = trainer, trainer.config
+        self.total = trainer.total_steps
+        self.folder = Path(self.config.output_dir)
+        self.stop_after = stop_after
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.evaluations: list[Evaluation] = []
+        self.skipped = 0
+        self.streak = SkippedStreak(self.config.max_skipped_streak)
+        self.step_seconds = self.step_tokens = 0.0
+        self.lap = time.perf_counter()
+        self._prepare(resume)
+
+    def _prepare(self, resume: bool | str) -> None:
+        trainer, config = self.trainer, self.config
+        if config.compile_cache is not None:
+            jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+        checkpoint = run_folder.open_run_folder(
+            self.folder, resume=resume, overwrite=config.overwrite, say=lambda text: print(text)
+        )
+        model = trainer.model
+        self.graph, trainable, self.frozen = split(model)
+        self.settings = run_folder.run_settings(
+            model,
+            config,
+            trainer.data,
+            dataset_hash(trainer.dataset),
+            self.total,
+            full=not jax.tree.leaves(self.frozen),
+        )
+        if checkpoint is not None:
+            check_settings(checkpoint, self.settings)
+        self.names = leaf_names(trainable, model)
+        self.dtypes = compute_dtypes(trainable)
+        optimizer = make_optimizer(config, self.total)
+        step = make_train_step(
+            self.graph,
+            optimizer,
+            config,
+            schedule=make_schedule(config, self.total),
+            dtypes=self.dtypes,
+        )
+        abstract = jax.eval_shape(
+            lambda leaves: memory_plan.start_state(leaves, optimizer, config), trainable
+        )
+        batch = trainer.loader.batch_at(0)
+        self.frozen_leaves = jax.tree.leaves(self.frozen)
+        self.compiled = compile_step(step, abstract, self.frozen, batch, deterministic=config.deterministic)
+        self.plan = memory_plan.plan_from_compiled(
+            model.config,
+            self.compiled.executable,
+            abstract,
+            trainable,
+            self.frozen,
+            batch["input_ids"].shape,
+            memory_policy=config.memory_policy,
+            compile_seconds=self.compiled.seconds,
+            evaluation=trainer._compiled_evaluation(trainable, self.frozen),
+        )
+        if config.save_every is not None:
+            # The newest is written before the oldest goes.
+            check_free_space(self.folder, self.plan.checkpoint * min(config.keep_checkpoints + 1, self.total))
+        self.flops = count_flops(model.config, trainable, self.frozen)
+        self.trainable, self.optimizer, self.abstract, self.checkpoint = trainable, optimizer, abstract, checkpoint
+        self.start = self.step = 0 if checkpoint is None else checkpoint.step
+        self.leaves: list[Any] = []
+
+    def _start(self) -> None:
+        """Make or read the state. From here to `_return_leaves` the model has no trainable leaves of its own."""
+        if self.checkpoint is not None:
+            state = restore(self.checkpoint, self.abstract)
+        elif jax.tree.leaves(self.frozen):
+            # An adapter is small: copied, so that nobody else's reference to its arrays dies with the donation.
+            trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
+            state = memory_plan.start_state(trainable, self.optimizer, self.config)
+        else:
+            state = memory_plan.start_state(self.trainable, self.optimizer, self.config)
+        self.leaves = jax.tree.leaves(state)
+        self.skipped = int(state.skipped)
+        if not jax.tree.leaves(self.frozen):
+            # Every weight has a new place; the old one would cost the memory of the model once more.
+            kept = {id(leaf) for leaf in self.leaves}
+            for leaf in jax.tree.leaves(self.trainable):
+                if id(leaf) not in kept:
+                    leaf.delete()
+
+    def result(self) -> TrainResult:
+        trainer, config = self.trainer, self.config
+        run_folder.write_config(
+            self.folder,
+            {
+                "train": config,
+                "data": trainer.data,
+                "model": trainer.model.config,
+                "adapter": trainer.model.adapter,
+                "settings that must match": self.settings,
+                "plan": self.plan,
+            },
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._return_leaves)
+            self._start()
+            self.progress = Progress(self.total, done=self.start, log_every=config.log_every)
+            stack.callback(self.progress.close)
+            self._print_report()
+            self.records = JsonLines(self.folder / run_folder.METRICS, keep_through=self.start)
+            stack.callback(self.records.close)
+            self.board = None
+            if config.tensorboard:
+                self.board = TensorBoard(self.folder / "tensorboard", purge_step=self.start + 1)
+                stack.callback(self.board.close)
+            self.writer = stack.enter_context(
+                CheckpointWriter(self.folder / run_folder.CHECKPOINTS, keep=config.keep_checkpoints)
+            )
+            stop = stack.enter_context(Interruption())
+            interrupted = self._loop(stop)
+        return self._summary(interrupted)
+
+    def _loop(self, stop: Interruption) -> bool:
+        """Steps until the end or an interruption; returns whether it was interrupted."""
+        config = self.config
+        last = self.total if self.stop_after is None else min(self.total, self.start + self.stop_after)
+        buffer = MetricsBuffer(config.log_every)
+        self.lap = time.perf_counter()
+        for host, device in self._steps(last, stop):
+            buffer.add(host, device)
+            step, at_end = host["step"], host["step"] == self.total
+            evaluate = self.trainer.eval_dataset is not None and (
+                at_end or (config.eval_every is not None and step % config.eval_every == 0)
+            )
+            save = config.save_every is not None and (at_end or step % config.save_every == 0)
+            # Nothing is saved before its step's numbers have been looked at.
+            self._record(buffer.ready(everything=evaluate or save or at_end or step == self.start + 1))
+            if step == self.start + 1 and step < last:
+                self.step_seconds = self.step_tokens = 0.0  # the first step warms libraries up
+            if evaluate:
+                self._evaluate()
+            if save:
+                self._save()
+        self._record(buffer.ready(everything=True))
+        interrupted = self.step < self.total
+        if interrupted:
+            self._save()
+            self.writer.wait()
+            why = stop.requested or f"stop_after={self.stop_after}"
+            self.progress.say(
+                f"stopped by {why} after step {self.step} of {self.total}, saved in {self.folder / 'checkpoints'}; "
+                "go on with train.resume=true."
+            )
+        return interrupted
+
+    def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Dispatch step after step; yields what the host knows of each, and its metrics on the device."""
+        guarded = True
+        while self.step < last and stop.requested is None:
+            batch = self.trainer.loader.batch_at(self.step)
+            excused = excused_leaves(self._state().trainable, self.names) if guarded else set()
+            self.leaves, metrics = self.compiled(self.leaves, self.frozen_leaves, batch)
+            self.step += 1
+            leaf_grad_norms = metrics.pop("leaf_grad_norms")
+            if guarded:
+                check_leaf_gradients(self.names, leaf_grad_norms, excused, step=self.step)
+                guarded = bool(excused) and self.step - self.start < _GUARDED_STEPS
+            real = np.asarray(batch["segment_ids"]) > 0
+            host = {
+                "step": self.step,
+                "real_tokens": int(real.sum()),
+                "flops": self.flops.of_batch(batch["positions"], real),
+            }
+            yield host, metrics
+
+    def _state(self) -> TrainState:
+        return self.compiled.state(self.leaves)
+
+    def _record(self, records: list[dict[str, Any]]) -> None:
+        """Write, show and check the records of finished steps."""
+        if not records:
+            return
+        now = time.perf_counter()
+        seconds, self.lap = now - self.lap, now
+        tokens = sum(record["real_tokens"] for record in records)
+        self.step_seconds += seconds
+        self.step_tokens += tokens
+        flops = sum(record.pop("flops") for record in records)
+        peak = device_peak_flops(jax.devices()[0].device_kind)
+        speed: dict[str, Any] = {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / len(records),
+        }
+        if peak is not None:
+            speed["mfu"] = flops / seconds / peak
+        in_use = peak_device_bytes()
+        if in_use is not None:
+            speed["peak_device_bytes"] = in_use
+        for record in records:
+            applied = record.pop("applied")
+            record |= speed
+            self.losses.append(record["loss"])
+            self.grad_norms.append(record["grad_norm"])
+            self.skipped = record["skipped"]
+            self.records.write(record)
+            if self.board is not None:
+                self.board.write(record, "train")
+            self.progress.step(record)
+            self.streak.see(record["step"], applied=applied, token_count=record["token_count"])
+        self.records.flush()
+
+    def _evaluate(self) -> None:
+        trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
+        evaluation = self.trainer._evaluate(trainable, self.frozen, step=self.step)
+        self.evaluations.append(evaluation)
+        record = {"step": self.step, "eval_loss": evaluation.loss, "eval_token_count": evaluation.token_count}
+        self.records.write(record)
+        self.records.flush()
+        if self.board is not None:
+            self.board.write(record, "eval")
+        self.progress.say(
+            f"step {self.step}: held-out loss {evaluation.loss:.4f} ({evaluation.token_count:,} tokens)"
+        )
+        self.lap = time.perf_counter()
+
+    def _save(self) -> None:
+        self.writer.save(self._state(), step=self.step, metadata={"settings": self.settings})
+        self.lap = time.perf_counter()
+
+    def _return_leaves(self) -> None:
+        """Give the model the trained leaves, in the dtypes it had."""
+        if not self.leaves or any(leaf.is_deleted() for leaf in self.leaves):
+            return  # the step itself failed: its donated state is gone, and the error on its way says why
+        trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
+        nnx.update(self.trainer.model, trainable)
+
+    def _print_report(self) -> None:
+        trainer, stats, model = self.trainer, self.trainer.dataset.stats, self.trainer.model
+        shape = model.config
+        layout = "scanned" if any(segment.stacked for segment in model.segments) else "unrolled"
+        per_epoch = len(trainer.loader)
+        facts = report.RunFacts(
+            model=f"{shape.family}, {shape.num_layers} layers ({layout}), hidden {shape.hidden_size}, {model.dtype}",
+            rows=stats.rows,
+            real_tokens=stats.real_tokens,
+            trained_tokens=stats.trained_tokens,
+            padded_tokens=per_epoch * self.plan.tokens_per_step - stats.real_tokens,
+            truncated=stats.truncated,
+            dropped=stats.dropped,
+            steps=self.total,
+            steps_per_epoch=per_epoch,
+        )
+        if self.start:
+            self.progress.say(f"resumed after step {self.start} of {self.total}")
+        report.print_report(
+            self.progress.console,
+            facts,
+            self.plan,
+            {"train": self.config, "data": trainer.data, "adapter": model.adapter},
+            trainer.loader.batch_at(0),
+            trainer.tokenizer,
+        )
+
+    def _summary(self, interrupted: bool) -> TrainResult:
+        finite = [norm for norm in self.grad_norms if np.isfinite(norm)]
+        if not self.losses:
+            raise RunError(
+                f"{self.folder}: the run has all its {self.total} steps already; nothing was trained."
+            )
+        return TrainResult(
+            steps=self.step,
+            losses=self.losses,
+            grad_norms=self.grad_norms,
+            grad_norm_min=min(finite, default=float("nan")),
+            final_loss=self.losses[-1],
+            skipped=self.skipped,
+            tokens_per_second=self.step_tokens / max(self.step_seconds, 1e-9),
+            compile_seconds=self.compiled.seconds,
+            peak_device_bytes=peak_device_bytes() or self.plan.peak_device_bytes,
+            planned_device_bytes=self.plan.peak_device_bytes,
+            planned_host_bytes=self.plan.peak_host_bytes,
+            evaluations=self.evaluations,
+            output_dir=str(self.folder),
+            interrupted=interrupted,
+            resumed_from=self.start,
+        )
+
+
+def dataset_hash(dataset: TokenizedDataset) -> str:
+    """What identifies the tokens and labels of a dataset."""
+    raise NotImplementedError
