@@ -21,7 +21,9 @@ def value_and_gradients(function, arguments, cotangent):
         outputs, pullback = jax.vjp(function, *arguments)
         return outputs, pullback(cotangent)
 
-    return jax.jit(run)(tuple(arguments), cotangent)
+    # Interpreted kernels run once here and take long to compile: spare the compiler its passes.
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(run, compiler_options=quick)(tuple(arguments), cotangent)
 
 
 def assert_matches_oracle(op, oracle, arguments, cotangent, dtype, names):

@@ -14,6 +14,7 @@ from pronghorn.pallas_kernels.lora_linear import lora_linear, lora_linear_refere
 from tests.pallas_kernels.comparison import (
     DTYPES,
     assert_matches_oracle,
+    equations,
     gradient,
     normal,
     saved_shapes,
@@ -80,7 +81,9 @@ def test_without_an_adapter_is_a_plain_linear_layer():
     x, weight, _, _, bias = arguments(ODD)
     op, reference = (lambda x, w, b, f=f: f(x, w, bias=b) for f in (hand, oracle))
     cotangent = normal(5, (ODD.rows, ODD.outputs))
-    assert_matches_oracle(op, reference, (x, weight, bias), cotangent, "float32", ("y", "dx", "dweight", "dbias"))
+    assert_matches_oracle(
+        op, reference, (x, weight, bias), cotangent, "float32", ("y", "dx", "dweight", "dbias")
+    )
     assert_close(hand(x, weight), x @ weight.T)
 
 
@@ -163,8 +166,8 @@ def test_each_argument_can_be_trained_alone(trained):
 def test_quantised_weight_matches_its_dense_twin(dtype):
     x, _, a, b, _ = arguments(ODD, dtype)
     weight = int8_weight(ODD)
-    op = lambda x, a, b: hand(x, weight, a, b)
-    reference = lambda x, a, b: oracle(x, weight.dequantize(), a, b)
+    dense = weight.dequantize()
+    op, reference = (lambda x, a, b, f=f, w=w: f(x, w, a, b) for f, w in ((hand, weight), (oracle, dense)))
     cotangent = normal(5, (ODD.rows, ODD.outputs), dtype)
     assert_matches_oracle(op, reference, (x, a, b), cotangent, dtype, ("y", "dx", "dlora_a", "dlora_b"))
 
@@ -177,12 +180,13 @@ def test_quantised_weight_is_saved_as_codes():
     assert [leaf.dtype for leaf in saved] == [jnp.int8]
 
 
-def test_quantised_weight_is_dequantised_again_in_backward():
-    """The compiler must not keep the forward's dense weight alive: both conversions stay in the program."""
+def test_quantised_weight_passes_a_barrier_before_backward():
+    """Without it the compiler would keep the forward's dense weight alive instead of dequantising again."""
     x, _, a, b, _ = arguments(ODD)
-    step = jax.jit(lambda x, a, b, weight: gradient(lambda x: jnp.tanh(hand(x, weight, a, b)))(x))
-    compiled = step.lower(x, a, b, int8_weight(ODD)).compile().as_text()
-    assert sum(" convert(" in line and "f32[11,37]" in line for line in compiled.splitlines()) == 2
+    weight = int8_weight(ODD)
+    program = equations(gradient(lambda x: hand(x, weight, a, b)), x)
+    barriers = [e for e in program if e.primitive.name == "optimization_barrier"]
+    assert [any(v.aval.dtype == jnp.int8 for v in e.invars) for e in barriers] == [True]
 
 
 def test_training_a_quantised_weight_is_refused():
@@ -280,3 +284,11 @@ def test_matches_oracle_on_a_gpu(shape, dtype):
 @pytest.mark.parametrize("rows", shapes.EDGE_ROWS)
 def test_matches_oracle_on_a_gpu_with_few_rows(rows, dtype):
     assert_shape_matches(shapes.LinearShape("", rows, 576, 1536, 16), dtype)
+
+
+@pytest.mark.gpu
+def test_quantised_weight_is_dequantised_again_in_backward_on_a_gpu():
+    x, _, a, b, _ = arguments(ODD)
+    step = jax.jit(lambda x, a, b, weight: gradient(lambda x: jnp.tanh(hand(x, weight, a, b)))(x))
+    compiled = step.lower(x, a, b, int8_weight(ODD)).compile().as_text()
+    assert sum(" convert(" in line and "f32[11,37]" in line for line in compiled.splitlines()) == 2

@@ -22,7 +22,7 @@ from tests.pallas_kernels.comparison import (
 from tests.tolerances import assert_close
 
 NAMES = ("q", "k", "dq", "dk")
-kernel = functools.partial(apply_rope, implementation="pallas")
+kernel = jax.jit(functools.partial(apply_rope, implementation="pallas"))
 ODD = shapes.SMALL_ROPE[3]
 
 
@@ -44,10 +44,14 @@ def assert_shape_matches(shape, dtype):
     assert_matches_oracle(op, oracle, heads, cotangent, dtype, NAMES)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", shapes.SMALL_ROPE, ids=lambda s: s.name)
-def test_matches_oracle(shape, dtype):
-    assert_shape_matches(shape, dtype)
+def test_matches_oracle(shape):
+    assert_shape_matches(shape, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_matches_oracle_in_half_precision(dtype):
+    assert_shape_matches(ODD, dtype)
 
 
 def test_oracle_is_the_rotation_of_complex_pairs():
@@ -97,7 +101,7 @@ def test_one_row_of_angles_serves_the_batch():
 
 
 def test_scan_checkpoint_and_vmap_keep_the_gradient():
-    (q, k), angles = arguments(ODD)
+    (q, k), angles = arguments(shapes.SMALL_ROPE[2])
 
     def turns(op, q, k):
         each = jax.vmap(lambda q, k: op(q, k, *angles))

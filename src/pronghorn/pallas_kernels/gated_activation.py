@@ -86,12 +86,13 @@ def gated_activation_reference(
     gate: jax.Array, up: jax.Array, *, activation: Activation = "silu"
 ) -> jax.Array:
     """The oracle of `gated_activation`, in plain jax.numpy."""
-    functions = {
-        "silu": jax.nn.silu,
-        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-        "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    }
-    return (functions[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(gate.dtype)
+    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+    f = (
+        jax.nn.silu(gate32)
+        if activation == "silu"
+        else jax.nn.gelu(gate32, approximate=activation == "gelu_tanh")
+    )
+    return (f * up32).astype(gate.dtype)
 
 
 def normal_cdf_and_pdf(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,9 +187,7 @@ def _gated_activation_forward(gate, up, activation):
 
 def _gated_activation_backward(activation, saved, dout):
     # Each program reads its elements before it writes them, so the gradients take the memory of what was saved.
-    return _launch(
-        _backward_kernel, "gated_activation_backward", (dout, *saved), 2, activation, {1: 0, 2: 1}
-    )
+    return _launch(_backward_kernel, "gated_activation_backward", (dout, *saved), 2, activation, {1: 0, 2: 1})
 
 
 _gated_activation.defvjp(_gated_activation_forward, _gated_activation_backward)

@@ -82,7 +82,7 @@ def resolve(
 
 def on_gpu() -> bool:
     """Whether arrays land on a GPU by default (`jax.default_device` counts, committed arguments do not)."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]  # options are attributes made at run time
     platform = getattr(device, "platform", device) or jax.default_backend()
     return platform in ("gpu", "cuda", "rocm")
 
@@ -173,5 +173,5 @@ def next_power_of_2(n: int) -> int:
 
 
 def warps_for(elements: int, *, per_thread: int = 32, most: int = 16) -> int:
-    """Warps for a program that holds `elements` values: a power of two from 1 to `most`, about `per_thread` a thread."""
+    """Warps for a program that holds `elements` values, about `per_thread` a thread: a power of two up to `most`."""
     return max(1, min(most, next_power_of_2(cdiv(elements, 32 * per_thread))))

@@ -187,7 +187,9 @@ def _lora_linear_forward(x, weight, lora_a, lora_b, bias, key, scale, rate):
         (x, weight, lora_a, lora_b, bias, key)
     )
     if "weight" in wanted and _is_quantized(weight):
-        raise InputError("lora_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit.")
+        raise InputError(
+            "lora_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit."
+        )
     saved: dict[str, Any] = {}
     if wanted & {"weight", "lora_a"}:
         saved["x"] = x = checkpoint_name(x, "lora_linear_input")

@@ -91,7 +91,9 @@ def _forward_kernel(x_ref, weight_ref, y_ref, *inverse_rms_ref, eps, weight_offs
         triton.store(inverse_rms_ref[0].at[rows], inverse_rms, mask=rows < x_ref.shape[0])
 
 
-def _backward_kernel(dy_ref, x_ref, inverse_rms_ref, weight_ref, *out_refs, wanted, weight_offset, block, programs):
+def _backward_kernel(
+    dy_ref, x_ref, inverse_rms_ref, weight_ref, *out_refs, wanted, weight_offset, block, programs
+):
     out = dict(zip(wanted, out_refs, strict=True))
     num_rows, width = x_ref.shape
     program = pl.program_id(0)

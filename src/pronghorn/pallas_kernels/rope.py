@@ -64,7 +64,12 @@ def _check_shapes(q, k, cos, sin):
         raise InputError(
             f"apply_rope: q {q.shape} and k {k.shape} must be [batch, seq, heads, head_dim], alike but for the heads."
         )
-    if cos.shape != sin.shape or cos.ndim != 3 or cos.shape[0] not in (1, q.shape[0]) or cos.shape[1] != q.shape[1]:
+    if (
+        cos.shape != sin.shape
+        or cos.ndim != 3
+        or cos.shape[0] not in (1, q.shape[0])
+        or cos.shape[1] != q.shape[1]
+    ):
         raise InputError(
             f"apply_rope: cos {cos.shape} and sin {sin.shape} must be [batch, seq, rotated / 2] for q {q.shape}."
         )

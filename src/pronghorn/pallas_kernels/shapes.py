@@ -59,7 +59,7 @@ LARGE_GATED_ACTIVATION = tuple(RowShape(model.name, TOKENS, model.ffn) for model
 
 
 class RopeShape(NamedTuple):
-    """apply_rope: q [batch, seq, num_heads, head_dim], k [.., num_kv_heads, ..], cos and sin [batch, seq, rotated/2]."""
+    """apply_rope: q [batch, seq, num_heads, head_dim], k [.., num_kv_heads, ..], cos, sin [batch, seq, rotated/2]."""
 
     name: str
     batch: int

@@ -1,0 +1,26 @@
+"""The hot operations, one a file: formula, oracle, Pallas kernel, and a gradient derived by hand.
+
+Usable alone: nothing here knows of models. `kernels("xla")` as a context runs the oracles instead. A name below is the
+function; its module of the same name is reached with `from pronghorn.pallas_kernels.rms_norm import ...`.
+"""
+
+from pronghorn.pallas_kernels.cross_entropy import cross_entropy
+from pronghorn.pallas_kernels.flash_attention import flash_attention
+from pronghorn.pallas_kernels.gated_activation import gated_activation
+from pronghorn.pallas_kernels.launch import kernels
+from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
+from pronghorn.pallas_kernels.lora_linear import lora_linear
+from pronghorn.pallas_kernels.rms_norm import rms_norm
+from pronghorn.pallas_kernels.rope import apply_rope
+
+__all__ = [
+    "apply_rope",
+    "cross_entropy",
+    "flash_attention",
+    "gated_activation",
+    "kernels",
+    "linear_cross_entropy",
+    "linear_token_losses",
+    "lora_linear",
+    "rms_norm",
+]
