@@ -1,0 +1,418 @@
+"""The head and its cross entropy by tiles: against the oracle with all logits, and what it must not compute or hold."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import linear_cross_entropy as op
+from pronghorn.pallas_kernels.linear_cross_entropy import (
+    default_tile_rows,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    linear_token_losses,
+)
+from tests.lowering import lower_for_h100
+from tests.tolerances import assert_close
+
+IGNORE = -100
+EVERYTHING = {"lora_scale": 0.5, "label_smoothing": 0.1, "softcap": 15.0, "logit_scale": 0.7}
+
+
+def _example(rows=67, vocab_size=1003, width=24, rank=4, dtype="float32", seed=0):
+    """(all arrays that have a gradient, labels with every third row ignored)."""
+    keys = iter(jax.random.split(jax.random.key(seed), 8))
+    normal = jax.random.normal
+    arrays = {
+        "hidden": normal(next(keys), (rows, width)).astype(dtype),
+        "weight": normal(next(keys), (vocab_size, width)).astype(dtype),
+        "bias": normal(next(keys), (vocab_size,)).astype(dtype),
+        "lora_a": normal(next(keys), (rank, width)) / width**0.5,
+        "lora_b": normal(next(keys), (vocab_size, rank)),
+        "token_weights": jax.random.uniform(next(keys), (rows,)),
+    }
+    return arrays, jax.random.randint(next(keys), (rows,), 0, vocab_size).at[2::3].set(IGNORE)
+
+
+def _value_and_gradients(arrays, labels, names=None, function=linear_cross_entropy, **options):
+    """(loss, gradients of the arrays named, by default all), compiled together."""
+    chosen = {name: arrays[name] for name in names or arrays}
+    loss = lambda chosen: function(labels=labels, **{**arrays, **chosen}, **options)  # noqa: E731
+    return jax.jit(jax.value_and_grad(loss))(chosen)
+
+
+def _check_against_oracle(arrays, labels, *, names=None, implementation="pallas", tile_rows=16, **options):
+    loss, gradients = _value_and_gradients(
+        arrays, labels, names, implementation=implementation, tile_rows=tile_rows, **options
+    )
+    expected_loss, expected = _value_and_gradients(
+        arrays, labels, names, linear_cross_entropy_reference, **options
+    )
+    assert_close(loss, expected_loss, what="loss", dtype=arrays["hidden"].dtype)
+    for name in gradients:
+        assert gradients[name].dtype == arrays[name].dtype
+        assert_close(gradients[name], expected[name], what=name, dtype=arrays["hidden"].dtype)
+
+
+def _frozen(arrays, *names):
+    return {name: value for name, value in arrays.items() if name in ("hidden", "weight", *names)}
+
+
+def _avals(jaxpr):
+    """Every value a jaxpr computes, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for inner in jaxprs_in_params(equation.params):
+            yield from _avals(inner)
+
+
+# --------------------------------------------------------------------------------------------------------- numerics
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_loss_and_every_gradient_equal_the_oracle(implementation):
+    _check_against_oracle(*_example(), implementation=implementation, **EVERYTHING)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_gradients_equal_the_oracle(dtype):
+    _check_against_oracle(*_example(dtype=dtype), lora_scale=0.5)
+
+
+def test_fewer_rows_than_a_tile():
+    arrays, labels = _example(1)
+    _check_against_oracle(_frozen(arrays), labels)
+
+
+@pytest.mark.parametrize("vocab_size", [128256, 151936])
+def test_vocabularies_of_real_models(vocab_size):
+    arrays, labels = _example(3, vocab_size, width=4)
+    _check_against_oracle(_frozen(arrays), labels, names=["hidden"], tile_rows=2)
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_a_loss_of_nearly_zero_keeps_its_relative_precision(implementation):
+    """A margin of 20 nats, where lse − z_y rounds to zero in fp32; gradients against fp64 too."""
+    vocab_size, labels = 37, jnp.array([5, 9])
+    hidden = jnp.eye(2, 3)
+    weight = 0.1 * jax.random.normal(jax.random.key(3), (vocab_size, 3)).at[5, 0].set(200).at[9, 1].set(200)
+    loss, gradients = _value_and_gradients(
+        {"hidden": hidden, "weight": weight}, labels, implementation=implementation
+    )
+    z = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64).T
+    odds = np.exp(z - z[[0, 1], labels][:, None])
+    odds[[0, 1], labels] = 0.0
+    total = odds.sum(1, keepdims=True)
+    g = odds / (1 + total)
+    g[[0, 1], labels] = -(total / (1 + total))[:, 0]
+    assert 0 < np.log1p(total).sum() < 1e-6
+    assert_close(loss, np.log1p(total).sum(), what="loss")
+    assert_close(gradients["weight"], g.T @ np.asarray(hidden, np.float64), what="weight")
+    assert_close(gradients["hidden"], g @ np.asarray(weight, np.float64), what="hidden")
+
+
+def test_fp16_gradients_survive_small_token_weights():
+    """Weights of 1/8192 put most of the logits' gradient below fp16's smallest number."""
+    arrays, labels = _example(dtype="float16")
+
+    @jax.jit
+    def gradients(token_weights):
+        def loss(hidden, weight):
+            return linear_cross_entropy(hidden, weight, labels, token_weights=token_weights)
+
+        return jax.grad(loss, (0, 1))(arrays["hidden"], arrays["weight"])
+
+    for small, unit in zip(gradients(jnp.full((67,), 2.0**-13)), gradients(jnp.ones((67,))), strict=True):
+        # One rounding of the result to fp16, whose spacing near zero is 2⁻²⁴; nothing is lost before it.
+        difference = np.abs(np.asarray(small, np.float64) - np.asarray(unit, np.float64) / 2**13)
+        assert np.max(difference) <= 2.0**-24 + 2.0**-11 * np.max(np.abs(small))
+
+
+def test_token_losses_are_the_rows_of_the_sum():
+    arrays, labels = _example()
+    options = {**EVERYTHING, "tile_rows": 16, "implementation": "pallas"}
+    token_weights = arrays.pop("token_weights")
+    losses = jax.jit(functools.partial(linear_token_losses, **options))(labels=labels, **arrays)
+    total = jax.jit(functools.partial(linear_cross_entropy, **options))(
+        labels=labels, token_weights=token_weights, **arrays
+    )
+    assert losses.shape == labels.shape and losses.dtype == jnp.float32
+    assert np.all(np.asarray(losses)[2::3] == 0.0)
+    assert_close(jnp.sum(losses * token_weights), total)
+
+
+def test_the_loss_does_not_depend_on_the_tile():
+    arrays, labels = _example()
+    results = [_value_and_gradients(arrays, labels, tile_rows=rows, implementation="xla") for rows in (8, 64)]
+    jax.tree.map(assert_close, *results)
+
+
+# ------------------------------------------------------------------------------------------------- rows that are not
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_all_labels_ignored_give_zero_and_zero_gradients(implementation):
+    arrays, labels = _example(5)
+    loss, gradients = _value_and_gradients(
+        arrays, jnp.full_like(labels, IGNORE), implementation=implementation, **EVERYTHING
+    )
+    assert loss == 0.0
+    for name, gradient in gradients.items():
+        assert np.all(np.asarray(gradient) == 0.0), name
+
+
+def test_one_row_that_counts_among_ignored_ones_equals_that_row_alone():
+    arrays, labels = _example(20)
+    arrays = _frozen(arrays)
+    one = jnp.full_like(labels, IGNORE).at[13].set(7)
+    loss, gradients = _value_and_gradients(arrays, one, tile_rows=8, implementation="pallas")
+    alone = {**arrays, "hidden": arrays["hidden"][13:14]}
+    expected_loss, expected = _value_and_gradients(alone, one[13:14], implementation="xla")
+    assert_close(loss, expected_loss)
+    assert_close(gradients["weight"], expected["weight"])
+    assert_close(gradients["hidden"][13], expected["hidden"][0])
+    assert not np.any(np.delete(np.asarray(gradients["hidden"]), 13, axis=0))
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_ignored_rows_are_never_multiplied(implementation):
+    """Their hidden states are NaN, which any product would spread over the gradient of the weight."""
+    arrays, labels = _example(20)
+    arrays["hidden"] = arrays["hidden"].at[2::3].set(jnp.nan)
+    arrays["token_weights"] = arrays["token_weights"].at[2::3].set(jnp.nan)
+    result = _value_and_gradients(arrays, labels, tile_rows=8, implementation=implementation)
+    for leaf in jax.tree.leaves(result):
+        assert np.all(np.isfinite(leaf))
+
+
+def test_the_number_of_tiles_follows_from_the_rows_that_count(monkeypatch):
+    arrays, labels = _example(64)
+    weight, counted = arrays["weight"], []
+
+    def counting(static, head, hidden, *rest):
+        jax.debug.callback(lambda: counted.append(1))
+        return original(static, head, hidden, *rest)
+
+    original = op._tile_gradients
+    monkeypatch.setattr(op, "_tile_gradients", counting)
+    gradient = jax.jit(
+        jax.grad(lambda hidden, labels: linear_cross_entropy(hidden, weight, labels, tile_rows=8))
+    )
+    for valid, tiles in [(64, 8), (17, 3), (8, 1), (0, 0)]:
+        counted.clear()
+        some = jnp.where(jnp.arange(64) < valid, jnp.abs(labels) % 1003, IGNORE)[::-1]
+        jax.block_until_ready(gradient(arrays["hidden"], some))
+        jax.effects_barrier()
+        assert len(counted) == tiles
+
+
+def test_a_label_outside_the_vocabulary_is_nan_in_its_row_only():
+    arrays, _ = _example(4, 301)
+    labels = jnp.array([4, 301, -1, 300])
+    loss, gradients = _value_and_gradients(
+        _frozen(arrays), labels, ["hidden"], tile_rows=4, implementation="pallas"
+    )
+    assert np.isnan(loss)
+    assert np.array_equal(np.isnan(gradients["hidden"]).any(1), [False, True, True, False])
+
+
+def test_no_rows_give_a_loss_of_zero():
+    arrays, labels = _example(0)
+    loss, gradients = _value_and_gradients(arrays, labels)
+    assert loss == 0.0 and not np.any(gradients["weight"])
+
+
+# ------------------------------------------------------------------------------------- what is not computed, not held
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_frozen_weight_gets_no_cotangent(checkpointed):
+    """No fp32 value of the weight's shape anywhere in the program, which has one where the weight is trained."""
+    arrays, labels = _example(dtype="bfloat16")
+
+    def shapes(*names):
+        def loss(chosen):
+            def call(chosen):
+                return linear_cross_entropy(
+                    labels=labels, **{**_frozen(arrays, "lora_a", "lora_b"), **chosen}
+                )
+
+            return (jax.checkpoint(call) if checkpointed else call)(chosen)
+
+        jaxpr = jax.make_jaxpr(jax.jit(jax.grad(loss)))({name: arrays[name] for name in names})
+        return {(aval.shape, str(aval.dtype)) for aval in _avals(jaxpr.jaxpr)}
+
+    weight, lora_a, lora_b = ((1003, 24), "float32"), ((4, 24), "float32"), ((1003, 4), "float32")
+    assert {weight, lora_a, lora_b}.isdisjoint(shapes("hidden"))
+    assert {lora_a, lora_b} <= shapes("hidden", "lora_a", "lora_b")
+    assert weight in shapes("hidden", "weight")
+
+
+def test_a_loss_without_a_gradient_computes_no_gradient():
+    arrays, labels = _example(dtype="bfloat16")
+    loss = lambda arrays: linear_cross_entropy(labels=labels, **arrays)  # noqa: E731
+
+    def shapes(function):
+        jaxpr = jax.make_jaxpr(function)(_frozen(arrays)).jaxpr
+        return {(aval.shape, str(aval.dtype)) for aval in _avals(jaxpr)}
+
+    assert ((67, 24), "bfloat16") not in shapes(loss)
+    assert ((67, 24), "bfloat16") in shapes(jax.grad(loss))
+
+
+class _Quantized:
+    """A weight of one scale a row, as the library's quantised arrays look from here."""
+
+    def __init__(self, codes, scales):
+        self.codes, self.scales, self.shape = codes, scales, codes.shape
+
+    def dequantize(self):
+        return self.codes.astype(jnp.float32) * self.scales[:, None]
+
+
+def test_a_quantised_weight_is_dequantised_and_frozen():
+    arrays, labels = _example()
+    codes, scales = jnp.round(10 * arrays["weight"]).astype(jnp.int8), jnp.full((1003,), 0.1)
+
+    def loss(hidden, scales):
+        return linear_cross_entropy(hidden, _Quantized(codes, scales), labels)
+
+    gradient, scale_gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(arrays["hidden"], scales)
+    dense = {"hidden": arrays["hidden"], "weight": codes * 0.1}
+    assert_close(gradient, _value_and_gradients(dense, labels, ["hidden"])[1]["hidden"])
+    assert not np.any(scale_gradient)
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_no_program_holds_the_logits_of_all_rows(implementation):
+    rows, vocab_size, tile_rows = 512, 1003, 8
+    arrays, labels = _example(rows, vocab_size, width=8)
+
+    def loss(arrays, function, **options):
+        return function(labels=labels, **arrays, **options)
+
+    def largest(function, **options):
+        gradient = jax.jit(jax.grad(functools.partial(loss, function=function, **options)))
+        values = max(aval.size for aval in _avals(jax.make_jaxpr(gradient)(arrays).jaxpr))
+        return values, gradient.lower(arrays).compile().memory_analysis().temp_size_in_bytes
+
+    values, temporary = largest(linear_cross_entropy, tile_rows=tile_rows, implementation=implementation)
+    assert values < rows * vocab_size / 10 and temporary < rows * vocab_size * 4 / 2
+    if implementation == "pallas":
+        return
+    values, temporary = largest(linear_cross_entropy_reference)  # and the measure sees them where they are
+    assert values >= rows * vocab_size and temporary >= rows * vocab_size * 4
+
+
+def test_the_default_tile_stays_within_its_budget():
+    for vocab_size in (1003, 49152, 128256, 262144):
+        rows = default_tile_rows(10**6, vocab_size)
+        assert rows >= 8 and rows % 8 == 0 and rows * vocab_size * 4 <= op.TILE_BYTES_CPU
+    assert default_tile_rows(67, 1003) == 72
+
+
+# ------------------------------------------------------------------------------------------------------ transformations
+
+
+def test_the_sum_over_micro_batches_under_scan_and_checkpoint_equals_one_batch():
+    arrays, labels = _example(60)
+    arrays = _frozen(arrays, "lora_a", "lora_b")
+    others = {name: value for name, value in arrays.items() if name != "hidden"}
+
+    def micro(others, hidden, labels):
+        return linear_cross_entropy(hidden, labels=labels, tile_rows=8, implementation="pallas", **others)
+
+    @jax.jit
+    def scanned(others):
+        def body(carry, batch):
+            value = jax.value_and_grad(jax.checkpoint(micro))(others, *batch)
+            return jax.tree.map(jnp.add, carry, value), None
+
+        start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, others))
+        batches = (arrays["hidden"].reshape(4, 15, -1), labels.reshape(4, 15))
+        return jax.lax.scan(body, start, batches)[0]
+
+    expected = _value_and_gradients(arrays, labels, list(others), implementation="xla")
+    jax.tree.map(assert_close, scanned(others), expected)
+
+
+def test_the_upstream_factor_scales_every_gradient():
+    arrays, labels = _example(9)
+    loss, gradients = _value_and_gradients(arrays, labels)
+    third = lambda **arguments: jnp.square(linear_cross_entropy(**arguments)) / 3  # noqa: E731
+    _, scaled = _value_and_gradients(arrays, labels, function=third)
+    jax.tree.map(lambda a, b: assert_close(a, b * (2 * loss / 3)), scaled, gradients)
+
+
+def test_bad_arguments_are_refused_in_words():
+    arrays, labels = _example(4, 9, width=3, rank=2)
+    for change in [
+        {"labels": labels[:3]},
+        {"labels": labels.astype(jnp.float32)},
+        {"hidden": arrays["hidden"][:, :2]},
+        {"hidden": arrays["hidden"][None]},
+        {"bias": arrays["bias"][:5]},
+        {"lora_a": None},
+        {"lora_b": arrays["lora_b"][:, :1]},
+        {"token_weights": arrays["token_weights"][:1]},
+        {"label_smoothing": -0.1},
+        {"tile_rows": 0},
+    ]:
+        with pytest.raises(InputError):
+            linear_cross_entropy(**{**arrays, "labels": labels, **change})
+
+
+# ------------------------------------------------------------------------------------------------------------- the GPU
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"), [(128256, "bfloat16"), (151936, "float32"), (1003, "float16")]
+)
+def test_lowers_for_an_h100(vocab_size, dtype):
+    def gradient(hidden, weight, labels):
+        def loss(hidden):
+            return linear_cross_entropy(
+                hidden, weight, labels, tile_rows=1024, softcap=30.0, implementation="pallas"
+            )
+
+        return jax.grad(loss)(hidden), linear_token_losses(hidden, weight, labels, implementation="pallas")
+
+    shape = jax.ShapeDtypeStruct
+    text = lower_for_h100(
+        gradient, shape((4096, 2048), dtype), shape((vocab_size, 2048), dtype), shape((4096,), jnp.int32)
+    )
+    assert "cross_entropy_loss_and_gradient" in text and "cross_entropy_forward" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("vocab_size", [128256, 151936, 49152, 100003, 1003])
+def test_on_a_gpu_every_gradient_equals_the_oracle(vocab_size, dtype):
+    arrays, labels = _example(203, vocab_size, width=64, dtype=dtype)
+    arrays["weight"] = arrays["weight"] / 8
+    _check_against_oracle(arrays, labels, tile_rows=64, **EVERYTHING)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_two_runs_are_equal_bit_for_bit():
+    arrays, labels = _example(203, 49152, width=64, dtype="bfloat16")
+    first, second = (_value_and_gradients(arrays, labels, tile_rows=64) for _ in range(2))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), first, second)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_default_tile_keeps_memory_far_below_all_logits():
+    rows, vocab_size, width = 8192, 128256, 256
+    shape = jax.ShapeDtypeStruct
+    loss = lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)  # noqa: E731
+    compiled = jax.jit(jax.grad(loss)).lower(
+        shape((rows, width), jnp.bfloat16),
+        shape((vocab_size, width), jnp.bfloat16),
+        shape((rows,), jnp.int32),
+    )
+    # An fp32 tile, its bf16 gradient, and little else; all logits would be 4.2 GB in fp32 alone.
+    assert compiled.compile().memory_analysis().temp_size_in_bytes < 2 * op.TILE_BYTES_GPU
