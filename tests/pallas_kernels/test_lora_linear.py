@@ -147,6 +147,20 @@ def test_frozen_layer_does_not_save_x():
     assert x.shape not in saved and (ODD.rows, ODD.rank) not in saved
 
 
+def test_layers_that_share_an_input_save_it_once():
+    width, depth = ODD.inputs, 4
+    x, weight = normal(0, (ODD.rows, width)), normal(1, (width, width))
+    stacks = normal(2, (depth, 3, width)), normal(3, (depth, width, 3))
+
+    def two_in_each_layer(x, a, b):
+        def step(x, adapter):
+            return hand(x, weight, *adapter) + hand(x, weight, *adapter, scale=0.5), None
+
+        return jax.lax.scan(step, x, (a, b))[0]
+
+    assert saved_shapes(two_in_each_layer, x, *stacks).count((depth, *x.shape)) == 1
+
+
 @pytest.mark.parametrize("trained", [(0,), (1,), (2,), (3,), (4,), (2, 3), (0, 4)])
 def test_each_argument_can_be_trained_alone(trained):
     inputs, cotangent = arguments(ODD), normal(5, (ODD.rows, ODD.outputs))

@@ -87,6 +87,11 @@ def on_gpu() -> bool:
     return platform in ("gpu", "cuda", "rocm")
 
 
+def interpreting() -> bool:
+    """Whether a kernel traced now is interpreted: a kernel with inline PTX needs its plain twin there."""
+    return not on_gpu() if _interpret.value is None else bool(_interpret.value)
+
+
 def pallas_call(
     kernel: Callable[..., None],
     *,
@@ -113,9 +118,7 @@ def pallas_call(
     """
     from jax.experimental.pallas import triton
 
-    interpreted = _interpret.value
-    if interpreted is None:
-        interpreted = not on_gpu()
+    interpreted = interpreting()
     if not interpreted:
         # Deprecated since jax 0.11, and still the only portable way to Triton: the README says so. The warning comes
         # while the caller's program is lowered, long after this call: only a standing filter reaches it.

@@ -14,9 +14,10 @@ fp32. They are left to XLA, and through it to cuBLAS: a kernel of our own reache
 added in cuBLAS's epilogue. So this op launches no kernel: "pallas" names the hand gradient, which is the default on
 every device, a CPU included, since what it saves does not depend on the device. "xla" is the oracle under autodiff.
 
-Saved: X only where A or W is trained; T (r numbers a token) where B is, since reading X again costs more than keeping
-1/256 of it. Both carry names for `jax.checkpoint` policies, "lora_linear_input" and "lora_linear_rank". A quantised
-weight is dequantised again in backward; the mask is drawn again from its key.
+Saved: X only where A or W is trained; T (r numbers a token, named "lora_linear_rank" for `jax.checkpoint` policies)
+where B is, since reading X again costs more than keeping 1/256 of it. X is saved as the very array that came in, so
+that layers which share it (q, k, v; gate, up) save it once: a name is for whoever made it to give. A quantised weight
+is dequantised again in backward; the mask is drawn again from its key.
 
 Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685; dropout on the adapter's input as in PEFT.
 """
@@ -190,14 +191,13 @@ def _lora_linear_forward(x, weight, lora_a, lora_b, bias, key, scale, rate):
         raise InputError(
             "lora_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit."
         )
-    saved: dict[str, Any] = {}
+    # Arguments are saved as the very objects that came in, which jax recognises: one copy, whoever else saves them.
+    saved = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias, "key": key}
     if wanted & {"weight", "lora_a"}:
-        saved["x"] = x = checkpoint_name(x, "lora_linear_input")
+        saved["x"] = x
     y, t = _compute(x, weight, lora_a, lora_b, bias, key, scale, rate)
     if "lora_b" in wanted:
         saved["t"] = checkpoint_name(t, "lora_linear_rank")
-    # Parameters are saved as the very objects that came in, which jax recognises and does not copy.
-    saved |= {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias, "key": key}
     return y, (saved, launch.Static((wanted, x.dtype)))
 
 

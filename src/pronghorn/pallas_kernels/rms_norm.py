@@ -9,7 +9,7 @@ With r = 1 / sqrt(mean(x²) + eps) per row, x̂ = x r and g = weight + weight_of
 Everything is computed in fp32 and rounded once. Backward reads x and dy once and writes dx; each program adds up its
 own rows of dg, and the partial sums, one row a program, are added outside: no atomics, so a rerun is bit-exact.
 
-Saved: x and r (one fp32 a row), named "rms_norm_input" and "rms_norm_inverse_rms" for `jax.checkpoint` policies.
+Saved: x itself and r (one fp32 a row), named "rms_norm_inverse_rms" for `jax.checkpoint` policies.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4, https://arxiv.org/abs/1910.07467.
 """
 
@@ -157,7 +157,7 @@ def _rms_norm(x, weight, eps, weight_offset):
 
 def _rms_norm_forward(x, weight, eps, weight_offset):
     wanted = tuple(name for name, p in (("x", x), ("weight", weight)) if p.perturbed)
-    x = checkpoint_name(x.value, "rms_norm_input")
+    x = x.value
     y, inverse_rms = _forward(x, weight.value, eps, weight_offset, save_inverse_rms=True)
     inverse_rms = checkpoint_name(inverse_rms, "rms_norm_inverse_rms")
     return y, (x, inverse_rms, weight.value, launch.Static(wanted))
