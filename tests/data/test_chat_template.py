@@ -1,6 +1,7 @@
 """Rendering equals transformers' byte for byte, and a hostile template ends soon, in words."""
 
 import time
+import types
 
 import pytest
 from hypothesis import given, settings
@@ -77,7 +78,7 @@ def test_any_text_renders_as_in_transformers(contents, name):
         "{{ messages[0].content | upper | replace('WHAT', 'why') | title }}",
         "{{ messages | map(attribute='role') | join(', ') }}{{ ', '.join(messages | map(attribute='role') | list) }}",
         "{{ messages | tojson(indent=2) }}{{ messages | tojson(sort_keys=true, separators=(',', ':')) }}",
-        "{% for m in messages if m.role != 'user' %}{{ loop.index }}/{{ loop.length }}{{ m.content | trim }}{% endfor %}",
+        "{% for m in messages if m.role != 'user' %}{{ loop.index }}/{{ loop.length }}{{ m.content }}{% endfor %}",
         "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.role }}{% endfor %}",
         "{% macro show(m, n=1) %}{{ m.role * n }}{% endmacro %}{{ show(messages[0]) }}{{ show(messages[1], n=3) }}",
         "{% set ns = namespace(a=[], t='') %}{% for m in messages %}{% set ns.a = ns.a + [m.role] %}"
@@ -94,7 +95,7 @@ def test_any_text_renders_as_in_transformers(contents, name):
         "{{ [3, 1, 2] | sort | join('-') }}{{ [1, 2, 3] | sum }}{{ ['b', 'a'] | unique | list }}{{ 3.456 | round(1) }}",
         "{{ 'a b' | indent(4, first=true) }}{{ range(3) | list }}{{ 'abc' in messages[0].content }}{{ '<&>' | e }}",
         "{{- '  \n' -}}\n  {%- if true %}\n  a\n  {%- endif %}\n  {# comment #}\n  b\n",
-        "{{ strftime_now('%Y') }}{{ bos_token }}{{ messages[0].content is string }}{{ [1, 2, 3, 4] | batch(2) | list }}",
+        "{{ strftime_now('%Y') }}{{ bos_token }}{{ messages is string }}{{ [1, 2, 3, 4] | batch(2) | list }}",
     ],
 )
 def test_constructs_render_as_in_transformers(source):
@@ -125,7 +126,11 @@ def test_one_moment_for_all_rows():
     assert template.render([USER]) == "26 Jul 2024"
 
 
-_BOMB = "{{% set ns = namespace(x={start}) %}}{{% for i in range(200) %}}{{% set ns.x = {step} %}}{{% endfor %}}{{{{ {end} }}}}"
+_BOMB = (
+    "{{% set ns = namespace(x={start}) %}}{{% for i in range(200) %}}{{% set ns.x = {step} %}}{{% endfor %}}"
+    "{{{{ {end} }}}}"
+)
+_DEEP = "{{% set ns = namespace(x=1) %}}{{% for i in range(99999) %}}{{% set ns.x = {} %}}{{% endfor %}}{{{{ {} }}}}"
 HOSTILE = {
     "huge range": "{% for i in range(10**9) %}x{% endfor %}",
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -181,8 +186,8 @@ HOSTILE = {
     "dict from keys": _BOMB.format(start="1", step="dict.fromkeys(['a', 'b'], ns.x)", end="ns.x"),
     "batch": _BOMB.format(start="1", step="[1] | batch(3, ns.x) | list", end="ns.x"),
     "slice": _BOMB.format(start="1", step="[1] | slice(3, ns.x) | list", end="ns.x"),
-    "deep list": "{% set ns = namespace(x=1) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
-    "deep tuple": "{% set ns = namespace(x=1) %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {ns.x: 1} }}",
+    "deep list": _DEEP.format("[ns.x]", "ns.x"),
+    "deep tuple": _DEEP.format("(ns.x,)", "{ns.x: 1}"),
     "width of center": "{{ 'a'.center(10**9) }}",
     "width of zfill": "{{ 'a'.zfill(10**9) }}",
     "width of expandtabs": "{{ '\t'.expandtabs(10**9) }}",
@@ -218,13 +223,13 @@ HOSTILE = {
     "deep loops": "{% for x in [1] %}" * 60 + "{% endfor %}" * 60,
     "too long": "x" * 10**6,
     "too many parts": "{{x}}" * 25000,
-    "many comparisons": _BOMB.format(
-        start="[1] * 1000", step="ns.x", end="[0" + " , ns.x == messages" * 900 + "] | length * 'x' * 99999"
-    ),
+    "many comparisons": "{% set a = [[1] * 900] * 300 %}{% set b = [[1] * 900] * 300 %}{{ ["
+    + "a == b, " * 600
+    + "] }}",
     "exception": "{{ raise_exception('no ' * 10**5) }}",
     "division by zero": "{{ 1 // 0 }}",
     "undefined": "{{ messages[0].nothing.at_all }}",
-    "number too long to print": "{% set ns = namespace(x=10) %}{% for i in range(10) %}{% set ns.x = ns.x ** 4 %}{% endfor %}{{ ns.x }}",
+    "growing number": _BOMB.format(start="10", step="(ns.x * 7 + 1) % 10**2400", end="ns.x * ns.x"),
 }
 
 
@@ -275,16 +280,11 @@ def test_template_may_come_from_a_file(tmp_path, tokenizer):
 
 
 def test_named_templates_choose_tool_use_for_tools():
-    class Named:
-        chat_template = {"default": "d", "tool_use": "t"}
-
-    assert template_source(Named()) == "d"
-    assert template_source(Named(), tools=True) == "t"
+    named = types.SimpleNamespace(chat_template={"default": "d", "tool_use": "t"})
+    assert template_source(named) == "d"
+    assert template_source(named, tools=True) == "t"
 
 
 def test_no_template_is_told_with_the_cure():
-    class Bare:
-        chat_template = None
-
     with pytest.raises(InputError, match=r"data\.chat_template"):
-        template_source(Bare())
+        template_source(types.SimpleNamespace(chat_template=None))

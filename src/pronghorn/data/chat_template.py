@@ -200,7 +200,7 @@ def _characters(value: Any) -> int:
 def _reason(error: Exception) -> str:
     """One line about an error from inside a template, without the text of the rows."""
     if isinstance(error, RecursionError):
-        return "it calls itself without end"
+        return "it is nested too deeply or calls itself without end"
     if isinstance(error, LimitError | InputError):
         return str(error)
     if isinstance(error, MemoryError):

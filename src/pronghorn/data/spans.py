@@ -4,8 +4,8 @@ For turn i of messages m, with E = render(m[:i+1]) and P = render(m[:i], add_gen
 
 * if the text of the whole conversation starts with E, the turn is what E has beyond P: the content, thinking and
   calls as the template writes them, and the end-of-turn token;
-* if P is no beginning of E (templates without a generation prompt), the turn begins where a placeholder stands when it
-  takes the place of the content;
+* if P is no beginning of E, or the template has no generation prompt, the turn begins where a placeholder stands when
+  it takes the place of the content (white space in front of it belongs to the turn if nothing else does);
 * if the whole text does not start with E (templates that rewrite history, such as Qwen3's which drops old thoughts),
   the turn is what differs when the whole conversation is rendered with a placeholder in that turn; both sides must
   agree to the byte, or the row is refused.
@@ -93,15 +93,18 @@ class TurnFinder:
 
     def _start(self, messages: Messages, i: int, ended: str, tools: Messages | None) -> int:
         before = messages[:i]
-        if self._has_prompt and before:
-            prompt = self.template.render(before, tools=tools, add_generation_prompt=True)
-            if ended.startswith(prompt):
-                return len(prompt)
+        prompt = self.template.render(before, tools=tools, add_generation_prompt=True) if before else None
+        if prompt is not None and not ended.startswith(prompt):
+            prompt = None
+        if prompt is not None and self._has_prompt:
+            return len(prompt)
         placeholder = _placeholder(ended)
         marked = self.template.render([*before, {"role": "assistant", "content": placeholder}], tools=tools)
         start = marked.find(placeholder)
         if start < 0 or ended[:start] != marked[:start]:
             raise InputError(f"chat template: where message {i + 1} begins cannot be told; {_CURE}")
+        if prompt is not None and ended[len(prompt) : start].isspace():
+            return len(prompt)  # as in "[INST] question [/INST] answer": the space is the model's to write
         return start
 
     def _rewritten_turn(self, messages: Messages, i: int, text: str, tools: Messages | None) -> Span:

@@ -21,7 +21,7 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from string import Formatter
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import nodes, pass_context
 from jinja2.exceptions import SecurityError
@@ -214,7 +214,8 @@ class GuardNodes(NodeTransformer):
         tick = nodes.ExprStmt(self.guard.call_method("tick"), lineno=node.lineno)
         node.body.insert(0, tick)
         if node.test is not None:  # "for x in y if test": turns that are skipped take time too
-            node.test = self.guard.call_method("tick", [node.test], lineno=node.lineno)
+            test: nodes.Expr = node.test  # type: ignore[assignment]
+            node.test = self.guard.call_method("tick", [test], lineno=node.lineno)
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
@@ -273,7 +274,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             name: self._guarded(self.filters[name], _BOUNDED_FILTERS.get(name)) for name in _FILTERS
         }
         self.filters["tojson"] = functools.partial(_tojson, self)
-        self.tests = {name: self._guarded(test) for name, test in self.tests.items()}
+        self.tests = {name: self._guarded(cast(Callable, test)) for name, test in self.tests.items()}
         self.globals.pop("lipsum")
         self.globals["dict"] = SafeDict()
         self.globals["namespace"] = SafeNamespace
