@@ -305,4 +305,4 @@ def test_quantised_weight_is_dequantised_again_in_backward_on_a_gpu():
     x, _, a, b, _ = arguments(ODD)
     step = jax.jit(lambda x, a, b, weight: gradient(lambda x: jnp.tanh(hand(x, weight, a, b)))(x))
     compiled = step.lower(x, a, b, int8_weight(ODD)).compile().as_text()
-    assert sum(" convert(" in line and "f32[11,37]" in line for line in compiled.splitlines()) == 2
+    assert sum(" convert(" in line and "f32[11,37]" in line for line in compiled.splitlines()) >= 2
