@@ -104,7 +104,7 @@ def linear_cross_entropy(
     Raises:
       InputError: shapes that do not match, labels that are no integers, an option out of range.
     """
-    head = Head(hidden, _dense(weight), bias, lora_a, lora_b, token_weights)
+    head = _head(hidden, weight, bias, lora_a, lora_b, token_weights)
     options = LossOptions(label_smoothing, softcap, logit_scale)
     static = _prepare(head, labels, options, lora_scale, ignore_index, tile_rows, implementation)
     return _loss_sum(static, head, labels)
@@ -130,7 +130,7 @@ def linear_token_losses(
 
     Arguments and errors are those of `linear_cross_entropy`. It has no gradient: asking for one is an error of JAX's.
     """
-    head = Head(hidden, _dense(weight), bias, lora_a, lora_b, None)
+    head = _head(hidden, weight, bias, lora_a, lora_b)
     options = LossOptions(label_smoothing, softcap, logit_scale)
     static = _prepare(head, labels, options, lora_scale, ignore_index, tile_rows, implementation)
     return _tiles(static, head, labels, _NOTHING)[0]
@@ -159,7 +159,8 @@ def linear_cross_entropy_reference(
     logit_scale: float = 1.0,
 ) -> jax.Array:
     """The oracle: all logits at once, differentiated by JAX."""
-    logits = _logits(Head(hidden, _dense(weight), bias, lora_a, lora_b, None), hidden, lora_scale)
+    head = _head(hidden, weight, bias, lora_a, lora_b)
+    logits = _logits(head, head.hidden, lora_scale)
     options = LossOptions(label_smoothing, softcap, logit_scale)
     losses = cross_entropy_reference(logits, labels, ignore_index=ignore_index, options=options)
     return jnp.sum(
@@ -167,8 +168,12 @@ def linear_cross_entropy_reference(
     )
 
 
-def _dense(weight: Any) -> jax.Array:
-    return lax.stop_gradient(weight.dequantize()) if hasattr(weight, "dequantize") else weight
+def _head(hidden, weight, bias, lora_a, lora_b, token_weights=None) -> Head:
+    """The arguments as arrays; a quantised weight dequantised, without a gradient."""
+    if hasattr(weight, "dequantize"):
+        weight = lax.stop_gradient(weight.dequantize())
+    leaves = (hidden, weight, bias, lora_a, lora_b, token_weights)
+    return Head(*(None if leaf is None else jnp.asarray(leaf) for leaf in leaves))
 
 
 def _prepare(
