@@ -21,7 +21,7 @@ def small_config(**changes) -> DecoderConfig:
         "vocab_size": VOCAB,
         "hidden_size": 24,
         "intermediate_size": 40,
-        "num_layers": 2,
+        "num_layers": 1,
         "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 6,
@@ -31,15 +31,19 @@ def small_config(**changes) -> DecoderConfig:
     return DecoderConfig(**fields | changes)
 
 
-def small_model(*, rank=3, dtype=jnp.float32, layers="unrolled", targets="all-linear", dropout=0.0, **changes):
-    """A random decoder; `rank=None` leaves it without adapters. Adapters start with B away from zero."""
+def small_model(
+    *, rank=3, dtype=jnp.float32, layers="unrolled", targets=("q_proj", "down_proj"), dropout=0.0, **changes
+):
+    """A random decoder with small adapters; `rank=None` leaves it without."""
     model = Decoder(small_config(**changes), dtype=dtype, layers=layers, rngs=nnx.Rngs(1))
     if rank is None:
         return model
     return add_lora(model, LoRAConfig(rank=rank, alpha=2 * rank, targets=targets, dropout=dropout))
 
 
-def random_batch(micro: int, rows: int, length: int, *, seed: int = 0, trained: float = 0.7) -> dict[str, np.ndarray]:
+def random_batch(
+    micro: int, rows: int, length: int, *, seed: int = 0, trained: float = 0.7
+) -> dict[str, np.ndarray]:
     """Packed rows of two documents and padding at the end; the number of trained tokens differs from row to row."""
     random = np.random.default_rng(seed)
     shape = (micro, rows, length)
@@ -49,8 +53,14 @@ def random_batch(micro: int, rows: int, length: int, *, seed: int = 0, trained: 
         first, end = int(random.integers(2, length - 3)), int(random.integers(length - 3, length + 1))
         segment_ids[index][:first], segment_ids[index][first:end] = 1, 2
         positions[index][:first], positions[index][first:end] = np.arange(first), np.arange(end - first)
-    labels = np.where((segment_ids > 0) & (random.random(shape) < trained), ids, losses.IGNORED).astype(np.int32)
+    labels = np.where((segment_ids > 0) & (random.random(shape) < trained), ids, losses.IGNORED).astype(
+        np.int32
+    )
     return {"input_ids": ids, "labels": labels, "segment_ids": segment_ids, "positions": positions}
+
+
+# LLVM's optimisations take most of a tiny program's compile time and none of its meaning.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
 
 
 def make_step(graph, trainable, config=None, *, optimizer=None, total_steps=20, **options):
@@ -62,7 +72,7 @@ def make_step(graph, trainable, config=None, *, optimizer=None, total_steps=20, 
         graph, optimizer, config, schedule=make_schedule(config, total_steps), dtypes=dtypes, **options
     )
     state = init_state(trainable, optimizer, seed=config.seed, master_weights=config.master_weights)
-    return jax.jit(step), state
+    return jax.jit(step, compiler_options=QUICK_COMPILE), state
 
 
 def same_leaves(one, other) -> bool:

@@ -6,7 +6,7 @@ dA = s (dY B)ᵀ X = 0, and with A = 0 (embeddings) that of B; such a leaf is lo
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -105,9 +105,16 @@ def _listed(names: list[str], total: int) -> str:
 
 @dataclasses.dataclass
 class SkippedStreak:
-    """Counts steps in a row whose update was skipped, and stops the run at `limit` of them."""
+    """Counts steps in a row whose update was skipped, and stops the run at `limit` of them.
+
+    Attributes:
+      limit: how many in a row are too many.
+      rows_of: names the rows of a step (counted from 1), for the message.
+      steps: the streak so far.
+    """
 
     limit: int
+    rows_of: Callable[[int], list[str]]
     steps: list[int] = dataclasses.field(default_factory=list)
 
     def see(self, step: int, *, applied: bool, token_count: int) -> None:
@@ -124,7 +131,12 @@ class SkippedStreak:
             why = (
                 "had no trained token" if token_count == 0 else "had a loss or a gradient that is not finite"
             )
+            rows = self.rows_of(self.steps[0])
+            shown = ", ".join(rows[:_NAMED]) + (
+                f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else ""
+            )
             raise RunError(
                 f"steps {self.steps[0]} to {step} {why} (train.max_skipped_streak={self.limit}); the weights are as "
-                f"they were before step {self.steps[0]}: look at those batches, or lower train.learning_rate."
+                f"they were before step {self.steps[0]}, whose rows are {shown}: look at them, or lower "
+                "train.learning_rate."
             )

@@ -18,7 +18,7 @@ from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, 
 
 IGNORED = -100
 
-Batch = Mapping[str, jax.typing.ArrayLike]
+Batch = Mapping[str, Any]
 LossFunction = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 

@@ -31,10 +31,10 @@ class MetricsBuffer:
 
     def __init__(self, log_every: int):
         self._log_every = log_every
-        self._waiting: deque[tuple[dict[str, Any], dict[str, jax.Array]]] = deque()
+        self._waiting: deque[tuple[dict[str, Any], dict[str, Any]]] = deque()
         self._fetched_at = time.perf_counter()
 
-    def add(self, host: dict[str, Any], device: dict[str, jax.Array]) -> None:
+    def add(self, host: dict[str, Any], device: dict[str, Any]) -> None:
         """One step: what the host knows of it, and its metrics on the device."""
         self._waiting.append((host, device))
 

@@ -60,5 +60,5 @@ def is_variable(leaf: Any) -> bool:
 
 def is_stacked(leaf: Any) -> bool:
     """Whether a leaf holds the weights of several layers, `[layers, ...]`."""
-    axes = leaf.get_metadata().get("logical_axes") if is_variable(leaf) else None
-    return bool(axes) and axes[0] == "layers"
+    axes: tuple[str, ...] = leaf.get_metadata().get("logical_axes", ()) if is_variable(leaf) else ()
+    return axes[:1] == ("layers",)

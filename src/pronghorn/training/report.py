@@ -1,14 +1,13 @@
 """What is printed before step 1: parameters, tokens, memory, arithmetic, every setting, one example with its mask."""
 
 import dataclasses
-import itertools
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from pronghorn.training.losses import IGNORED
+from pronghorn.data.preview import pieces, visible
+from pronghorn.data.tokenization import TokenizedDataset
 from pronghorn.training.memory_plan import MemoryPlan
 
 _SHOWN_TOKENS = 400
@@ -39,14 +38,13 @@ class RunFacts:
 
 
 def print_report(
-    console: Console, facts: RunFacts, plan: MemoryPlan, configs: dict[str, Any], batch: Any, tokenizer: Any
+    console: Console, facts: RunFacts, plan: MemoryPlan, configs: dict[str, Any], example: Text
 ) -> None:
     """Print everything that is known before step 1.
 
     Args:
       configs: name -> frozen dataclass; settings that are at their defaults are listed apart.
-      batch: the first batch, `[micro, batch, seq]` arrays.
-      tokenizer: to decode the example; None shows ids.
+      example: from `example_text`.
     """
     trained, frozen = plan.trained_parameters, plan.frozen_parameters
     share = 100 * trained / max(1, trained + frozen)
@@ -66,12 +64,13 @@ def print_report(
     ]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(example_text(batch, tokenizer, colour=console.is_terminal), highlight=False, soft_wrap=True)
+    console.print(example, highlight=False, soft_wrap=True)
 
 
 def settings_lines(configs: dict[str, Any]) -> list[str]:
     """Two lines: the settings that were given, and those left at their defaults."""
-    given, defaults = [], []
+    given: list[str] = []
+    defaults: list[str] = []
     for name, config in configs.items():
         for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
             value = getattr(config, field.name)
@@ -82,27 +81,22 @@ def settings_lines(configs: dict[str, Any]) -> list[str]:
     return [f"given          {' '.join(given) or 'nothing'}", f"defaults       {' '.join(defaults)}"]
 
 
-def example_text(batch: Any, tokenizer: Any, *, colour: bool) -> Text:
-    """The first document of the first row, decoded; tokens in the loss green, or between ⟦ ⟧ without colour."""
-    row = {name: np.asarray(values)[0, 0] for name, values in batch.items()}
-    length = int(np.sum(row["segment_ids"] == row["segment_ids"][0]))
-    ids, in_loss = row["input_ids"][:length], row["labels"][:length] != IGNORED
+def example_text(dataset: TokenizedDataset, index: int, tokenizer: Any, *, colour: bool) -> Text:
+    """A document, decoded; what is in the loss is green, or between ⟦ ⟧ where there is no colour."""
     text = Text("example        ")
+    text.append(f"{visible(dataset.origins[index])}, ")
     text.append("green is in the loss, dim is masked\n" if colour else "⟦in the loss⟧, the rest is masked\n")
-    if length > _SHOWN_TOKENS:
-        # The end of the prompt and the start of the answer say most about a mask.
-        first = int(np.argmax(in_loss)) if in_loss.any() else 0
-        start = max(0, min(first - _SHOWN_TOKENS // 2, length - _SHOWN_TOKENS))
-        text.append(f"({start} tokens before) ")
-        ids, in_loss = ids[start : start + _SHOWN_TOKENS], in_loss[start : start + _SHOWN_TOKENS]
-    boundaries = [0, *(np.flatnonzero(np.diff(in_loss)) + 1).tolist(), len(ids)]
-    for start, end in itertools.pairwise(boundaries):
-        piece = ids[start:end].tolist()
-        decoded = " ".join(map(str, piece)) if tokenizer is None else tokenizer.decode(piece)
-        if not in_loss[start]:
-            text.append(decoded, style="dim")
+    if tokenizer is None:
+        ids, labels = dataset.document(index)
+        return text.append(
+            f"token ids {ids[:_SHOWN_TOKENS].tolist()}, {int((labels >= 0).sum())} in the loss"
+        )
+    for piece in pieces(dataset, index, tokenizer, limit=_SHOWN_TOKENS):
+        shown = visible(piece.text)
+        if not piece.trained:
+            text.append(shown, style="dim")
         elif colour:
-            text.append(decoded, style="green")
+            text.append(shown, style="green")
         else:
-            text.append(f"⟦{decoded}⟧")
+            text.append(f"⟦{shown}⟧")
     return text

@@ -1,7 +1,6 @@
 """The folder of a run: config.json with every setting, the versions and the hashes, and what resuming compares."""
 
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Callable
 from importlib import metadata
@@ -129,13 +128,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def hash_arrays(arrays: list[Any]) -> str:
-    """sha256 over the arrays' shapes, dtypes and bytes, 16 hex digits."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()[:16]

@@ -223,7 +223,7 @@ def compile_step(
         )
         return jax.tree.leaves(new_state), metrics
 
-    options = {"xla_gpu_deterministic_ops": True} if deterministic else None
+    options: dict[str, str | bool] | None = {"xla_gpu_deterministic_ops": True} if deterministic else None
     start = time.perf_counter()
     lowered = jax.jit(flat_step, donate_argnums=0).lower(
         *jax.tree.map(_abstract, (state_leaves, frozen_leaves, batch))

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pronghorn.data import DataConfig, Loader, TokenizedDataset, load_rows, tokenize_rows
+from pronghorn.data import DataConfig, Loader, TokenizedDataset, hold_out, load_rows, tokenize_rows
 from pronghorn.errors import InputError, RunError
 from pronghorn.lora import split
 from pronghorn.training import memory_plan, report, run_folder
@@ -94,7 +94,8 @@ class Trainer:
       dataset: a path or hub name, rows, or a `TokenizedDataset`.
       config: how to train.
       data: how rows become tokens and batches.
-      eval_dataset: held-out rows, in the same forms as `dataset`; None takes `data.eval_path` where that is set.
+      eval_dataset: held-out rows, in the same forms as `dataset`; None takes `data.eval_path`, or holds out
+        `data.eval_fraction` of the rows of `dataset`.
 
     Raises:
       InputError: for data or settings that cannot be used.
@@ -116,10 +117,12 @@ class Trainer:
         self.data = data or DataConfig()
         if eval_dataset is None:
             eval_dataset = self.data.eval_path
-        self.dataset = self._tokenized(dataset, self.data.split, "dataset")
-        self.eval_dataset = (
-            None if eval_dataset is None else self._tokenized(eval_dataset, None, "eval_dataset")
-        )
+        if not isinstance(dataset, TokenizedDataset):
+            dataset = load_rows(dataset, self.data.split)
+            if eval_dataset is None and self.data.eval_fraction:
+                dataset, eval_dataset = hold_out(dataset, self.data.eval_fraction, self.data.seed)
+        self.dataset = self._tokenized(dataset, "dataset")
+        self.eval_dataset = None if eval_dataset is None else self._tokenized(eval_dataset, "eval_dataset")
         self.loader = Loader(
             self.dataset,
             batch_size=self.config.batch_size,
@@ -132,15 +135,24 @@ class Trainer:
         self._evaluation: Any = None
         self._eval_loader: Any = None
 
-    def _tokenized(self, dataset: Any, part: str | None, what: str) -> TokenizedDataset:
+    def _tokenized(self, dataset: Any, what: str) -> TokenizedDataset:
+        vocab_size = self.model.config.vocab_size
         if not isinstance(dataset, TokenizedDataset):
             if self.tokenizer is None:
-                raise InputError(f"{what}: rows need a tokenizer, and the model's folder has none.")
-            dataset = tokenize_rows(load_rows(dataset, part), self.tokenizer, self.data)
+                raise InputError(
+                    f"{what}: rows need a tokenizer, and there is none; give one, or tokenised rows."
+                )
+            return tokenize_rows(load_rows(dataset), self.tokenizer, self.data, vocab_size=vocab_size)
         if dataset.stats.trained_tokens == 0:
             raise InputError(
-                f"{what}: no token of its {dataset.stats.rows} rows is in the loss, so nothing would be learned; "
+                f"{what}: none of its {dataset.stats.real_tokens} tokens is in the loss, so nothing would be learned; "
                 "look at data.format and data.loss_on."
+            )
+        largest = int(dataset.tokens.max())
+        if largest >= vocab_size:
+            raise InputError(
+                f"{what}: it has the token id {largest}, and the model's vocabulary ends at {vocab_size - 1}; use the "
+                "model's own tokenizer."
             )
         return dataset
 
@@ -215,7 +227,7 @@ class _Run:
         self.grad_norms: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.skipped = 0
-        self.streak = SkippedStreak(self.config.max_skipped_streak)
+        self.streak = SkippedStreak(self.config.max_skipped_streak, self._rows_of)
         self.step_seconds = self.step_tokens = 0.0
         self.lap = time.perf_counter()
         self._prepare(resume)
@@ -233,7 +245,7 @@ class _Run:
             model,
             config,
             trainer.data,
-            dataset_hash(trainer.dataset),
+            trainer.dataset.fingerprint,
             self.total,
             full=not jax.tree.leaves(self.frozen),
         )
@@ -270,7 +282,12 @@ class _Run:
             # The newest is written before the oldest goes.
             check_free_space(self.folder, self.plan.checkpoint * min(config.keep_checkpoints + 1, self.total))
         self.flops = count_flops(model.config, trainable, self.frozen)
-        self.trainable, self.optimizer, self.abstract, self.checkpoint = trainable, optimizer, abstract, checkpoint
+        self.trainable, self.optimizer, self.abstract, self.checkpoint = (
+            trainable,
+            optimizer,
+            abstract,
+            checkpoint,
+        )
         self.start = self.step = 0 if checkpoint is None else checkpoint.step
         self.leaves: list[Any] = []
 
@@ -361,22 +378,29 @@ class _Run:
     def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Dispatch step after step; yields what the host knows of each, and its metrics on the device."""
         guarded = True
-        while self.step < last and stop.requested is None:
-            batch = self.trainer.loader.batch_at(self.step)
-            excused = excused_leaves(self._state().trainable, self.names) if guarded else set()
-            self.leaves, metrics = self.compiled(self.leaves, self.frozen_leaves, batch)
-            self.step += 1
-            leaf_grad_norms = metrics.pop("leaf_grad_norms")
-            if guarded:
-                check_leaf_gradients(self.names, leaf_grad_norms, excused, step=self.step)
-                guarded = bool(excused) and self.step - self.start < _GUARDED_STEPS
-            real = np.asarray(batch["segment_ids"]) > 0
-            host = {
-                "step": self.step,
-                "real_tokens": int(real.sum()),
-                "flops": self.flops.of_batch(batch["positions"], real),
-            }
-            yield host, metrics
+        with contextlib.closing(self.trainer.loader.iterate(self.step, last)) as batches:
+            for batch in batches:
+                if stop.requested is not None:
+                    return
+                excused = excused_leaves(self._state().trainable, self.names) if guarded else set()
+                self.leaves, metrics = self.compiled(self.leaves, self.frozen_leaves, batch)
+                self.step += 1
+                leaf_grad_norms = metrics.pop("leaf_grad_norms")
+                if guarded:
+                    check_leaf_gradients(self.names, leaf_grad_norms, excused, step=self.step)
+                    guarded = bool(excused) and self.step - self.start < _GUARDED_STEPS
+                real = np.asarray(batch["segment_ids"]) > 0
+                host = {
+                    "step": self.step,
+                    "real_tokens": int(real.sum()),
+                    "flops": self.flops.of_batch(batch["positions"], real),
+                }
+                yield host, metrics
+
+    def _rows_of(self, step: int) -> list[str]:
+        """Where the rows of a step (counted from 1) came from."""
+        rows = self.trainer.loader.documents_at(step - 1)
+        return [self.trainer.dataset.origins[document] for row in rows for document in row]
 
     def _state(self) -> TrainState:
         return self.compiled.state(self.leaves)
@@ -462,8 +486,12 @@ class _Run:
             facts,
             self.plan,
             {"train": self.config, "data": trainer.data, "adapter": model.adapter},
-            trainer.loader.batch_at(0),
-            trainer.tokenizer,
+            report.example_text(
+                trainer.dataset,
+                int(next(row[0] for row in trainer.loader.documents_at(0) if len(row))),
+                trainer.tokenizer,
+                colour=self.progress.console.is_terminal,
+            ),
         )
 
     def _summary(self, interrupted: bool) -> TrainResult:
@@ -489,8 +517,3 @@ class _Run:
             interrupted=interrupted,
             resumed_from=self.start,
         )
-
-
-def dataset_hash(dataset: TokenizedDataset) -> str:
-    """What identifies the tokens and labels of a dataset."""
-    raise NotImplementedError
