@@ -1,6 +1,6 @@
 """The same LoRA step in Unsloth, Liger + PEFT, or transformers + PEFT: one process, one row.
 
-Fused AdamW, gradient clipping by norm, the same random tokens each step, real gradients printed. `benchmarks/compare.py`
+Fused AdamW, gradient clipping by norm, the same random tokens each step. `benchmarks/compare.py`
 runs pronghorn and the peers side by side on one GPU.
 
     python benchmarks/peers.py --framework unsloth --folder FOLDER --batch 1 --seq 4096 --checkpointing none

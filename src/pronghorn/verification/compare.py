@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pronghorn.errors import InputError
+from pronghorn.versions import installed_versions
 
 # fp32 against fp32, other orders of summation: the limits of the test suite, as shares of the reference's norm.
 LAYER_LIMIT = 1e-4
@@ -292,7 +293,7 @@ def _report(
         first_departure=departures[0] if departures else None,
         passed=not departures,
         limits={"layer": LAYER_LIMIT, "logits": LOGITS_LIMIT, "kl": KL_LIMIT, "gradient": GRADIENT_LIMIT},
-        versions=_versions(),
+        versions=installed_versions(),
     )
 
 
@@ -305,15 +306,3 @@ def _kl(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("pronghorn", "jax", "flax", "torch", "transformers", "peft"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

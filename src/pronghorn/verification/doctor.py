@@ -17,6 +17,7 @@ from pronghorn.pallas_kernels import (
     lora_linear,
     rms_norm,
 )
+from pronghorn.versions import installed_versions
 
 # Largest |fast − oracle| over the largest |oracle|, both in the dtype that a GPU trains in.
 LIMIT = {"float32": 2e-5, "bfloat16": 1.6e-2}
@@ -24,13 +25,9 @@ LIMIT = {"float32": 2e-5, "bfloat16": 1.6e-2}
 
 def examine(print_line: Callable[[str], None] = print) -> dict[str, Any]:
     """Print and return devices, versions, memory and one check per kernel; `passed` is False when one departs."""
-    from importlib.metadata import version
-
     devices = jax.devices()
     dtype = jnp.bfloat16 if devices[0].platform == "gpu" else jnp.float32
-    versions = {
-        name: version(name) for name in ("pronghorn", "jax", "jaxlib", "flax", "optax", "transformers")
-    }
+    versions = installed_versions()
     for name, value in versions.items():
         print_line(f"{name:<14}{value}")
     memory = devices[0].memory_stats() or {}
