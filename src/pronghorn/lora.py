@@ -90,7 +90,8 @@ class AdapterInfo:
     Attributes:
       rank, alpha, use_rslora, dropout, targets, layers: as in `LoRAConfig`; alpha is a number here.
       base_hash: `base_hash` of the model that the adapter was made for.
-      rank_pattern, alpha_pattern: (module name, value) pairs where an adapter from elsewhere departs from rank, alpha.
+      alpha_pattern: (module name, alpha) pairs where an adapter from elsewhere departs from `alpha`. Ranks that depart
+        from `rank` are seen in the arrays.
     """
 
     rank: int
@@ -100,7 +101,6 @@ class AdapterInfo:
     targets: tuple[str, ...]
     layers: tuple[int, ...] | None
     base_hash: str
-    rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
 
 

@@ -29,7 +29,11 @@ def make(family: str, *, tied: bool = False, seed: int = 0, dtype: str = "float3
     classes = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
-        "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM, {"sliding_window": 64, "head_dim": 12}),
+        "mistral": (
+            transformers.MistralConfig,
+            transformers.MistralForCausalLM,
+            {"sliding_window": 64, "head_dim": 12},
+        ),
     }
     config_class, model_class, special = classes[family]
     torch.manual_seed(seed)
@@ -73,7 +77,9 @@ def ours(model, input_ids: np.ndarray) -> np.ndarray:
     return np.asarray(jax.jit(lambda t, f, ids: merge(graph, t, f)(ids))(trainable, frozen, input_ids))
 
 
-def add_tokenizer(folder: Path, template: str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"):
+def add_tokenizer(
+    folder: Path, template: str = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+):
     """A word-level tokenizer of VOCAB words with a chat template, saved into `folder`."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -3,6 +3,7 @@
 Files are copied byte for byte wherever that is the truth; a tokenizer that was changed in memory is written anew.
 """
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -137,3 +138,19 @@ def _told(tokenizer: Any, what: str) -> Any:
     value = getattr(tokenizer, what, None)
     value = value() if callable(value) else value
     return {k: str(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def source_tokenizer(source: Source | None) -> Any:
+    """The tokenizer of the folder that a model came from, or None."""
+    if source is None or not Path(source.path).is_dir():
+        return None
+    return load_tokenizer(source.path)
+
+
+def chat_template_hash(tokenizer: Any) -> str | None:
+    """SHA-256 of a tokenizer's chat template (of all of them, where it has several); None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()

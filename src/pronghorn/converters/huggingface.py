@@ -68,12 +68,12 @@ def load(
         )
     folder = resolve_model_path(path, gguf_dtype=_dtype_name(dtype) or "bfloat16")
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=dtype, layers=layers)
-    if adapter is not None:
-        from pronghorn.converters.peft import load_adapter
+    if adapter is None:
+        return load_model(folder, dtype=dtype, layers=layers), tokenizer
+    from pronghorn.converters.peft import adapter_tokenizer, load_adapter
 
-        model = load_adapter(model, adapter)
-    return model, tokenizer
+    tokenizer = adapter_tokenizer(adapter, tokenizer)
+    return load_adapter(load_model(folder, dtype=dtype, layers=layers), adapter), tokenizer
 
 
 def load_model(

@@ -1,0 +1,340 @@
+"""PEFT adapter folders, in and out (https://github.com/huggingface/peft, checked against 0.21).
+
+`adapter_model.safetensors` holds `base_model.model.<module>.lora_A.weight` `[r, in]` and `lora_B.weight` `[out, r]`; an
+embedding's are `lora_embedding_A` `[r, vocab]` and `lora_embedding_B` `[d, r]`, without `.weight`. The scale is not
+stored: it follows from `r`, `lora_alpha`, `use_rslora` and the two patterns of `adapter_config.json`. What LoRA is not
+(DoRA, biases, whole modules, starts that changed the base) is refused in words.
+
+Beside PEFT's two files stands `pronghorn.json`: rank, alpha, targets, the fingerprint of the base model, a hash of the
+chat template and of the weights, so that an adapter cannot quietly meet another model.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.converters.carried_files import (
+    MANIFEST,
+    chat_template_hash,
+    load_tokenizer,
+    same_tokenizer,
+    source_tokenizer,
+    write_manifest,
+    written_by_us,
+)
+from pronghorn.converters.peft_config import (
+    CONFIG_NAME,
+    config_of,
+    expected_modules,
+    listed,
+    pattern_value,
+    read_config,
+    targets_of,
+)
+from pronghorn.converters.safetensors_files import (
+    StoredTensor,
+    TensorSpec,
+    inside_folder,
+    read_header,
+    write_file,
+)
+from pronghorn.errors import InputError
+from pronghorn.files import new_folder
+from pronghorn.fingerprint import base_hash, same_base
+from pronghorn.lora import (
+    EMBEDDING,
+    AdapterInfo,
+    Factors,
+    Site,
+    adapter_scale,
+    attach,
+    sites,
+)
+from pronghorn.models.decoder import Decoder
+from pronghorn.models.families import family_named
+from pronghorn.models.layers import Embedding
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_SUFFIXES = {
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_embedding_A": "a",
+    ".lora_embedding_B": "b",
+    ".base_layer.weight": "base",
+    ".weight": "base",
+}
+
+
+def save_adapter(
+    model: Decoder, out_dir: str | Path, *, tokenizer: Any = None, overwrite: bool = False
+) -> Path:
+    """Write the model's adapter as a folder that PEFT loads. It appears whole, or not at all.
+
+    Args:
+      model: with an adapter.
+      out_dir: must not exist, or be empty, or hold nothing but what an earlier save wrote (which is then replaced).
+      tokenizer: the one used in training. It is written beside the adapter where it is not the base model's own
+        (another chat template, added tokens), so that the adapter is never used with a template it has not seen.
+      overwrite: replace `out_dir` whatever it holds.
+
+    Raises:
+      InputError: there is no adapter, or the folder is taken.
+      RunError: the disk is full or cannot be written.
+    """
+    out_dir, info = Path(out_dir), model.adapter
+    adapted = _adapted(model)
+    if info is None or not adapted:
+        raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
+    modules = _module_names(model)
+    arrays: dict[str, tuple[TensorSpec, Any]] = {}
+    for name, (site, factors) in adapted.items():
+        embedding = isinstance(site.module, Embedding)
+        for letter, array in (("A", factors.a), ("B", factors.b)):
+            suffix = f".lora_embedding_{letter}" if embedding else f".lora_{letter}.weight"
+            spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
+            arrays[PREFIX + modules[name] + suffix] = (spec, array)
+    own_tokenizer = tokenizer is not None and not same_tokenizer(tokenizer, source_tokenizer(model.source))
+    with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
+        write_file(
+            folder / WEIGHTS_NAME,
+            {name: spec for name, (spec, _) in arrays.items()},
+            lambda name: np.asarray(arrays[name][1]),
+        )
+        config = json.dumps(config_of(model, info, adapted, modules), indent=2, ensure_ascii=False) + "\n"
+        (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
+        if own_tokenizer:
+            tokenizer.save_pretrained(str(folder))
+        write_manifest(
+            folder,
+            "adapter",
+            rank=info.rank,
+            alpha=info.alpha,
+            use_rslora=info.use_rslora,
+            dropout=info.dropout,
+            targets=list(info.targets),
+            layers=None if info.layers is None else list(info.layers),
+            base_hash=info.base_hash,
+            template_hash=chat_template_hash(
+                tokenizer if tokenizer is not None else source_tokenizer(model.source)
+            ),
+            sha256=_sha256(folder / WEIGHTS_NAME),
+        )
+    return out_dir
+
+
+def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -> Decoder:
+    """A new model with the adapter of a PEFT folder; it shares the base weights' arrays with `model`.
+
+    Args:
+      model: the base model, without an adapter.
+      path: the folder.
+      check_base: refuse an adapter that pronghorn trained on other base weights; an adapter made elsewhere does not
+        say what it was trained on, beyond names and shapes.
+
+    Raises:
+      InputError: the folder is damaged, holds what LoRA is not, or belongs to another model.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder that holds {CONFIG_NAME}.")
+    if model.adapter is not None:
+        raise InputError(f"{folder}: the model has an adapter already; merge it with merge_lora first.")
+    config = read_config(folder)
+    manifest = read_manifest(folder)
+    tensors = _read_tensors(folder, manifest)
+    places, modules = sites(model), _module_names(model)
+    found = _group(folder, tensors, {module: name for name, module in modules.items()})
+    _check_base_copies(folder, model, places, found)
+    found = {name: parts for name, parts in found.items() if "a" in parts or "b" in parts}
+    expected = expected_modules(folder, config, modules, places)
+    if expected != set(found):
+        wrong = sorted(expected ^ set(found))
+        raise InputError(
+            f"{folder}: {CONFIG_NAME} and {WEIGHTS_NAME} disagree about {listed(wrong)}; the adapter is incomplete, "
+            "was made for another model, or was edited."
+        )
+    if check_base and manifest.get("base_hash"):
+        ours = base_hash(model)
+        if not same_base(ours, str(manifest["base_hash"])):
+            raise InputError(
+                f"{folder}: was trained on another base model than this one ({manifest['base_hash']} there, {ours} "
+                "here); load the base it belongs to."
+            )
+    factors: dict[str, Factors] = {}
+    alphas: dict[str, float] = {}
+    for name, parts in found.items():
+        rank = pattern_value(folder, config, "rank_pattern", modules[name], config["r"])
+        alpha = pattern_value(folder, config, "alpha_pattern", modules[name], config["lora_alpha"])
+        factors[name] = _factors(
+            folder, places[name], parts, rank, adapter_scale(rank, alpha, config["use_rslora"])
+        )
+        if alpha != config["lora_alpha"]:
+            alphas[name] = float(alpha)
+    layers = config["layers_to_transform"]
+    return attach(
+        model,
+        factors,
+        AdapterInfo(
+            rank=config["r"],
+            alpha=float(config["lora_alpha"]),
+            use_rslora=config["use_rslora"],
+            dropout=config["lora_dropout"],
+            targets=targets_of(config["target_modules"]),
+            layers=None if layers is None else tuple(layers),
+            base_hash=base_hash(model),
+            alpha_pattern=tuple(alphas.items()),
+        ),
+    )
+
+
+def adapter_tokenizer(path: str | Path, base: Any) -> Any:
+    """The tokenizer to use an adapter with: the one stored beside it, else the base model's.
+
+    Args:
+      path: the adapter's folder.
+      base: the base model's tokenizer, or None.
+
+    Raises:
+      InputError: the adapter was trained with another chat template and its tokenizer is not there.
+    """
+    folder = Path(path)
+    own = load_tokenizer(folder) if folder.is_dir() else None
+    if own is not None:
+        return own
+    trained = read_manifest(folder).get("template_hash")
+    if trained and trained != chat_template_hash(base):
+        raise InputError(
+            f"{folder}: was trained with another chat template than the base model's, and the tokenizer that has it is "
+            "not in the folder; put it there, or save the adapter again with save_adapter(..., tokenizer=...)."
+        )
+    return base
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """`pronghorn.json` of an adapter folder; empty where there is none.
+
+    Raises:
+      InputError: it is there and cannot be read.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: is not valid JSON; copy the adapter again, or remove this file.")
+    return manifest
+
+
+def _adapted(model: Decoder) -> dict[str, tuple[Site, Factors]]:
+    """The sites that have an adapter. In a stack, two factors of zeros mean that this layer has none."""
+    adapted = {}
+    for name, site in sites(model).items():
+        factors = site.factors
+        if factors is None:
+            continue
+        if site.index is not None and not jnp.any(factors.a) and not jnp.any(factors.b):
+            continue
+        adapted[name] = (site, factors)
+    return adapted
+
+
+def _module_names(model: Decoder) -> dict[str, str]:
+    """{our module name: the module's path in transformers} of every site."""
+    tensor_names = family_named(model.config.family).tensor_names(model.config)
+    names = {name: tensor_names.get(f"{name}.weight", "lm_head.weight") for name in sites(model)}
+    return {name: theirs.removesuffix(".weight") for name, theirs in names.items()}
+
+
+def _read_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    if not (folder / WEIGHTS_NAME).exists():
+        if (folder / "adapter_model.bin").exists():
+            raise InputError(
+                f"{folder}: has only pickled weights (adapter_model.bin), which can run code when opened and are never "
+                "read here; load the adapter with PEFT where you trust it and save it again."
+            )
+        raise InputError(f"{folder}: has no {WEIGHTS_NAME}; give the folder of a PEFT adapter.")
+    path = inside_folder(folder, WEIGHTS_NAME)
+    tensors, _ = read_header(path)
+    if manifest.get("sha256") and manifest["sha256"] != _sha256(path):
+        raise InputError(
+            f"{path}: is not the file that was saved (its hash differs from {MANIFEST}); copy the adapter again, or "
+            f"remove {MANIFEST} if you changed it on purpose."
+        )
+    return tensors
+
+
+def _group(
+    folder: Path, tensors: Mapping[str, StoredTensor], names: Mapping[str, str]
+) -> dict[str, dict[str, StoredTensor]]:
+    """{our module name: {"a": .., "b": .., "base": ..}}."""
+    found: dict[str, dict[str, StoredTensor]] = {}
+    unknown = []
+    for key, tensor in tensors.items():
+        suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
+        name = names.get(key.removeprefix(PREFIX).removesuffix(suffix)) if suffix else None
+        embedding = "lora_embedding" in suffix
+        if name is None or (suffix.startswith(".lora") and embedding != (name == EMBEDDING)):
+            unknown.append(key)
+        else:
+            found.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
+    if unknown:
+        raise InputError(
+            f"{folder}: the adapter has {listed(unknown)}, and the model has no such linear; "
+            "it belongs to another model."
+        )
+    return found
+
+
+def _check_base_copies(
+    folder: Path, model: Decoder, places: Mapping[str, Site], found: Mapping[str, Mapping[str, StoredTensor]]
+) -> None:
+    """PEFT stores the base weight of an adapted embedding or head as well; it has to be the model's own."""
+    for name, parts in found.items():
+        if "base" not in parts:
+            continue
+        weight = places[name].module.weight.get_value()
+        if hasattr(weight, "dequantize"):
+            continue  # only embeddings and heads are stored, and a quantised one is not the stored one anyway
+        stored = parts["base"]
+        if stored.shape != tuple(weight.shape) or not np.array_equal(
+            stored.read().astype(weight.dtype), np.asarray(weight)
+        ):
+            raise InputError(
+                f"{folder}: stores a weight of {name} that is not this model's; it belongs to another model, or its "
+                "vocabulary was resized (merge it with PEFT)."
+            )
+
+
+def _factors(folder: Path, site: Site, parts: Mapping[str, StoredTensor], rank: int, scale: float) -> Factors:
+    if "a" not in parts or "b" not in parts:
+        raise InputError(f"{folder}: the adapter of {site.name} lacks one of its two factors; copy it again.")
+    fan_out, fan_in = site.shape
+    arrays = []
+    for letter, shape in (("a", (rank, fan_in)), ("b", (fan_out, rank))):
+        stored = parts[letter]
+        if stored.shape != shape:
+            raise InputError(
+                f"{folder}: {letter.upper()} of {site.name} has shape {list(stored.shape)} where rank {rank} and the "
+                f"model ask for {list(shape)}; the adapter belongs to another model, or {CONFIG_NAME} was edited."
+            )
+        array = stored.read().astype(np.float32)
+        if not np.isfinite(array).all():
+            raise InputError(
+                f"{folder}: {letter.upper()} of {site.name} has values that are not finite; train it again."
+            )
+        arrays.append(jnp.asarray(array))
+    return Factors(arrays[0], arrays[1], scale)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,306 @@
+"""`adapter_config.json`: what PEFT writes into it, and what of it can be loaded here.
+
+The scale and the choice of modules follow PEFT's own rules to the letter (`check_target_module_exists`,
+`get_pattern_key`), so that one file means one function in both places.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pronghorn.errors import InputError
+from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo, Factors, Site
+from pronghorn.models.decoder import Decoder
+
+CONFIG_NAME = "adapter_config.json"
+_NAMED = 5
+# Keys of adapter_config.json that are read, or that say nothing about the function.
+_KNOWN = frozenset(
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "loftq_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    ]
+)
+_REFUSED = {
+    "use_dora": "is DoRA, which is not LoRA",
+    "modules_to_save": "stores whole modules",
+    "lora_bias": "has a bias in B",
+    "trainable_token_indices": "trains single tokens",
+    "layer_replication": "repeats layers",
+    "target_parameters": "targets bare parameters",
+    "fan_in_fan_out": "is for transposed weights",
+    "use_qalora": "is QA-LoRA",
+    "alora_invocation_tokens": "is an activated LoRA",
+    "ensure_weight_tying": "ties its embedding to its head",
+}
+# Starts that leave the base weights as they were; pissa, olora, corda, loftq, lora_ga change them.
+_HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def config_of(
+    model: Decoder, info: AdapterInfo, adapted: Mapping[str, tuple[Site, Factors]], modules: Mapping[str, str]
+) -> dict[str, Any]:
+    """The configuration that makes PEFT build exactly these adapters.
+
+    Args:
+      model: the adapted model.
+      info: its adapter's.
+      adapted: {our module name: (site, factors)} of the modules that have one.
+      modules: {our module name: the module's path in transformers}.
+    """
+    targets, layers = _shortest_targets(model, adapted, modules)
+    ranks = {name: int(factors.a.shape[0]) for name, (_, factors) in adapted.items()}
+    alphas = {name: dict(info.alpha_pattern).get(name, info.alpha) for name in adapted}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name(model),
+        "revision": None,
+        "inference_mode": True,
+        "r": info.rank,
+        "lora_alpha": _number(info.alpha),
+        "lora_dropout": info.dropout,
+        "use_rslora": info.use_rslora,
+        "target_modules": targets,
+        "layers_to_transform": layers,
+        "layers_pattern": None,
+        "rank_pattern": _shortest_pattern(ranks, info.rank, modules),
+        "alpha_pattern": _shortest_pattern(alphas, info.alpha, modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def _shortest_targets(
+    model: Decoder, adapted: Mapping[str, tuple[Site, Factors]], modules: Mapping[str, str]
+) -> tuple[list[str], list[int] | None]:
+    """(target_modules, layers_to_transform) that choose exactly the adapted modules.
+
+    Last names ("q_proj") where each is adapted in every layer, or in one set of layers; else full paths.
+    """
+    layers: dict[str, set[int]] = {}
+    for name, (site, _) in adapted.items():
+        if site.layer is not None:
+            layers.setdefault(_last(name), set()).add(site.layer)
+    special = [modules[name] for name in adapted if name in (HEAD, EMBEDDING)]
+    every = set(range(model.config.num_layers))
+    if all(where == every for where in layers.values()):
+        return sorted([*layers, *map(_last, special)]), None
+    first = next(iter(layers.values()))
+    # PEFT takes layers_to_transform to exclude everything that is in no layer.
+    if not special and all(where == first for where in layers.values()):
+        return sorted(layers), sorted(first)
+    return sorted(modules[name] for name in adapted), None
+
+
+def _shortest_pattern(
+    values: Mapping[str, float], usual: float, modules: Mapping[str, str]
+) -> dict[str, Any]:
+    """Entries where a module departs from the usual value, under its last name where all of that name agree."""
+    pattern: dict[str, Any] = {}
+    by_last: dict[str, set[float]] = {}
+    for name, value in values.items():
+        by_last.setdefault(_last(name), set()).add(value)
+    for name, value in values.items():
+        if value != usual:
+            pattern[_last(name) if len(by_last[_last(name)]) == 1 else modules[name]] = _number(value)
+    return pattern
+
+
+def base_name(model: Decoder) -> str | None:
+    """The base model's hub name where it came from the hub's cache, else its folder."""
+    if model.source is None:
+        return None
+    folder = Path(model.source.path)
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return model.source.path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`adapter_config.json`, with every key that is read present and of its type."""
+    path = folder / CONFIG_NAME
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{path}: no such file; give the folder of a PEFT adapter.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not valid JSON ({str(error)[:100]}); copy the adapter again.") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise InputError(
+            f"{path}: peft_type is {kind!r}, and only LORA can be loaded; merge the adapter with PEFT."
+        )
+    for key, why in _REFUSED.items():
+        if config.get(key):
+            raise InputError(
+                f"{path}: {key}={config[key]!r} {why} and is not supported; merge the adapter with PEFT."
+            )
+    unknown = [key for key, value in config.items() if value and key not in _KNOWN and key not in _REFUSED]
+    if unknown:
+        raise InputError(
+            f"{path}: sets {listed(unknown)}, which pronghorn does not know and which may change the result; "
+            "merge the adapter with PEFT."
+        )
+    if config.get("bias", "none") != "none":
+        raise InputError(
+            f"{path}: bias={config['bias']!r} trains biases too, which is not supported; merge with PEFT."
+        )
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise InputError(f"{path}: task_type is {config['task_type']!r}, and only CAUSAL_LM can be loaded.")
+    start = config.get("init_lora_weights", True)
+    if start not in _HARMLESS_STARTS:
+        raise InputError(
+            f"{path}: init_lora_weights={start!r} changed the base weights; save the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into a plain LoRA."
+        )
+    return _typed(path, config)
+
+
+def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with defaults filled in and every value that is read of its type."""
+    defaults: dict[str, Any] = {
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+    }
+    config = defaults | {key: value for key, value in config.items() if value is not None}
+    if isinstance(config["layers_to_transform"], int):
+        config["layers_to_transform"] = [config["layers_to_transform"]]
+
+    def positive(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+        return type(value) in kinds and 0 < value < float("inf")
+
+    def names(value: Any) -> bool:
+        return isinstance(value, str) or (
+            isinstance(value, list) and all(isinstance(item, str) for item in value)
+        )
+
+    def pattern(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
+        return isinstance(value, dict) and all(positive(item, kinds) for item in value.values())
+
+    layers, dropout = config["layers_to_transform"], config["lora_dropout"]
+    checks = {
+        "r": positive(config.get("r"), (int,)),
+        "lora_alpha": positive(config.get("lora_alpha")),
+        "lora_dropout": isinstance(dropout, int | float) and 0 <= dropout < 1,
+        "use_rslora": isinstance(config["use_rslora"], bool),
+        "rank_pattern": pattern(config["rank_pattern"], (int,)),
+        "alpha_pattern": pattern(config["alpha_pattern"]),
+        "layers_to_transform": layers is None
+        or (isinstance(layers, list) and all(type(layer) is int for layer in layers)),
+        "layers_pattern": config["layers_pattern"] is None or names(config["layers_pattern"]),
+        "exclude_modules": config["exclude_modules"] is None or names(config["exclude_modules"]),
+        "target_modules": names(config.get("target_modules")),
+    }
+    for key, fine in checks.items():
+        if not fine:
+            raise InputError(f"{path}: {key}={config.get(key)!r} cannot be used; copy the adapter again.")
+    return config
+
+
+def expected_modules(
+    folder: Path, config: Mapping[str, Any], modules: Mapping[str, str], places: Mapping[str, Site]
+) -> set[str]:
+    """The modules that PEFT would adapt for this configuration."""
+    targets, excluded = config["target_modules"], config["exclude_modules"]
+    chosen = set()
+    for name, module in modules.items():
+        if excluded is not None and _chosen_by(folder, excluded, module):
+            continue
+        if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            match = places[name].layer is not None
+        else:
+            match = _chosen_by(folder, targets, module)
+        # PEFT looks at the layers of a list of names only, and not at a name that is a module's whole path.
+        if match and isinstance(targets, list) and module not in targets and config["layers_to_transform"]:
+            match = _layer_of(folder, config["layers_pattern"], module) in config["layers_to_transform"]
+        if match:
+            chosen.add(name)
+    return chosen
+
+
+def _chosen_by(folder: Path, targets: str | list[str], module: str) -> bool:
+    if isinstance(targets, str):
+        return _regex(folder, targets, module, full=True) is not None
+    return module in targets or any(module.endswith(f".{target}") for target in targets)
+
+
+def _layer_of(folder: Path, patterns: str | list[str] | None, module: str) -> int | None:
+    if not patterns:
+        match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        return int(match[1]) if match else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        match = _regex(folder, rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", module, full=False)
+        if match:
+            return int(match["idx"])
+    return None
+
+
+def pattern_value(folder: Path, config: Mapping[str, Any], key: str, module: str, usual: Any) -> Any:
+    """The value of the first pattern that matches the end of the module's path, as in PEFT."""
+    for pattern, value in config[key].items():
+        if _regex(folder, rf"(.*\.)?({pattern})$", module, full=False):
+            return value
+    return usual
+
+
+def _regex(folder: Path, pattern: str, text: str, *, full: bool) -> re.Match[str] | None:
+    try:
+        return re.fullmatch(pattern, text) if full else re.match(pattern, text)
+    except re.error as error:
+        raise InputError(
+            f"{folder / CONFIG_NAME}: {pattern[:80]!r} is not a regular expression ({error}); correct it."
+        ) from None
+
+
+def targets_of(target_modules: str | list[str]) -> tuple[str, ...]:
+    if isinstance(target_modules, list):
+        return tuple(target_modules)
+    return (ALL_LINEAR,) if target_modules.lower() == ALL_LINEAR else (f"re:{target_modules}",)
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _number(value: float) -> int | float:
+    """An integer where it is one: PEFT's `lora_alpha` usually is."""
+    return int(value) if value == int(value) else value
+
+
+def listed(names: list[str]) -> str:
+    """The first few of `names`, and how many more there are."""
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
