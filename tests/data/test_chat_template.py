@@ -224,7 +224,7 @@ HOSTILE = {
     "too long": "x" * 10**6,
     "too many parts": "{{x}}" * 25000,
     "many comparisons": "{% set a = [[1] * 900] * 300 %}{% set b = [[1] * 900] * 300 %}{{ ["
-    + "a == b, " * 600
+    + "a == b, " * 3000
     + "] }}",
     "exception": "{{ raise_exception('no ' * 10**5) }}",
     "division by zero": "{{ 1 // 0 }}",

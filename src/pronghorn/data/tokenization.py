@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -217,25 +218,34 @@ class _Reader:
         head, end = np.zeros(len(self.bos), bool), np.ones(len(tail), bool)
         return ids, np.concatenate([head, trained, end])
 
+    @functools.cached_property
+    def _backend(self) -> Any:
+        """A copy of the tokenizer's backend without its post-processor.
+
+        Special tokens are added here, so all the post-processor would do is trim spaces off the offsets (GPT-2's and
+        Llama 3's do), and then a token of "line break, three spaces" would seem to end at the line break.
+        """
+        from tokenizers import Tokenizer
+
+        original = self.tokenizer.backend_tokenizer
+        description = json.loads(original.to_str()) | {
+            "post_processor": None,
+            "truncation": None,
+            "padding": None,
+        }
+        backend = Tokenizer.from_str(json.dumps(description))
+        backend.encode_special_tokens = original.encode_special_tokens
+        return backend
+
     def _encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each text (ids int32[n], starts int64[n], ends int64[n]): the characters each token stands for."""
-        encodings = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        """Of each text (ids int32[n], starts int64[n], ends int64[n]): the characters each token stands for.
+
+        Tokens that share the bytes of one character share its place.
+        """
         result = []
-        for ids, offsets in zip(encodings["input_ids"], encodings["offset_mapping"], strict=True):
-            places = np.asarray(offsets, np.int64).reshape(-1, 2)
-            starts, ends = places[:, 0], places[:, 1]
-            # Byte-level tokenizers leave leading spaces out of a token's offsets: a token reaches back to the one
-            # before it. Tokens that share the bytes of one character keep their common start.
-            if len(ends):
-                starts = np.minimum(starts, np.concatenate([[0], ends[:-1]]))
-            result.append((np.asarray(ids, np.int32), starts, ends))
+        for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False):
+            places = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+            result.append((np.asarray(encoding.ids, np.int32), places[:, 0], places[:, 1]))
         return result
 
     def _encode_in_pieces(self, text: str, cuts: Sequence[int], whole: tuple) -> tuple:
