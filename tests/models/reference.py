@@ -1,13 +1,11 @@
-"""Tiny random models of transformers, the same weights in a `Decoder`, and loss and gradients of both."""
+"""Tiny random models, ours and those of transformers with the same weights, and loss and gradients of both."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from flax import nnx
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from pronghorn.models import Decoder, assign, family_for, flat_arrays
+from pronghorn.models import Decoder, DecoderConfig, assign, family_for, flat_arrays, named_parameters
 
 # Odd vocabulary, 6 query heads on 2 key/value heads; small, and still with everything a big one has.
 SIZES = {
@@ -24,6 +22,9 @@ SIZES = {
 
 def tiny_torch_model(model_type: str, *, seed: int = 0, **overrides):
     """A model of transformers with every parameter random (norms and biases too), fp32, eager attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.for_model(model_type, **(SIZES | overrides))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -48,12 +49,37 @@ def to_decoder(torch_model, *, layers: str = "unrolled") -> Decoder:
     return model
 
 
+def tiny_decoder(config: DecoderConfig, *, layers: str = "unrolled", seed: int = 0) -> Decoder:
+    """fp32, every parameter random, large enough for attention to choose; the same in both layouts."""
+    model = Decoder.abstract(config, dtype=jnp.float32, layers=layers)
+    arrays = {}
+    for index, (name, parameter) in enumerate(named_parameters(model).items()):
+        noise = np.random.default_rng([seed, index]).standard_normal(parameter.shape, np.float32)
+        arrays[name] = 1 + 0.2 * noise if "norm" in name else 0.1 * noise
+    assign(model, arrays)
+    return model
+
+
+def compiled(function, model: Decoder):
+    """`function(model, *arguments)` compiled, as a function of the arguments."""
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, *arguments: function(nnx.merge(graph, state), *arguments))
+    return lambda *arguments: run(state, *arguments)
+
+
+def forward(model: Decoder, *arguments) -> np.ndarray:
+    """Logits, compiled."""
+    return np.asarray(compiled(lambda built, *given: built(*given), model)(*arguments))
+
+
 def random_ids(count: int, *, batch: int = 1, vocab_size: int = 131, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, vocab_size, (batch, count), np.int32)
 
 
 def torch_results(torch_model, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits, and the gradient of the mean next-token loss of every parameter by its name in transformers."""
+    import torch
+
     tokens = torch.from_numpy(ids).long()
     logits = torch_model(tokens).logits
     loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from pronghorn.models import family_for
-from tests.models.reference import decoder_results, gradient_error, random_ids, tiny_torch_model, to_decoder, torch_results
+from tests.models.reference import (
+    decoder_results,
+    gradient_error,
+    random_ids,
+    tiny_torch_model,
+    to_decoder,
+    torch_results,
+)
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
 LLAMA3 = {
@@ -31,7 +38,12 @@ CASES = {
         {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
     # The window cuts at 37 of 500 tokens; head_dim is not hidden / heads.
-    "mistral_window": ("mistral", "scanned", 500, {"sliding_window": 37, "head_dim": 10, "num_hidden_layers": 4}),
+    "mistral_window": (
+        "mistral",
+        "scanned",
+        500,
+        {"sliding_window": 37, "head_dim": 10, "num_hidden_layers": 4},
+    ),
     "mistral_no_window_tied": (
         "mistral",
         "unrolled",
@@ -53,7 +65,8 @@ CASES = {
             "use_sliding_window": True,
             "sliding_window": 41,
             "num_hidden_layers": 7,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
+            + ["sliding_attention"],
         },
     ),
     "qwen3": ("qwen3", "unrolled", 500, {"head_dim": 12}),
@@ -105,6 +118,8 @@ def test_logits_and_gradients_equal_transformers(name):
     assert np.max(np.abs(logits - expected_logits)) <= MODEL_LOGITS
     names = family_for(torch_model.config.to_dict()).tensor_names(model.config)
     assert sorted(names) == sorted(gradients)
-    errors = {ours: gradient_error(gradients[ours], expected_gradients[theirs]) for ours, theirs in names.items()}
+    errors = {
+        ours: gradient_error(gradients[ours], expected_gradients[theirs]) for ours, theirs in names.items()
+    }
     worst = max(errors, key=errors.__getitem__)
     assert errors[worst] <= MODEL_GRADIENT, f"{worst}: {errors[worst]:.2e}"

@@ -97,7 +97,8 @@ def plan_segments(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], .
                 end += period
             rest_cost, rest = best[end]
             options.append((period + 1 + rest_cost, ((start, period, (end - start) // period), *rest)))
-        best[start] = min(options)
+        # Of equal costs the longest first segment, of the shortest period.
+        best[start] = min(options, key=lambda option: (option[0], -option[1][0][1] * option[1][0][2]))
     return best[0][1]
 
 

@@ -70,8 +70,8 @@ def inverse_frequencies(
         growth = rope.factor * stretched / original - (rope.factor - 1)
         base = rope.base * growth ** (dims / (dims - 2))
         return 1.0 / base**exponents
-    # numpy in fp32, as torch computes them: positions of 100,000 magnify the last bit of a frequency.
-    wavelengths = np.float32(rope.base) ** exponents
+    # A power rounded once and then fp32, as in torch, bit for bit: position 100,000 magnifies the last bit of f.
+    wavelengths = (np.float64(rope.base) ** exponents).astype(np.float32)
     if rope.kind == "longrope":
         short = 1.0 / (np.asarray(rope.short_factor, np.float32) * wavelengths)
         long = 1.0 / (np.asarray(rope.long_factor, np.float32) * wavelengths)
