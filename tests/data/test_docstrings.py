@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pronghorn.data.docstrings import INSTRUCTION, docstring_splits, documented_functions, module_group
+from pronghorn.data.docstrings import (
+    INSTRUCTION,
+    docstring_rows,
+    docstring_splits,
+    documented_functions,
+    module_group,
+)
 from pronghorn.errors import InputError
 
 
@@ -85,7 +91,12 @@ def test_twin_modules_fall_into_one_group(path, group):
 
 @pytest.fixture(scope="module")
 def splits():
-    return docstring_splits()
+    return {name: docstring_rows(name) for name in ("train", "heldout")}
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(InputError, match="'train' or 'heldout'"):
+        docstring_rows("test")
 
 
 def test_the_library_gives_thousands_of_rows_and_a_tenth_is_held_out(splits):

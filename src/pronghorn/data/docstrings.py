@@ -10,6 +10,7 @@ occurs again, up to layout and case, is left out. So nothing that is held out ha
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import os
@@ -20,7 +21,7 @@ import tokenize
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pronghorn.errors import InputError
 
@@ -36,6 +37,22 @@ _PATH_MODULES = frozenset({"posixpath", "ntpath", "genericpath", "macpath"})
 _SOURCE_CHARACTERS = (30, 2500)
 _DOCSTRING_CHARACTERS = (15, 1200)
 _FEWEST = 500  # a full standard library has several thousand
+
+
+def docstring_rows(split: Literal["train", "heldout"]) -> list[Row]:
+    """One split of the running Python's library, as `docstring_splits` makes it (once a process).
+
+    Raises:
+      InputError: an unknown split, or a Python without the sources of its library.
+    """
+    if split not in ("train", "heldout"):
+        raise InputError(f"split={split!r} is not known; use 'train' or 'heldout'.")
+    return list(_own_library()[split])
+
+
+@functools.cache
+def _own_library() -> dict[str, list[Row]]:
+    return docstring_splits()
 
 
 def docstring_splits(
