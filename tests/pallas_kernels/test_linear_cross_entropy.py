@@ -127,23 +127,17 @@ def test_a_loss_of_nearly_zero_keeps_its_relative_precision(implementation):
     assert_close(gradients["hidden"], g @ np.asarray(weight, np.float64), what="hidden")
 
 
-def test_fp16_gradients_survive_small_token_weights():
-    """Weights of 1/8192 put most of the logits' gradient below fp16's smallest number."""
-    arrays, labels = _example(dtype="float16")
-
-    @jax.jit
-    def gradients(token_weights):
-        def loss(hidden, weight):
-            return linear_cross_entropy(hidden, weight, labels, token_weights=token_weights)
-
-        return jax.grad(loss, (0, 1))(arrays["hidden"], arrays["weight"])
-
-    for small, unit in zip(
-        gradients(np.full(67, 2.0**-13, np.float32)), gradients(np.ones(67, np.float32)), strict=True
-    ):
-        # One rounding of the result to fp16, whose spacing near zero is 2⁻²⁴; nothing is lost before it.
-        difference = np.abs(np.asarray(small, np.float64) - np.asarray(unit, np.float64) / 2**13)
-        assert np.max(difference) <= 2.0**-24 + 2.0**-11 * np.max(np.abs(small))
+@pytest.mark.parametrize("token_weight", [1.0, 2.0**-20])
+def test_fp16_keeps_gradients_of_logits_near_and_below_its_smallest_number(token_weight):
+    """Each of 1,002 probabilities is 1.1e-7, twice fp16's smallest number; a token weight puts them far below it."""
+    weight = np.tile(np.float16([[0, 1]]), (1003, 1))
+    weight[7] = [16, 0]
+    arrays = {"hidden": np.float16([[1, 0]]), "weight": weight}
+    arrays["token_weights"] = np.full(1, token_weight, np.float32)
+    function = lambda **arguments: linear_cross_entropy(**arguments) / token_weight  # noqa: E731
+    _, gradients = _value_and_gradients(arrays, np.array([7]), ["hidden"], function, implementation="pallas")
+    others = 1002 * np.exp(-16.0) / (1 + 1002 * np.exp(-16.0))
+    assert_close(gradients["hidden"][0, 1], others)
 
 
 def test_token_losses_are_the_rows_of_the_sum():
@@ -315,18 +309,24 @@ def test_no_program_holds_the_logits_of_all_rows(implementation):
         return values, gradient.lower(arrays).compile().memory_analysis().temp_size_in_bytes
 
     values, temporary = largest(linear_cross_entropy, tile_rows=tile_rows, implementation=implementation)
-    assert values < rows * vocab_size / 10 and temporary < rows * vocab_size * 4 / 2
-    if implementation == "pallas":
+    assert values < rows * vocab_size / 10
+    if (
+        jax.default_backend() == "gpu"
+    ):  # cuBLAS's workspace alone is larger; the last test of this file measures there
         return
-    values, temporary = largest(linear_cross_entropy_reference)  # and the measure sees them where they are
-    assert values >= rows * vocab_size and temporary >= rows * vocab_size * 4
+    assert temporary < rows * vocab_size * 4 / 2
+    if implementation == "xla":  # and the measure sees all logits where they are
+        values, temporary = largest(linear_cross_entropy_reference)
+        assert values >= rows * vocab_size and temporary >= rows * vocab_size * 4
 
 
-def test_the_default_tile_stays_within_its_budget():
+@pytest.mark.parametrize(("on_gpu", "budget", "multiple"), [(True, 512 * 2**20, 128), (False, 32 * 2**20, 8)])
+def test_the_default_tile_stays_within_its_budget(monkeypatch, on_gpu, budget, multiple):
+    monkeypatch.setattr(op.launch, "on_gpu", lambda: on_gpu)
     for vocab_size in (1003, 49152, 128256, 262144):
         rows = default_tile_rows(10**6, vocab_size)
-        assert rows >= 8 and rows % 8 == 0 and rows * vocab_size * 4 <= op.TILE_BYTES_CPU
-    assert default_tile_rows(67, 1003) == 72
+        assert rows % multiple == 0 and budget / 2 < rows * vocab_size * 4 <= budget
+    assert default_tile_rows(67, 1003) == -(-67 // multiple) * multiple
 
 
 # ------------------------------------------------------------------------------------------------------ transformations
