@@ -14,9 +14,11 @@ Only what is differentiated is computed: a frozen W costs neither product nor me
 gradients, dh in h's dtype and the others in fp32 (summed over tiles in fp32), nothing else; ΔW = B A is never formed.
 
 Precision: products take h's dtype and accumulate in fp32. Logits, loss and softmax are fp32. G is rounded once, to h's
-dtype, for the products that follow: a relative error of 2⁻⁹ an element in bf16, independent between elements, so the
-error of dh relative to |G|·|W| is below that of rounding dh itself. fp16 reaches no further down than 6e-8, so there G
-is held in units of max|c| / 4096.
+dtype, for the products that follow: 2⁻⁹ of each element in bf16, independent between elements, hence an error of dh of
+about 2⁻⁹ √Σ_j (G_j W_j)², no more than rounding dh itself where a few columns dominate. fp16 reaches no further down
+than 6e-8, so there G is held in units of max|c| / 4096.
+
+Keep it outside `jax.checkpoint`: it saves no logits to begin with, and there all of the above runs twice.
 
 Source: the gradient in forward as in Hsu et al., "Liger Kernel" (2024); the rest follows from the formulas above.
 """
