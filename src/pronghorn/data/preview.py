@@ -30,9 +30,7 @@ class Piece:
     tokens: int
 
 
-def pieces(
-    dataset: TokenizedDataset, index: int, tokenizer: Any, limit: int = MAX_SHOWN_TOKENS
-) -> list[Piece]:
+def pieces(dataset: TokenizedDataset, index: int, tokenizer: Any, limit: int) -> list[Piece]:
     """Document `index` as runs of trained and untrained tokens, at most `limit` tokens of it."""
     ids, labels = dataset.document(index)
     trained = labels[:limit] >= 0
@@ -94,7 +92,7 @@ def preview_rows(
     for index in _chosen(dataset, rows):
         console.rule(Text(f"{visible(dataset.origins[index])} · {int(dataset.lengths[index])} tokens"))
         text = Text()
-        for piece in pieces(dataset, index, tokenizer):
+        for piece in pieces(dataset, index, tokenizer, MAX_SHOWN_TOKENS):
             # underlined as well: colours are not seen by everyone nor kept by every log
             text.append(visible(piece.text), style="green underline" if piece.trained else "dim")
         if dataset.lengths[index] > MAX_SHOWN_TOKENS:
@@ -121,7 +119,7 @@ def preview_html(
     for index in _chosen(dataset, rows):
         length = int(dataset.lengths[index])
         parts.append(f"<h2>{html.escape(visible(dataset.origins[index]))} · {length} tokens</h2><pre>")
-        for piece in pieces(dataset, index, tokenizer):
+        for piece in pieces(dataset, index, tokenizer, MAX_SHOWN_TOKENS):
             text = html.escape(visible(piece.text))
             parts.append(f'<ins title="{piece.tokens} tokens">{text}</ins>' if piece.trained else text)
         if length > MAX_SHOWN_TOKENS:

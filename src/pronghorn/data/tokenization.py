@@ -31,6 +31,9 @@ from pronghorn.errors import InputError
 IGNORED_LABEL = -100
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
 _BATCH_ROWS = 512
+_SPACES = "a  b\n   c "
+
+Encoded = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,10 +173,8 @@ class _Reader:
         if not rendered:
             return
         encoded = self._encode([text for text, _ in rendered])
-        for example, (text, spans), (ids, starts, ends) in zip(examples, rendered, encoded, strict=True):
-            crossed = [s for s, _ in spans if np.any((starts < s) & (ends > s))]
-            if crossed:
-                ids, starts, ends = self._encode_in_pieces(text, crossed, (ids, starts, ends))
+        self._split_where_turns_start(rendered, encoded)
+        for example, (_, spans), (ids, starts, ends) in zip(examples, rendered, encoded, strict=True):
             trained = _overlaps(starts, ends, spans)
             if self.config.loss_on == "all":
                 trained[:] = True
@@ -220,14 +221,18 @@ class _Reader:
 
     @functools.cached_property
     def _backend(self) -> Any:
-        """A copy of the tokenizer's backend without its post-processor.
+        """The tokenizer's backend, as a copy without post-processor if that trims spaces off the offsets.
 
-        Special tokens are added here, so all the post-processor would do is trim spaces off the offsets (GPT-2's and
-        Llama 3's do), and then a token of "line break, three spaces" would seem to end at the line break.
+        GPT-2's and Llama 3's do, and then a token of "line break, three spaces" would seem to end at the line break.
+        Special tokens are added here, so the post-processor has nothing else to do.
         """
         from tokenizers import Tokenizer
 
         original = self.tokenizer.backend_tokenizer
+        probe = original.encode(_SPACES, add_special_tokens=False).offsets
+        tiles = [a for a, _ in probe] + [len(_SPACES)] == [0] + [b for _, b in probe]
+        if tiles and original.truncation is None and original.padding is None:
+            return original
         description = json.loads(original.to_str()) | {
             "post_processor": None,
             "truncation": None,
@@ -237,7 +242,7 @@ class _Reader:
         backend.encode_special_tokens = original.encode_special_tokens
         return backend
 
-    def _encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    def _encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Of each text (ids int32[n], starts int64[n], ends int64[n]): the characters each token stands for.
 
         Tokens that share the bytes of one character share its place.
@@ -248,21 +253,35 @@ class _Reader:
             result.append((np.asarray(encoding.ids, np.int32), places[:, 0], places[:, 1]))
         return result
 
-    def _encode_in_pieces(self, text: str, cuts: Sequence[int], whole: tuple) -> tuple:
-        bounds = [0, *sorted(set(cuts)), len(text)]
-        pieces = self._encode([text[a:b] for a, b in itertools.pairwise(bounds)])
-        ids = np.concatenate([piece[0] for piece in pieces])
-        if self._decode(ids) != self._decode(whole[0]):
-            return whole  # this tokenizer writes a space of its own at the start of a piece
-        starts, ends = (
-            np.concatenate([piece[k] + a for piece, a in zip(pieces, bounds, strict=False)]) for k in (1, 2)
+    def _split_where_turns_start(
+        self, rendered: Sequence[tuple[str, list[Span]]], encoded: list[Encoded]
+    ) -> None:
+        """Encode texts again in pieces (in place of `encoded`) where a token reaches across the start of a span."""
+        crossed: dict[int, list[int]] = {}
+        for index, ((text, spans), (_, starts, ends)) in enumerate(zip(rendered, encoded, strict=True)):
+            cuts = sorted({s for s, _ in spans if np.any((starts < s) & (ends > s))})
+            if cuts:
+                crossed[index] = [0, *cuts, len(text)]
+        pieces = iter(
+            self._encode(
+                [
+                    rendered[index][0][a:b]
+                    for index, bounds in crossed.items()
+                    for a, b in itertools.pairwise(bounds)
+                ]
+            )
         )
-        return ids, starts, ends
+        for index, bounds in crossed.items():
+            parts = [(next(pieces), start) for start in bounds[:-1]]
+            ids = np.concatenate([part[0] for part, _ in parts])
+            starts = np.concatenate([part[1] + start for part, start in parts])
+            ends = np.concatenate([part[2] + start for part, start in parts])
+            # Some tokenizers write a space of their own at the start of a piece: there the whole is better.
+            if self._decode(ids) == self._decode(encoded[index][0]):
+                encoded[index] = ids, starts, ends
 
     def _decode(self, ids: np.ndarray) -> str:
-        return self.tokenizer.decode(
-            ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        return self._backend.decode(ids.tolist(), skip_special_tokens=False)
 
 
 def _overlaps(starts: np.ndarray, ends: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
