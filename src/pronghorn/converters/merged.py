@@ -28,9 +28,10 @@ from pronghorn.models.decoder import Decoder
 
 CHECK_NAME = "merge_check.json"
 TOKENS = 500
-# Largest KL of a faithful merge, in nats: (mean, any token). A 16-bit merge rounds every weight once more than the
-# live model, which keeps its adapter in fp32, and every activation elsewhere.
-KL_LIMITS = {"float32": (1e-6, 1e-4), "bfloat16": (2e-2, 1.0), "float16": (1e-3, 5e-2)}
+# The KL of a faithful merge, in nats: (mean where the adapter does little, mean at most, largest of any token).
+# A 16-bit merge rounds every weight once more than the live model, which keeps its adapter in fp32, and so every
+# activation: SmolLM2-135M in bf16 has a mean of 8e-4. In between, a merge may lose a quarter of the adapter's effect.
+KL_LIMITS = {"float32": (1e-6, 1e-6, 1e-4), "float16": (1e-4, 1e-3, 5e-2), "bfloat16": (4e-3, 2e-2, 1.0)}
 _KL_ROWS = 50  # tokens whose logits are in memory at a time
 
 FIXTURE = """\
@@ -95,7 +96,8 @@ def save_merged(
     out_dir = Path(out_dir)
     with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
         write_model(folder, model, tokenizer_from=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        reloaded = load_model(folder)
+        stacked = any(segment.stacked for segment in model.segments)
+        reloaded = load_model(folder, layers="scanned" if stacked else "unrolled")
         report = compare_models(model, reloaded, fixture_ids(model, tokenizer))
         report["untied"] = reloaded.config.tie_word_embeddings != model.config.tie_word_embeddings
         write_json(folder / CHECK_NAME, report)
@@ -141,11 +143,11 @@ def compare_models(live: Decoder, other: Decoder, input_ids: np.ndarray) -> dict
         base = (graph, jax.tree.map(jnp.zeros_like, adapter), frozen)
         effect = float(np.mean(_kl(p, p_hidden, base, _hidden_states(*base, ids))[0]))
     dtype = max(live.dtype.name, other.dtype.name, key=lambda name: KL_LIMITS[name])
-    mean_limit, max_limit = KL_LIMITS[dtype]
+    floor, ceiling, max_limit = KL_LIMITS[dtype]
     return {
         "kl_mean": float(np.mean(kl)),
         "kl_max": float(np.max(kl)),
-        "kl_mean_limit": mean_limit,
+        "kl_mean_limit": min(ceiling, max(floor, effect / 4)),
         "kl_max_limit": max_limit,
         "adapter_kl_mean": effect,
         "top1_agreement": agreement,
@@ -188,7 +190,7 @@ def _fault(report: dict[str, Any]) -> str | None:
         return None
     return (
         f"the merged model departs from the live one: KL mean {report['kl_mean']:.2e}, largest {report['kl_max']:.2e}, "
-        f"and {report['dtype']} allows {report['kl_mean_limit']:.0e} and {report['kl_max_limit']:.0e}"
+        f"and {report['dtype']} allows {report['kl_mean_limit']:.1e} and {report['kl_max_limit']:.1e}"
     )
 
 
