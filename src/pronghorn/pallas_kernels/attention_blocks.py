@@ -30,6 +30,7 @@ _SHARED_KIB = {
     "12.0": 99,
 }
 _SCRATCH_KIB = 4
+TUNING = Path(__file__).parent / "tuning"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,11 @@ def multiprocessors() -> int:
     return int(getattr(jax.local_devices()[0], "core_count", None) or 132) if on_gpu() else 132
 
 
+def has_tf32() -> bool:
+    """Whether the default device multiplies tf32 (compute capability 8.0 and later)."""
+    return int(_device()[1].split(".")[0]) >= 8
+
+
 def _device() -> tuple[str, str]:
     if not on_gpu():
         return "NVIDIA H100 80GB HBM3", "9.0"  # what a lowering without a GPU is for
@@ -84,8 +90,8 @@ def _device() -> tuple[str, str]:
 
 
 @functools.cache
-def _tuned(device_kind: str, key: str) -> AttentionBlocks | None:
-    file = Path(__file__).parent / "tuning" / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()) + ".json")
+def _tuned(device_kind: str, key: str, folder: Path = TUNING) -> AttentionBlocks | None:
+    file = folder / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()) + ".json")
     if not file.exists():
         return None
     entry = json.loads(file.read_text()).get("flash_attention", {}).get(key)
@@ -93,9 +99,11 @@ def _tuned(device_kind: str, key: str) -> AttentionBlocks | None:
 
 
 def _rule(padded: int, itemsize: int, capability: str) -> AttentionBlocks:
-    if itemsize == 4:  # products without tensor cores: small tiles, or the operands leave the registers
-        rows = 64 if padded <= 64 else 32
-        blocks = AttentionBlocks(*(KernelBlocks(rows, 32, 4, 2),) * 3)
+    if itemsize == 4:
+        # Three tf32 products hold both halves of every operand: small tiles, or registers spill.
+        rows, streamed = (64, 32) if padded <= 64 else (32, 32) if padded <= 128 else (16, 16)
+        queries, keys = KernelBlocks(rows, streamed, 4, 2), KernelBlocks(streamed, rows, 4, 2)
+        blocks = AttentionBlocks(forward=queries, dkdv=keys, dq=queries)
     elif padded <= 128:
         blocks = AttentionBlocks(
             KernelBlocks(128, 64, 4, 2), KernelBlocks(64, 128, 8, 3), KernelBlocks(128, 64, 8, 3)
@@ -105,7 +113,8 @@ def _rule(padded: int, itemsize: int, capability: str) -> AttentionBlocks:
             KernelBlocks(128, 64, 8, 2), KernelBlocks(32, 64, 8, 2), KernelBlocks(64, 32, 8, 2)
         )
     limit = (_SHARED_KIB.get(capability, 99) - _SCRATCH_KIB) * 1024
-    row = padded * itemsize
+    # Measured on compiled kernels: two-byte tiles take their size, the halves of fp32 tiles half as much again.
+    row = padded * (itemsize if itemsize == 2 else 6)
     return AttentionBlocks(
         _fit(blocks.forward, "block_q", "block_k", row, limit, resident=1),
         _fit(blocks.dkdv, "block_k", "block_q", row, limit, resident=2),

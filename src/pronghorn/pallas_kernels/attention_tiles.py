@@ -6,6 +6,7 @@ nothing masks a last block on a GPU, so every load and store masks by hand.
 
 import dataclasses
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,8 @@ class AttentionSpec:
     softcap: float | None
     sliding_window: int | None  # only where there are no segments: else the window is inside the bounds
     blocks: AttentionBlocks
+    native: bool = False  # compiled for a GPU, so inline PTX may be used
+    tf32x3: bool = False  # fp32 products as three tf32 ones
 
     @property
     def base2(self) -> float:
@@ -37,12 +40,33 @@ class AttentionSpec:
         return (self.scale if self.softcap is None else self.softcap) * LOG2_E
 
 
-def dot(a: jax.Array, b: jax.Array, contract) -> jax.Array:
-    """2-D product accumulated in fp32; fp32 operands are multiplied in fp32, never in tf32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+def dot(a: jax.Array, b: jax.Array, contract, spec: AttentionSpec) -> jax.Array:
+    """2-D product accumulated in fp32. fp32 operands keep fp32's precision, never a single tf32 product's.
+
+    Three tf32 products keep 22 of 24 bits of each operand and run on tensor cores, where Triton's product in true fp32
+    takes minutes to compile at head dim 256 and lives in spilled registers.
+    """
+    precision: lax.PrecisionLike = lax.Precision.DEFAULT
+    if a.dtype == jnp.float32:
+        precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if spec.tf32x3 else lax.Precision.HIGHEST
     return lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def exponentials(s: jax.Array, spec: AttentionSpec, offset: jax.Array) -> jax.Array:
+    """2^(base2 s − offset), the exponent in one fused instruction (left alone, it compiles to two)."""
+    if not spec.native:
+        return jnp.exp2(s * spec.base2 - offset)
+    factor = "0f" + struct.pack(">f", spec.base2).hex()
+    (exponent,) = triton.elementwise_inline_asm(
+        f"fma.rn.f32 $0, $1, {factor}, $2;",
+        args=[s, jnp.broadcast_to(-offset, s.shape)],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(s.shape, jnp.float32)],
+    )
+    return jnp.exp2(exponent)
 
 
 def scores(qk: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -151,12 +175,15 @@ class KeyInterval:
         return seen if self.first is None else seen & (keys >= self.first[:, None])
 
 
-def walk(blocks: "BlockRange", body: Callable[..., Any], carry, *, heads: int = 1):
-    """carry = body(block, head, carry, edge) over `heads` times the blocks: whole ones first, then the edges."""
-    for edge, count, position in (
-        (False, blocks.num_whole, blocks.whole),
-        (True, blocks.num_edge, blocks.edge),
-    ):
+def walk(blocks: "BlockRange", body: Callable[..., Any], carry, *, heads: int = 1, split: bool = True):
+    """carry = body(block, head, carry, edge) over `heads` times the blocks: whole ones first, then the edges.
+
+    split False: one loop that masks every block, half the code to compile.
+    """
+    passes = [(False, blocks.num_whole, blocks.whole), (True, blocks.num_edge, blocks.edge)]
+    if not split:
+        passes = [(True, blocks.end - blocks.start, lambda i: blocks.start + i)]
+    for edge, count, position in passes:
 
         def step(i, carry, edge=edge, count=count, position=position):
             if heads == 1:

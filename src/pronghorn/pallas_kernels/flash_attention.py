@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import flash_attention_kernels as kernels
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks
+from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks, has_tf32
 from pronghorn.pallas_kernels.attention_bounds import interval_bounds
 from pronghorn.pallas_kernels.attention_tiles import LOG2_E, AttentionSpec
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES, cudnn_attention, unsupported_reason
@@ -81,11 +81,17 @@ def flash_attention(
         return cudnn_attention(q, k, v, scale=scale, sliding_window=sliding_window)
     if blocks is None:
         blocks = attention_blocks(q.shape[3], q.dtype, q.shape[1])
-    if segment_ids is None:
-        spec = AttentionSpec(scale, softcap, sliding_window, blocks)
-        return _attention(spec, q, k, v, sinks, None, None)
-    k_start, q_end = interval_bounds(segment_ids, sliding_window)
-    return _attention(AttentionSpec(scale, softcap, None, blocks), q, k, v, sinks, k_start, q_end)
+    native = not launch.interpreting()
+    spec = AttentionSpec(
+        scale,
+        softcap,
+        sliding_window if segment_ids is None else None,
+        blocks,
+        native=native,
+        tf32x3=native and has_tf32(),
+    )
+    k_start, q_end = (None, None) if segment_ids is None else interval_bounds(segment_ids, sliding_window)
+    return _attention(spec, q, k, v, sinks, k_start, q_end)
 
 
 def default_implementation(
@@ -222,7 +228,7 @@ def _attention_forward(spec: AttentionSpec, q, k, v, sinks, k_start, q_end):
 
 
 def _attention_backward(spec: AttentionSpec, saved, do):
-    # dq, and dk with dv, are two kernels: where nobody asks for one of them, XLA drops it.
+    # dq, and dk with dv, are two launches: one that nobody asks for is dead code and is dropped.
     q, k, v, sinks, k_start, q_end, out, logsumexp = saved
     do = do.astype(q.dtype)
     # delta_t = o_t · do_t, [batch, heads, seq]

@@ -32,6 +32,7 @@ from pronghorn.pallas_kernels.attention_tiles import (
     BlockRange,
     KeyInterval,
     dot,
+    exponentials,
     load_tile,
     load_vector,
     scores,
@@ -42,6 +43,11 @@ from pronghorn.pallas_kernels.launch import cdiv, next_power_of_2, pallas_call
 
 # Start of the running maximum: finite, so that (−inf) − (maximum) is never NaN in a row that saw no key yet.
 LOWEST = -1e30
+
+
+def _split(operand: jax.Array) -> bool:
+    """Whether unmasked blocks get a loop of their own: fp32 kernels compile slowly and are there for exactness."""
+    return operand.dtype != jnp.float32
 
 
 # ---- forward ----
@@ -81,19 +87,19 @@ def _forward_kernel(
         accumulator, maximum, total = carry
         k0 = block * b.block_k
         k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        s = scores(dot(q, k, ROWS_BY_ROWS), spec)
+        s = scores(dot(q, k, ROWS_BY_ROWS, spec), spec)
         if edge:
             s = jnp.where(keys.visible(k0, b.block_k), s, float("-inf"))
         new_maximum = jnp.maximum(maximum, jnp.max(s, axis=1) * spec.base2)
-        p = jnp.exp2(s * spec.base2 - new_maximum[:, None])
+        p = exponentials(s, spec, new_maximum[:, None])
         correction = jnp.exp2(maximum - new_maximum)
         v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
         total = total * correction + jnp.sum(p, axis=1)
-        accumulator = accumulator * correction[:, None] + dot(p.astype(v.dtype), v, ROWS_BY_COLUMNS)
+        accumulator = accumulator * correction[:, None] + dot(p.astype(v.dtype), v, ROWS_BY_COLUMNS, spec)
         return accumulator, new_maximum, total
 
-    accumulator, maximum, total = walk(keys.blocks, body, (accumulator, maximum, total))
-    store_tile(o_ref, q0, accumulator / total[:, None], seq_len, head_dim)
+    accumulator, maximum, total = walk(keys.blocks, body, (accumulator, maximum, total), split=_split(q))
+    store_tile(o_ref, q0, accumulator * (1.0 / total)[:, None], seq_len, head_dim)
     inside = None if seq_len % b.block_q == 0 else keys.rows < seq_len
     triton.store(lse_ref.at[pl.ds(q0, b.block_q)], maximum + jnp.log2(total), mask=inside)
 
@@ -117,16 +123,17 @@ def _dq_kernel(
         k0 = block * b.block_k
         k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
         v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        s = scores(dot(q, k, ROWS_BY_ROWS), spec)
-        p = jnp.exp2(s * spec.base2 - lse[:, None])
+        s = scores(dot(q, k, ROWS_BY_ROWS, spec), spec)
+        p = exponentials(s, spec, lse[:, None])
         if edge:
             p = jnp.where(keys.visible(k0, b.block_k), p, 0.0)
-        ds = p * (dot(do, v, ROWS_BY_ROWS) - delta[:, None])
+        ds = p * (dot(do, v, ROWS_BY_ROWS, spec) - delta[:, None])
         if spec.softcap is not None:
             ds = ds * (1.0 - s * s)
-        return dq + dot(ds.astype(k.dtype), k, ROWS_BY_COLUMNS)
+        return dq + dot(ds.astype(k.dtype), k, ROWS_BY_COLUMNS, spec)
 
-    dq = walk(keys.blocks, body, jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32))
+    dq = jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32)
+    dq = walk(keys.blocks, body, dq, split=_split(q))
     store_tile(dq_ref, q0, dq * spec.scale, seq_len, head_dim)
 
 
@@ -171,25 +178,29 @@ def _dkdv_kernel(
         do = load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
         lse = load_vector(lse_ref, head, q0, b.block_q, seq_len)
         delta = load_vector(delta_ref, head, q0, b.block_q, seq_len)
-        s = scores(dot(k, q, ROWS_BY_ROWS), spec)
-        p = jnp.exp2(s * spec.base2 - lse[None, :])
+        s = scores(dot(k, q, ROWS_BY_ROWS, spec), spec)
+        p = exponentials(s, spec, lse[None, :])
         if edge:
             rows = (q0 + jnp.arange(b.block_q, dtype=jnp.int32))[None, :]
             seen = rows >= keys[:, None]  # rows past the sequence add nothing: their q, do and delta are 0
             p = jnp.where(seen if end is None else seen & (rows < end[:, None]), p, 0.0)
-        dv = dv + dot(p.astype(do.dtype), do, ROWS_BY_COLUMNS)
-        ds = p * (dot(v, do, ROWS_BY_ROWS) - delta[None, :])
+        dv = dv + dot(p.astype(do.dtype), do, ROWS_BY_COLUMNS, spec)
+        ds = p * (dot(v, do, ROWS_BY_ROWS, spec) - delta[None, :])
         if spec.softcap is not None:
             ds = ds * (1.0 - s * s)
-        return dk + dot(ds.astype(q.dtype), q, ROWS_BY_COLUMNS), dv
+        return dk + dot(ds.astype(q.dtype), q, ROWS_BY_COLUMNS, spec), dv
 
     zeros = jnp.zeros((b.block_k, k_ref.shape[-1]), jnp.float32)
-    dk, dv = walk(blocks, body, (zeros, zeros), heads=heads)
+    dk, dv = walk(blocks, body, (zeros, zeros), heads=heads, split=_split(k))
     store_tile(dk_ref, k0, dk * spec.scale, seq_len, head_dim)
     store_tile(dv_ref, k0, dv, seq_len, head_dim)
 
 
 # ---- launches ----
+#
+# Each is a jit of its own because jax never drops a bare pallas_call whose outputs nobody uses, and does drop a jit:
+# so rematerialisation runs no second forward, and dk, dv or dq that nobody asked for costs nothing. It also makes
+# layers of one shape share a trace.
 
 
 def _specs(q: jax.Array, k: jax.Array):
@@ -207,6 +218,7 @@ def _bound_spec(bound: jax.Array | None) -> pl.BlockSpec | None:
     return None if bound is None else pl.BlockSpec((None, bound.shape[1]), lambda h, b, i: (b, 0))
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def forward(
     q: jax.Array,
     k: jax.Array,
@@ -237,6 +249,7 @@ def forward(
     )(q, k, v, k_start, sinks)  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def backward_dq(q, k, v, do, lse, delta, k_start, spec: AttentionSpec) -> jax.Array:
     """dq, like q. lse in base 2 and delta: fp32 [batch, heads, seq]."""
     batch, seq_len, num_heads, head_dim = q.shape
@@ -262,6 +275,7 @@ def _group_parts(programs: int, group: int) -> int:
     return parts
 
 
+@functools.partial(jax.jit, static_argnames="spec")
 def backward_dkdv(q, k, v, do, lse, delta, q_end, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
     """(dk, dv), like k and v. Summed over a group's query heads inside the kernel; a small problem cuts the group
     into parts whose fp32 sums XLA adds, in a fixed order either way."""
