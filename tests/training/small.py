@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pronghorn.data import DetectedFormat, TokenizationStats, TokenizedDataset
 from pronghorn.lora import LoRAConfig, add_lora
 from pronghorn.models import Decoder, DecoderConfig
 from pronghorn.training import TrainConfig, losses
@@ -73,6 +74,36 @@ def make_step(graph, trainable, config=None, *, optimizer=None, total_steps=20, 
     )
     state = init_state(trainable, optimizer, seed=config.seed, master_weights=config.master_weights)
     return jax.jit(step, compiler_options=QUICK_COMPILE), state
+
+
+def tokenized(documents, *, untrained: int = 1) -> TokenizedDataset:
+    """A dataset of token lists; the first `untrained` tokens of each are not in the loss."""
+    lengths = np.array([len(document) for document in documents])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.concatenate(documents).astype(np.int32)
+    trained = np.concatenate([np.arange(length) >= untrained for length in lengths])
+    stats = TokenizationStats(
+        rows=len(documents),
+        documents=len(documents),
+        real_tokens=len(tokens),
+        trained_tokens=int(trained.sum()),
+        truncated=0,
+        dropped=0,
+        empty=0,
+        untrained=0,
+        duplicates=0,
+        length_percentiles={100: int(lengths.max())},
+    )
+    origins = tuple(f"made.jsonl:{number}" for number in range(1, len(documents) + 1))
+    return TokenizedDataset(
+        tokens, trained, offsets, origins, stats, DetectedFormat("text", "made by a test")
+    )
+
+
+def random_documents(count: int, *, seed: int = 0) -> list[list[int]]:
+    """Token lists of 3 to 9 tokens."""
+    random = np.random.default_rng(seed)
+    return [random.integers(0, VOCAB, random.integers(3, 10)).tolist() for _ in range(count)]
 
 
 def same_leaves(one, other) -> bool:

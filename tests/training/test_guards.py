@@ -3,15 +3,15 @@ import numpy as np
 import pytest
 
 from pronghorn.errors import RunError
-from pronghorn.lora import split
-from pronghorn.models import named_parameters
+from pronghorn.lora import LoRAConfig, add_lora, split
+from pronghorn.models import Decoder, named_parameters
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
-from tests.training.small import make_step, random_batch, small_model
+from tests.training.small import make_step, random_batch, small_config, small_model
 
 
 def test_leaves_are_named_as_in_hugging_face_in_both_layouts():
     for layers in ("unrolled", "scanned"):
-        model = small_model(num_layers=3, layers=layers)
+        model = add_lora(Decoder.abstract(small_config(num_layers=3), layers=layers), LoRAConfig(rank=2))
         names = leaf_names(split(model)[1], model)
         assert sorted(names) == sorted(name for name in named_parameters(model) if "lora" in name)
 

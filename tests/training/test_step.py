@@ -161,7 +161,7 @@ def test_the_compiled_step_takes_flat_lists_and_agrees(adam):
     step, state, frozen = adam
     batch = random_batch(1, 2, 9)
     expected, metrics = step(state, frozen, batch)
-    compiled = compile_step(step, state, frozen, batch)
+    compiled = compile_step(step.__wrapped__, state, frozen, batch)
     leaves = [leaf.copy() for leaf in jax.tree.leaves(state)]
     new_leaves, compiled_metrics = compiled(leaves, jax.tree.leaves(frozen), batch)
     assert_close(compiled_metrics["loss"], metrics["loss"])

@@ -64,19 +64,29 @@ class MemoryPlan:
     compile_seconds: float
 
     def __str__(self) -> str:
-        gib = 2**30
         return "\n".join(
             (
-                f"device memory  {self.peak_device_bytes / gib:8.2f} GiB peak = "
-                f"{self.arguments / gib:.2f} weights, state and batch + {self.temporaries / gib:.2f} temporaries + "
-                f"{(self.outputs - self.aliased + self.program) / gib:.2f} other",
-                f"host memory    {self.peak_host_bytes / gib:8.2f} GiB peak ({self.pinned_host / gib:.2f} pinned, "
-                f"{self.checkpoint / gib:.2f} for a checkpoint)",
                 f"parameters     {self.trained_parameters:,} trained, {self.frozen_parameters:,} frozen",
-                f"step           {self.tokens_per_step:,} tokens, {self.flops_per_step:.3g} FLOP, memory policy "
+                *self.memory_lines(),
+                f"step           {self.tokens_per_step:,} positions, {self.flops_per_step:.3g} FLOP, memory policy "
                 f"{self.memory_policy}, compiled in {self.compile_seconds:.1f} s",
             )
         )
+
+    def memory_lines(self) -> list[str]:
+        """Device and host memory, a line each."""
+        rest = self.outputs - self.aliased + self.program
+        return [
+            f"device memory  {show_bytes(self.peak_device_bytes)} peak: weights, state and batch "
+            f"{show_bytes(self.arguments)}, temporaries {show_bytes(self.temporaries)}, other {show_bytes(rest)}",
+            f"host memory    {show_bytes(self.peak_host_bytes)} peak: pinned {show_bytes(self.pinned_host)}, a "
+            f"checkpoint's copy {show_bytes(self.checkpoint)}, the process",
+        ]
+
+
+def show_bytes(count: int) -> str:
+    """Such as "1.23 GiB" or "45.6 MiB"."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def plan_memory(

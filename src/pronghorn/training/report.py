@@ -57,7 +57,7 @@ def print_report(
         f"{facts.dropped:,} dropped",
         f"steps          {facts.steps:,} of {plan.tokens_per_step:,} positions "
         f"({facts.steps / facts.steps_per_epoch:.2f} passes of {facts.steps_per_epoch:,} steps)",
-        *(line for line in str(plan).splitlines() if not line.startswith(("parameters", "step"))),
+        *plan.memory_lines(),
         f"arithmetic     {plan.flops_per_step:.3g} FLOP a full step, memory policy {plan.memory_policy}",
         f"compiled in    {plan.compile_seconds:.1f} s",
         *settings_lines(configs),

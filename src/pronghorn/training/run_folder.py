@@ -1,9 +1,7 @@
 """The folder of a run: config.json with every setting, the versions and the hashes, and what resuming compares."""
 
 import dataclasses
-import platform
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from pronghorn.files import write_json
 from pronghorn.fingerprint import base_hash
 from pronghorn.training.checkpoints import Checkpoint, newest_checkpoint
 from pronghorn.training.config import TrainConfig
+from pronghorn.versions import installed_versions
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -41,7 +40,6 @@ _FREE_SETTINGS = frozenset(
         "tensorboard",
     }
 )
-_PACKAGES = ("pronghorn", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers")
 
 
 def run_settings(
@@ -115,16 +113,6 @@ def write_config(folder: Path, sections: dict[str, Any]) -> None:
     device = jax.devices()[0]
     write_json(
         folder / CONFIG,
-        plain(sections) | {"versions": versions(), "device": f"{device.platform} {device.device_kind}"},
+        plain(sections)
+        | {"versions": installed_versions(), "device": f"{device.platform} {device.device_kind}"},
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

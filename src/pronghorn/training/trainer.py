@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from pronghorn.data import DataConfig, Loader, TokenizedDataset, hold_out, load_rows, tokenize_rows
-from pronghorn.errors import InputError, RunError
+from pronghorn.errors import InputError
 from pronghorn.lora import split
 from pronghorn.training import memory_plan, report, run_folder
 from pronghorn.training.checkpoints import CheckpointWriter, check_free_space, check_settings, restore
@@ -50,8 +50,8 @@ class TrainResult:
     Attributes:
       steps: updates made since step 0, those before a resume included; skipped ones count.
       losses, grad_norms: of each step of this call, in order; norms before clipping.
-      grad_norm_min: the smallest of them that is finite.
-      final_loss: the last of `losses`.
+      grad_norm_min: the smallest of them that is finite; NaN where there is none.
+      final_loss: the last of `losses`; NaN where there is none.
       skipped: steps of the whole run whose update was not finite and left out.
       tokens_per_second: real tokens, padding not counted, from the second step of this call on, without evaluations.
       compile_seconds: of the training step.
@@ -366,13 +366,18 @@ class _Run:
         self._record(buffer.ready(everything=True))
         interrupted = self.step < self.total
         if interrupted:
-            self._save()
-            self.writer.wait()
             why = stop.requested or f"stop_after={self.stop_after}"
-            self.progress.say(
-                f"stopped by {why} after step {self.step} of {self.total}, saved in {self.folder / 'checkpoints'}; "
-                "go on with train.resume=true."
-            )
+            if self.step > self.start:
+                self._save()
+                self.writer.wait()
+                saved = f"saved in {self.folder / run_folder.CHECKPOINTS}; go on with train.resume=true"
+            else:
+                saved = "nothing was done, so nothing is saved; start again" + (
+                    " with train.resume=true" * bool(self.start)
+                )
+            self.progress.say(f"stopped by {why} after step {self.step} of {self.total}, {saved}.")
+        elif self.step == self.start:
+            self.progress.say(f"the run had all its {self.total} steps already; nothing is left to train.")
         return interrupted
 
     def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -496,16 +501,12 @@ class _Run:
 
     def _summary(self, interrupted: bool) -> TrainResult:
         finite = [norm for norm in self.grad_norms if np.isfinite(norm)]
-        if not self.losses:
-            raise RunError(
-                f"{self.folder}: the run has all its {self.total} steps already; nothing was trained."
-            )
         return TrainResult(
             steps=self.step,
             losses=self.losses,
             grad_norms=self.grad_norms,
             grad_norm_min=min(finite, default=float("nan")),
-            final_loss=self.losses[-1],
+            final_loss=self.losses[-1] if self.losses else float("nan"),
             skipped=self.skipped,
             tokens_per_second=self.step_tokens / max(self.step_seconds, 1e-9),
             compile_seconds=self.compiled.seconds,
