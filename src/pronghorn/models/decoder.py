@@ -24,7 +24,6 @@ from pronghorn.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, de
 LayerLayout = Literal["unrolled", "scanned"]
 
 # What the backward pass finds in memory, from fast to small; everything else is computed again, layer by layer.
-# The names are given in attention's forward rule and in `_run_layer`.
 _CHECKPOINT_POLICIES = {
     "attention": lambda: jax.checkpoint_policies.save_only_these_names(
         "attention_out", "attention_logsumexp"
@@ -299,10 +298,18 @@ def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _run_layer(
-    state: Any, x: jax.Array, shared: Any, key: Any, *, graph: Any, config: DecoderConfig, kind: LayerKind
+    state: Any,
+    x: jax.Array,
+    shared: Any,
+    key: Any,
+    *,
+    graph: Any,
+    config: DecoderConfig,
+    kind: LayerKind,
+    offload: bool,
 ):
-    # Named here, inside of what is checkpointed: an offload policy can only move what it sees computed.
-    x = checkpoint_name(x, "layer_input")
+    if offload:  # named here, inside of what is checkpointed: a policy can only move what it sees computed
+        x = checkpoint_name(x, "layer_input")
     return decoder_layer(nnx.merge(graph, state), x, *shared, config=config, kind=kind, dropout_key=key)
 
 
@@ -322,7 +329,11 @@ def _run_segment(
     functions: list[Callable[..., jax.Array]] = []
     for position, (graph, _) in enumerate(split):
         run: Callable[..., jax.Array] = functools.partial(
-            _run_layer, graph=graph, config=config, kind=config.layer_kinds[segment.start + position]
+            _run_layer,
+            graph=graph,
+            config=config,
+            kind=config.layer_kinds[segment.start + position],
+            offload=memory_policy == "offload",
         )
         if memory_policy != "keep":
             # Inside of a scan nothing can be merged across the loop; outside XLA would undo the recomputation.
