@@ -10,7 +10,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from pronghorn.data.template_sandbox import LimitError, TemplateEnvironment
+from pronghorn.data.template_limits import LimitError
+from pronghorn.data.template_sandbox import TemplateEnvironment
 from pronghorn.errors import InputError
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")

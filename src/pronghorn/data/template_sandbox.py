@@ -1,7 +1,7 @@
 """A Jinja environment in which a hostile chat template cannot reach Python, hang, or fill the memory.
 
 Jinja's `ImmutableSandboxedEnvironment` keeps a template away from Python's internals but lets it run for ever. Here
-a `Meter` is charged before anything grows or repeats:
+a `Meter` (template_limits.py) is charged before anything grows or repeats:
 
 * time: every loop turn, call, filter, output and comparison of two variables ticks; the thread's CPU time is limited;
 * size: every operation that makes text or containers is charged what it makes, *before* it makes it where the size
@@ -15,16 +15,12 @@ needs and that cost more than linear time (striptags, urlize, wordwrap, pprint, 
 """
 
 import functools
-import json
-import re
-import time
 import types
-from collections.abc import Callable, Iterator
-from string import Formatter
+from collections.abc import Callable
 from typing import Any, cast
 
 from jinja2 import nodes, pass_context
-from jinja2.exceptions import SecurityError
+from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
@@ -32,13 +28,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from pronghorn.data.template_limits import BOUNDED_FILTERS, LimitError, Meter, tojson
+
 MAX_TEMPLATE_CHARS = 128 * 1024  # the longest published templates have about 25,000
-MAX_TEMPLATE_TOKENS = 30_000
-MAX_DEPTH = 100  # nesting of containers
-MAX_WIDTH = 10_000  # padding asked of center, indent, '%9d' and the like
-SECONDS, SECONDS_PER_CHAR = 0.3, 1e-6  # of processor time; a usual rendering takes 0.0001
-BUDGET, BUDGET_PER_CHAR = 8_000_000, 64  # characters and elements made in one rendering
-WEIGHT, WEIGHT_PER_CHAR = 400_000, 16  # of one value
+MAX_TEMPLATE_TOKENS = 15_000
 
 # fmt: off
 _FILTERS = frozenset((
@@ -63,80 +56,6 @@ _METHODS: dict[type, frozenset[str]] = {
     tuple: frozenset(("count", "index")),
 }
 _NO_METHODS = (int, float, complex, bytes, bytearray, range, set, frozenset, types.GeneratorType)
-
-
-class LimitError(Exception):
-    """A rendering went over a limit of the sandbox."""
-
-
-class Meter:
-    """Counts what one rendering costs. `start` begins a rendering; every other method may raise `LimitError`."""
-
-    def __init__(self) -> None:
-        self.start(0)
-
-    def start(self, input_chars: int) -> None:
-        self._seconds = SECONDS + SECONDS_PER_CHAR * input_chars
-        self._deadline: float | None = None
-        self._left = BUDGET + BUDGET_PER_CHAR * input_chars
-        self._max_weight = WEIGHT + WEIGHT_PER_CHAR * input_chars
-        self._ticks = 0
-        # id -> (the container, its weight, its depth); holding the container keeps its id from being used again
-        self._weights: dict[int, tuple[Any, int, int]] = {}
-
-    def tick(self) -> None:
-        self._ticks += 1
-        if (
-            self._ticks % 32 == 0
-        ):  # a usual rendering ends before it looks at the clock, which is a system call
-            now = time.thread_time()
-            if self._deadline is None:
-                self._deadline = now + self._seconds
-            elif now > self._deadline:
-                raise LimitError("it runs for too long")
-
-    def charge(self, amount: int) -> None:
-        """Pay for `amount` characters or elements that are about to be made."""
-        self._left -= amount
-        if self._left < 0 or amount > self._max_weight:
-            raise LimitError("it makes too much text")
-
-    def account(self, value: Any) -> Any:
-        """Pay for a value that was just made, and look at its shape. Returns it."""
-        if isinstance(value, str):
-            self.charge(len(value))
-        elif isinstance(value, list | tuple | dict):
-            self.charge(len(value))
-            self.weigh(value)
-        return value
-
-    def weigh(self, value: Any, level: int = 0) -> tuple[int, int]:
-        """(expanded weight in characters and elements, depth) of a value; linear, shared parts looked up."""
-        if isinstance(value, str):
-            return len(value) + 1, 0
-        if not isinstance(value, list | tuple | dict):
-            return 1, 0
-        known = self._weights.get(id(value))
-        if known is not None:
-            return known[1], known[2]
-        weight, depth = 1, 0
-        if level > MAX_DEPTH:
-            raise LimitError("a value is nested too deeply")
-        parts = [x for item in value.items() for x in item] if isinstance(value, dict) else value
-        for part in parts:
-            part_weight, part_depth = self.weigh(part, level + 1)
-            weight, depth = weight + part_weight, max(depth, part_depth + 1)
-        if weight > self._max_weight:
-            raise LimitError("a value grows too large")
-        if depth > MAX_DEPTH:
-            raise LimitError("a value is nested too deeply")
-        self._weights[id(value)] = (value, weight, depth)
-        return weight, depth
-
-    def each(self, values: Any) -> Iterator[Any]:
-        for value in values:
-            self.tick()
-            yield value
 
 
 class SafeNamespace(Namespace):
@@ -278,15 +197,15 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.emitted_chars = 0
         self.generation_spans: list[tuple[int, str]] = []
         self.filters = {
-            name: self._guarded(self.filters[name], _BOUNDED_FILTERS.get(name)) for name in _FILTERS
+            name: self._guarded(self.filters[name], BOUNDED_FILTERS.get(name)) for name in _FILTERS
         }
-        self.filters["tojson"] = functools.partial(_tojson, self)
+        self.filters["tojson"] = functools.partial(tojson, self.meter)
         self.tests = {name: self._guarded(cast(Callable, test)) for name, test in self.tests.items()}
         self.globals.pop("lipsum")
         self.globals["dict"] = SafeDict()
         self.globals["namespace"] = SafeNamespace
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda format: strftime_now(self._short(format, 256))
+        self.globals["strftime_now"] = lambda format: strftime_now(self.meter.short(format, 256))
 
     def compile_guarded(self, source: str) -> Any:
         """A jinja2 Template of `source` with ticks and checks in it. Raises what jinja2 raises, or LimitError."""
@@ -301,21 +220,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         @functools.wraps(function)  # carries jinja2's mark of what a filter wants passed
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self.meter.tick()
-            result = bounded(self, function, *args, **kwargs) if bounded else function(*args, **kwargs)
+            result = bounded(self.meter, function, *args, **kwargs) if bounded else function(*args, **kwargs)
             return self.meter.account(result)
 
         return guarded
-
-    def _short(self, text: str, limit: int) -> str:
-        if not isinstance(text, str) or len(text) > limit:
-            raise LimitError(f"an option must be text of at most {limit} characters")
-        return text
-
-    def width(self, value: Any) -> int:
-        """A padding width, checked."""
-        if not isinstance(value, int) or abs(value) > MAX_WIDTH:
-            raise LimitError(f"a width must be a whole number of at most {MAX_WIDTH}")
-        return value
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not super().is_safe_attribute(obj, attr, value):
@@ -339,12 +247,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         template = value.__self__
 
         def limited(*args: Any, **kwargs: Any) -> str:
-            fields = 0
-            for _, field, spec, _ in Formatter().parse(template):
-                fields += field is not None
-                if spec and ("{" in spec or re.search(r"\d{5}", spec)):
-                    raise LimitError("a format width is too large")
-            self.meter.charge(len(template) + fields * self._weight(args, kwargs))
+            self.meter.charge_format(template, (args, kwargs))
             return wrapped(*args, **kwargs)
 
         return limited
@@ -383,7 +286,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > 8192:
                 raise LimitError("a number grows too large")
         elif operator == "%" and isinstance(left, str):
-            self._check_percent(left, right)
+            meter.charge_percent(left, right)
         elif operator == "+" and isinstance(left, str | list | tuple) and hasattr(right, "__len__"):
             meter.charge(len(left) + len(right))
             return self._weighed(super().call_binop(context, operator, left, right))
@@ -394,26 +297,18 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.meter.weigh(value)
         return value
 
-    def _weight(self, *values: Any) -> int:
-        return sum(self.meter.weigh(value)[0] for value in values)
-
-    def _check_percent(self, template: str, values: Any) -> None:
-        if "*" in template or re.search(r"\d{5}", template):
-            raise LimitError("a format width is too large")
-        self.meter.charge(len(template) + template.count("%") * self._weight(values))
-
     def _check_str_method(self, text: str, name: str, args: tuple, kwargs: dict) -> tuple:
         """Pay for what a method of `text` is about to make; returns its arguments."""
         if name in ("center", "ljust", "rjust", "zfill") and args:
-            self.width(args[0])
+            self.meter.width(args[0])
         elif name == "expandtabs":
-            tab = self.width(next(iter((*args, *kwargs.values())), 8))
+            tab = self.meter.width(next(iter((*args, *kwargs.values())), 8))
             self.meter.charge(len(text) + text.count("\t") * abs(tab))
         elif name == "replace" and len(args) >= 2:
-            _charge_replace(self, text, args[0], args[1])
+            self.meter.charge_replace(text, args[0], args[1])
         elif name == "join" and args:
             parts = list(self.meter.each(args[0]))
-            self.meter.charge(len(text) * len(parts) + self._weight(parts))
+            self.meter.charge(len(text) * len(parts) + self.meter.total_weight(parts))
             args = (parts,)
         return args
 
@@ -429,124 +324,4 @@ def _finalize(context: Context, value: Any) -> str:
 
 
 def _raise_exception(message: str) -> None:
-    from jinja2.exceptions import TemplateError
-
     raise TemplateError(str(message)[:500])
-
-
-def _charge_replace(env: TemplateEnvironment, text: str, old: Any, new: Any) -> None:
-    if isinstance(old, str) and isinstance(new, str):
-        env.meter.charge(len(text) + text.count(old) * len(new))
-
-
-def _replace(
-    env: TemplateEnvironment, original: Callable, eval_ctx: Any, s: str, old: str, new: str, count=None
-):
-    _charge_replace(env, str(s), str(old), str(new))
-    return original(eval_ctx, s, old, new, count)
-
-
-def _join(
-    env: TemplateEnvironment, original: Callable, eval_ctx: Any, value: Any, d: Any = "", attribute=None
-):
-    values = list(env.meter.each(value))
-    env.meter.charge(len(str(d)) * len(values) + env._weight(values))
-    return original(eval_ctx, values, d, attribute)
-
-
-def _list(env: TemplateEnvironment, original: Callable, eval_ctx: Any, value: Any) -> list:
-    return list(env.meter.each(value))
-
-
-def _sum(
-    env: TemplateEnvironment,
-    original: Callable,
-    environment: Any,
-    iterable: Any,
-    attribute=None,
-    start: Any = 0,
-):
-    values = list(env.meter.each(iterable))
-    if any(isinstance(value, str | list | tuple) for value in (*values, start)):
-        raise LimitError("sum adds numbers only")  # adding lists up takes quadratic time
-    return original(environment, values, attribute, start)
-
-
-def _indent(env: TemplateEnvironment, original: Callable, s: str, width: Any = 4, first=False, blank=False):
-    columns = len(width) if isinstance(width, str) else abs(env.width(width))
-    env.meter.charge(len(str(s)) + (str(s).count("\n") + 2) * columns)
-    return original(s, width, first, blank)
-
-
-def _batch(
-    env: TemplateEnvironment, original: Callable, value: Any, linecount: int, fill_with: Any = None
-) -> list:
-    env.meter.charge(env.width(linecount) * env._weight(fill_with))
-    return list(env.meter.each(original(value, linecount, fill_with)))
-
-
-def _slice(
-    env: TemplateEnvironment,
-    original: Callable,
-    eval_ctx: Any,
-    value: Any,
-    slices: int,
-    fill_with: Any = None,
-) -> list:
-    env.meter.charge(env.width(slices) * env._weight(fill_with))
-    return list(env.meter.each(original(eval_ctx, value, slices, fill_with)))
-
-
-def _round(
-    env: TemplateEnvironment, original: Callable, value: Any, precision: int = 0, method: Any = "common"
-):
-    if not isinstance(precision, int) or abs(precision) > 100:
-        raise LimitError("round takes at most 100 digits")
-    return original(value, precision, method)
-
-
-def _format(env: TemplateEnvironment, original: Callable, value: str, *args: Any, **kwargs: Any) -> str:
-    env._check_percent(str(value), (*args, kwargs))
-    return original(value, *args, **kwargs)
-
-
-def _tojson(
-    env: TemplateEnvironment,
-    x: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    """As transformers defines it: no HTML escapes. Written in pieces, each paid for, when it is indented."""
-    for option in (indent, *(separators or ())):
-        if isinstance(option, str):
-            env._short(option, 16)
-        elif isinstance(option, int) and abs(option) > 16:
-            raise LimitError("tojson indents by at most 16")
-    env.meter.tick()
-    env.meter.weigh(x)
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    if indent is None:
-        return env.meter.account(encoder.encode(x))
-    pieces = []
-    for piece in encoder.iterencode(x):
-        env.meter.tick()
-        env.meter.charge(len(piece))
-        pieces.append(piece)
-    return "".join(pieces)
-
-
-_BOUNDED_FILTERS: dict[str, Callable] = {
-    "batch": _batch,
-    "format": _format,
-    "indent": _indent,
-    "join": _join,
-    "list": _list,
-    "replace": _replace,
-    "round": _round,
-    "slice": _slice,
-    "sum": _sum,
-}
