@@ -428,3 +428,16 @@ def merge_lora(model: Decoder) -> Decoder:
     merged.config = config
     merged.adapter = None
     return merged
+
+
+def remove_lora(model: Decoder) -> Decoder:
+    """The base of an adapted model: a new model without adapters, nothing merged, sharing `model`'s arrays."""
+    base = shallow_copy(model)
+    for site in sites(base).values():
+        for name in factor_names(site.module):
+            setattr(site.module, name, nnx.data(None))
+        site.module.lora_scale, site.module.lora_dropout = 1.0, 0.0
+    if base.config.tie_word_embeddings:
+        base.lm_head = nnx.data(None)
+    base.adapter = None
+    return base
