@@ -355,7 +355,10 @@ def shallow_copy(model: Decoder) -> Decoder:
 def split(model: Decoder) -> tuple[Any, Any, Any]:
     """(graph, trainable, frozen): the adapters are trainable where there are any, else every parameter (full
     fine-tuning). `graph` is static and hashable; the other two are pytrees of arrays."""
-    chosen = LoRAParam if any(site.factors is not None for site in sites(model).values()) else nnx.Param
+    # Looked at by attribute: `factors` would slice stacks, which costs copies and cannot be done on shapes.
+    modules = (site.module for site in sites(model).values())
+    adapted = any(getattr(module, factor_names(module)[0]) is not None for module in modules)
+    chosen = LoRAParam if adapted else nnx.Param
     graph, *states = nnx.split(model, chosen, ...)
     return graph, states[0], states[1]
 
