@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from pronghorn.lora import LoRAConfig, add_lora, split
 from pronghorn.models.config import DecoderConfig
@@ -24,7 +25,15 @@ from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
 from pronghorn.training.flops import count_flops, has_shape
 from pronghorn.training.losses import evaluation_sums
 from pronghorn.training.optimizers import make_optimizer
-from pronghorn.training.step import TrainState, compile_step, compute_dtypes, init_state, make_train_step
+from pronghorn.training.schedules import make_schedule
+from pronghorn.training.step import (
+    StepFunction,
+    TrainState,
+    compile_step,
+    compute_dtypes,
+    init_state,
+    make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +124,11 @@ def plan_memory(
         model = add_lora(model, lora_config)
     graph, trainable, frozen = split(model)
     total_steps = train_config.max_steps or 1000 + train_config.warmup_steps
-    optimizer = make_optimizer(train_config, total_steps)
-    state = jax.eval_shape(lambda leaves: start_state(leaves, optimizer, train_config), trainable)
+    prepared = prepare_step(graph, trainable, train_config, total_steps)
     shape = (train_config.gradient_accumulation, train_config.batch_size, max_length)
-    batch = abstract_batch(shape)
-    step = make_train_step(graph, optimizer, train_config, dtypes=compute_dtypes(trainable))
-    compiled = compile_step(step, state, frozen, batch, deterministic=train_config.deterministic)
+    compiled = compile_step(
+        prepared.step, prepared.state, frozen, abstract_batch(shape), deterministic=train_config.deterministic
+    )
     evaluation = None
     if evaluate:
         rows = train_config.eval_batch_size or train_config.batch_size
@@ -128,7 +136,7 @@ def plan_memory(
     return plan_from_compiled(
         config,
         compiled.executable,
-        state,
+        prepared.state,
         trainable,
         frozen,
         shape,
@@ -221,7 +229,32 @@ def plan_from_compiled(
     )
 
 
-def start_state(trainable: Any, optimizer: Any, train_config: TrainConfig) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class PreparedStep:
+    """What a run with some configuration compiles: the step, its optimizer, its start state as shapes."""
+
+    step: StepFunction
+    optimizer: optax.GradientTransformation
+    state: TrainState
+
+
+def prepare_step(graph: Any, trainable: Any, train_config: TrainConfig, total_steps: int) -> PreparedStep:
+    """The step of a split model, the same for the plan and for the run; `trainable` holds arrays or shapes."""
+    optimizer = make_optimizer(train_config, total_steps)
+    step = make_train_step(
+        graph,
+        optimizer,
+        train_config,
+        schedule=make_schedule(train_config, total_steps),
+        dtypes=compute_dtypes(trainable),
+    )
+    state = jax.eval_shape(lambda leaves: start_state(leaves, optimizer, train_config), trainable)
+    return PreparedStep(step, optimizer, state)
+
+
+def start_state(
+    trainable: Any, optimizer: optax.GradientTransformation, train_config: TrainConfig
+) -> TrainState:
     """The state before step 1, as a run with this configuration makes it."""
     return init_state(
         trainable, optimizer, seed=train_config.seed, master_weights=train_config.master_weights

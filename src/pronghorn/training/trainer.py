@@ -26,9 +26,7 @@ from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
 from pronghorn.training.interruption import Interruption
 from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, peak_device_bytes
-from pronghorn.training.optimizers import make_optimizer
-from pronghorn.training.schedules import make_schedule
-from pronghorn.training.step import TrainState, compile_step, compute_dtypes, make_train_step
+from pronghorn.training.step import TrainState, compile_step, compute_dtypes
 
 # An adapter's A has a gradient once its B has moved; with a warm-up that takes two updates. Ten is patience enough.
 _GUARDED_STEPS = 10
@@ -253,24 +251,16 @@ class _Run:
             check_settings(checkpoint, self.settings)
         self.names = leaf_names(trainable, model)
         self.dtypes = compute_dtypes(trainable)
-        optimizer = make_optimizer(config, self.total)
-        step = make_train_step(
-            self.graph,
-            optimizer,
-            config,
-            schedule=make_schedule(config, self.total),
-            dtypes=self.dtypes,
-        )
-        abstract = jax.eval_shape(
-            lambda leaves: memory_plan.start_state(leaves, optimizer, config), trainable
-        )
+        prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total)
         batch = trainer.loader.batch_at(0)
         self.frozen_leaves = jax.tree.leaves(self.frozen)
-        self.compiled = compile_step(step, abstract, self.frozen, batch, deterministic=config.deterministic)
+        self.compiled = compile_step(
+            prepared.step, prepared.state, self.frozen, batch, deterministic=config.deterministic
+        )
         self.plan = memory_plan.plan_from_compiled(
             model.config,
             self.compiled.executable,
-            abstract,
+            prepared.state,
             trainable,
             self.frozen,
             batch["input_ids"].shape,
@@ -282,25 +272,20 @@ class _Run:
             # The newest is written before the oldest goes.
             check_free_space(self.folder, self.plan.checkpoint * min(config.keep_checkpoints + 1, self.total))
         self.flops = count_flops(model.config, trainable, self.frozen)
-        self.trainable, self.optimizer, self.abstract, self.checkpoint = (
-            trainable,
-            optimizer,
-            abstract,
-            checkpoint,
-        )
+        self.trainable, self.prepared, self.checkpoint = trainable, prepared, checkpoint
         self.start = self.step = 0 if checkpoint is None else checkpoint.step
         self.leaves: list[Any] = []
 
     def _start(self) -> None:
         """Make or read the state. From here to `_return_leaves` the model has no trainable leaves of its own."""
         if self.checkpoint is not None:
-            state = restore(self.checkpoint, self.abstract)
+            state = restore(self.checkpoint, self.prepared.state)
         elif jax.tree.leaves(self.frozen):
             # An adapter is small: copied, so that nobody else's reference to its arrays dies with the donation.
             trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
-            state = memory_plan.start_state(trainable, self.optimizer, self.config)
+            state = memory_plan.start_state(trainable, self.prepared.optimizer, self.config)
         else:
-            state = memory_plan.start_state(self.trainable, self.optimizer, self.config)
+            state = memory_plan.start_state(self.trainable, self.prepared.optimizer, self.config)
         self.leaves = jax.tree.leaves(state)
         self.skipped = int(state.skipped)
         if not jax.tree.leaves(self.frozen):

@@ -1,0 +1,93 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from pronghorn.data import DataConfig
+from pronghorn.lora import LoRAConfig, split
+from pronghorn.models import Decoder
+from pronghorn.training import TrainConfig, Trainer, plan_memory
+from pronghorn.training.memory_plan import show_bytes
+from tests.training.small import random_documents, small_config, small_model, tokenized
+
+CONFIG = TrainConfig(max_steps=3, batch_size=2, gradient_accumulation=2, save_every=None)
+LORA = LoRAConfig(rank=3, alpha=6, targets=("q_proj", "down_proj"))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    with jax.default_matmul_precision("highest"):
+        return plan_memory(small_config(), LORA, CONFIG, np.float32, max_length=16, evaluate=True)
+
+
+def test_the_plan_from_shapes_is_the_plan_of_the_run(plan, tmp_path):
+    config = dataclasses.replace(CONFIG, output_dir=str(tmp_path))
+    documents, held_out = (tokenized(random_documents(count)) for count in (8, 3))
+    trainer = Trainer(
+        small_model(),
+        None,
+        documents,
+        config,
+        data=DataConfig(max_length=16),
+        eval_dataset=held_out,
+    )
+    assert trainer.train().planned_device_bytes == plan.peak_device_bytes
+
+
+def test_arguments_are_the_weights_the_state_and_the_batch(plan):
+    _, trainable, frozen = split(small_model())
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (frozen, trainable)]
+    batch = 4 * 2 * 2 * 16 * 4
+    # The adapter and AdamW's two moments; a dozen scalars and XLA's rounding of buffers come on top.
+    expected = sizes[0] + 3 * sizes[1] + batch
+    assert expected <= plan.arguments <= expected + 64 * 80
+    assert plan.checkpoint == 3 * sizes[1] + 3 * 4 + 2 * 4 + 4
+    assert plan.trained_parameters * 4 == sizes[1] and plan.frozen_parameters * 4 == sizes[0]
+
+
+def test_the_peak_is_the_sum_of_its_terms(plan):
+    terms = plan.arguments + plan.outputs - plan.aliased + plan.temporaries + plan.program
+    assert plan.peak_device_bytes == max(terms, plan.arguments + plan.evaluation_temporaries) > plan.arguments
+    assert plan.aliased > 0  # the state is donated
+    assert plan.peak_host_bytes > plan.peak_device_bytes
+
+
+def test_nothing_is_allocated():
+    model = Decoder.abstract(small_config())
+    before = {id(array) for array in jax.live_arrays()}
+    plan_memory(small_config(), LORA, CONFIG, max_length=16)
+    made = [array for array in jax.live_arrays() if id(array) not in before]
+    largest = max((array.nbytes for array in made), default=0)
+    smallest_weight = min(np.prod(leaf.shape) * 2 for leaf in jax.tree.leaves(split(model)[1]))
+    assert largest <= smallest_weight
+
+
+def test_computing_layers_again_takes_less_memory_than_keeping_them():
+    config = small_config(num_layers=4, hidden_size=48, intermediate_size=512)
+    temporaries = {
+        policy: plan_memory(
+            config,
+            LORA,
+            TrainConfig(max_steps=3, batch_size=4, memory_policy=policy),
+            np.float32,
+            max_length=64,
+            layers="scanned",
+        ).temporaries
+        for policy in ("keep", "layer_inputs")
+    }
+    assert temporaries["layer_inputs"] < 0.6 * temporaries["keep"]
+
+
+def test_full_fine_tuning_plans_masters_moments_and_the_cast(plan):
+    full = plan_memory(small_config(), None, CONFIG, max_length=16, evaluate=True)
+    assert full.frozen_parameters == 0
+    parameters = full.trained_parameters
+    assert full.checkpoint >= 12 * parameters
+    assert full.evaluation_temporaries >= 2 * parameters
+    assert full.arguments >= 12 * parameters
+
+
+def test_bytes_are_shown_in_a_unit_that_fits():
+    assert show_bytes(3 << 29) == "1.50 GiB"
+    assert show_bytes(5 << 19) == "2.5 MiB"
