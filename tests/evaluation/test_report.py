@@ -109,7 +109,7 @@ def _lines(svg):
 def _tick_heights(svg):
     """y tick label -> height of its grid line."""
     return {
-        float(text.text.replace(",", "")): float(text.get("y")) - 4
+        float(text.text.replace(",", "")): float(text.get("y")) - 5
         for text in svg.iter("text")
         if text.get("class") == "tick" and text.get("text-anchor") == "end"
     }

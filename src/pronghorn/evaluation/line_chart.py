@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-WIDTH, HEIGHT = 640, 280
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 40
+WIDTH, HEIGHT = 640, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 16, 12, 48
 _MOST_POINTS = 1200  # of one line; more cannot be told apart at this width
 _COLOURS = 5  # classes that the style sheet knows
 
@@ -68,7 +68,7 @@ def line_chart_svg(
         _, y = place(x_ticks[0], tick)
         body.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         body.append(
-            f'<text class="tick" x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>'
+            f'<text class="tick" x="{_LEFT - 7}" y="{y + 5:.1f}" text-anchor="end">{tick_text(tick)}</text>'
         )
     for tick in x_ticks:
         x, _ = place(tick, y_ticks[0])
@@ -76,7 +76,7 @@ def line_chart_svg(
             f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - _BOTTOM}" y2="{HEIGHT - _BOTTOM + 4}"/>'
         )
         body.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 17}" text-anchor="middle">{tick_text(tick)}</text>'
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 20}" text-anchor="middle">{tick_text(tick)}</text>'
         )
     middle = (_TOP + HEIGHT - _BOTTOM) / 2
     body.append(
@@ -84,7 +84,7 @@ def line_chart_svg(
         f"{escaped(x_label)}</text>"
     )
     body.append(
-        f'<text class="axis" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
+        f'<text class="axis" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
         f"{escaped(y_label)}</text>"
     )
     for line, parts, colour in zip(series, clean, colours(series), strict=True):
@@ -140,7 +140,7 @@ def tick_text(value: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent):+03d}"
 
 
-def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], weight: float = 0.8) -> list[float]:
     """Exponential moving average with its start corrected (as Adam's); what is not finite is passed over."""
     total, norm, found = 0.0, 0.0, []
     for value in values:

@@ -142,13 +142,14 @@ def _wide(values: Sequence[float]) -> bool:
 
 def _section(section: Section) -> str:
     if isinstance(section, Chart):
-        inside = _legend(section) + line_chart_svg(
+        drawing = line_chart_svg(
             section.series,
             x_label=section.x_label,
             y_label=section.y_label,
             log_y=section.log_y,
             description=f"{section.title}: {section.y_label} against {section.x_label}",
         )
+        inside = drawing + _legend(section)  # below, so that charts side by side stay level
     elif isinstance(section, Table):
         inside = _table(section)
     elif isinstance(section, Facts):
@@ -273,7 +274,7 @@ section { margin: 30px 0 0; min-width: 0; }
 .note { margin: 8px 0 0; font-size: 13.5px; max-width: 75ch; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 0 32px; }
 .chart { width: 100%; height: auto; display: block; }
-.chart text { fill: var(--quiet); font: 12px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+.chart text { fill: var(--quiet); font: 14px system-ui, sans-serif; font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--rule); stroke-width: 1; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .line.faint { stroke-width: 1; opacity: .35; }
@@ -283,7 +284,7 @@ section { margin: 30px 0 0; min-width: 0; }
 .line.series-2 { stroke: var(--c2); } .dot.series-2 { fill: var(--c2); } i.series-2 { background: var(--c2); }
 .line.series-3 { stroke: var(--c3); } .dot.series-3 { fill: var(--c3); } i.series-3 { background: var(--c3); }
 .line.series-4 { stroke: var(--c4); } .dot.series-4 { fill: var(--c4); } i.series-4 { background: var(--c4); }
-.legend { margin: 0 0 4px; font-size: 13.5px; }
+.legend { margin: 4px 0 0; font-size: 13.5px; }
 .key { margin-right: 18px; white-space: nowrap; }
 .key i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle; }
 .scroll { overflow-x: auto; }
