@@ -236,7 +236,8 @@ def test_small_problems_cut_a_group_and_large_ones_sum_it_in_the_kernel():
         return kernel_outputs(gradient(Case().op("pallas")), *arguments)["flash_attention_dkdv"]
 
     assert dk_shapes(1)[0] == (1, 64, 4, 32)
-    assert dk_shapes(66)[0] == (66, 64, 1, 32)  # 132 programs already
+    enough = attention_blocks.multiprocessors()  # at least one program each
+    assert dk_shapes(enough)[0] == (enough, 64, 1, 32)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

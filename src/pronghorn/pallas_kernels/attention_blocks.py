@@ -19,16 +19,9 @@ from pronghorn.pallas_kernels.launch import next_power_of_2, on_gpu
 # Shared memory one block may ask for, KiB, by compute capability (CUDA C++ programming guide, "Technical
 # specifications per compute capability"); some is left to the compiler's own scratch.
 _SHARED_KIB = {
-    "7.0": 96,
-    "7.5": 64,
-    "8.0": 163,
-    "8.6": 99,
-    "8.7": 163,
-    "8.9": 99,
-    "9.0": 227,
-    "10.0": 227,
-    "12.0": 99,
-}
+    "8.0": 163, "8.6": 99, "8.7": 163, "8.9": 99,
+    "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227, "12.0": 99, "12.1": 99,
+}  # fmt: skip
 _SCRATCH_KIB = 4
 TUNING = Path(__file__).parent / "tuning"
 
@@ -67,7 +60,7 @@ def attention_blocks(head_dim: int, dtype: jax.typing.DTypeLike, seq_len: int) -
     """The blocks for one call on the default device: tuned, or by rule."""
     padded = max(16, next_power_of_2(head_dim))
     name = jnp.dtype(dtype).name
-    kind, capability = _device()
+    kind, capability = device_kind_and_capability()
     blocks = _tuned(kind, f"{name}/{padded}") or _rule(padded, jnp.dtype(dtype).itemsize, capability)
     return blocks.clipped(seq_len)
 
@@ -77,14 +70,10 @@ def multiprocessors() -> int:
     return int(getattr(jax.local_devices()[0], "core_count", None) or 132) if on_gpu() else 132
 
 
-def has_tf32() -> bool:
-    """Whether the default device multiplies tf32 (compute capability 8.0 and later)."""
-    return int(_device()[1].split(".")[0]) >= 8
-
-
-def _device() -> tuple[str, str]:
+def device_kind_and_capability() -> tuple[str, str]:
+    """The default device's name and compute capability; an H100's where a kernel is lowered without a GPU."""
     if not on_gpu():
-        return "NVIDIA H100 80GB HBM3", "9.0"  # what a lowering without a GPU is for
+        return "NVIDIA H100 80GB HBM3", "9.0"
     device = jax.local_devices()[0]
     return device.device_kind, str(getattr(device, "compute_capability", "9.0"))
 

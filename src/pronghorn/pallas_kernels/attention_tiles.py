@@ -31,8 +31,7 @@ class AttentionSpec:
     softcap: float | None
     sliding_window: int | None  # only where there are no segments: else the window is inside the bounds
     blocks: AttentionBlocks
-    native: bool = False  # compiled for a GPU, so inline PTX may be used
-    tf32x3: bool = False  # fp32 products as three tf32 ones
+    native: bool  # compiled for a GPU and not interpreted: inline PTX and tf32 products exist
 
     @property
     def base2(self) -> float:
@@ -48,7 +47,7 @@ def dot(a: jax.Array, b: jax.Array, contract, spec: AttentionSpec) -> jax.Array:
     """
     precision: lax.PrecisionLike = lax.Precision.DEFAULT
     if a.dtype == jnp.float32:
-        precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if spec.tf32x3 else lax.Precision.HIGHEST
+        precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if spec.native else lax.Precision.HIGHEST
     return lax.dot_general(
         a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
     )

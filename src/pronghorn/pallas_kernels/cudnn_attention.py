@@ -7,6 +7,7 @@ rows only through private API of jax (wrong with grouped heads on 0.10.2): those
 import jax
 import jax.numpy as jnp
 
+from pronghorn.pallas_kernels.attention_blocks import device_kind_and_capability
 from pronghorn.pallas_kernels.launch import on_gpu
 
 # The primitive whose outputs are cuDNN's o and logsumexp. `checkpoint_name` cannot reach inside jax's own gradient
@@ -24,7 +25,7 @@ def unsupported_reason(
     """Why cuDNN cannot compute this call on this machine, or None where it can."""
     if not on_gpu():
         return "there is no NVIDIA GPU here"
-    major = int(str(getattr(jax.local_devices()[0], "compute_capability", "0.0")).split(".")[0])
+    major = int(device_kind_and_capability()[1].split(".")[0])
     largest = 256 if major >= 9 else 128
     if major < 8:
         return "cuDNN's flash attention needs compute capability 8.0"
@@ -32,6 +33,8 @@ def unsupported_reason(
         return f"cuDNN's flash attention takes bfloat16 and float16, not {q.dtype}"
     if q.shape[3] % 8 or q.shape[3] > largest:
         return f"cuDNN's flash attention takes head dims that are multiples of 8 up to {largest}, not {q.shape[3]}"
+    if q.shape[1] == 1:
+        return "cuDNN's flash attention has no gradient for a sequence of one token"
     for name, value in (("segment_ids", segment_ids), ("softcap", softcap), ("sinks", sinks)):
         if value is not None:
             return f"cuDNN's flash attention has no {name}"

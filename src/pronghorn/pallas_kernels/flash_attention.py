@@ -16,7 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import flash_attention_kernels as kernels
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks, has_tf32
+from pronghorn.pallas_kernels.attention_blocks import (
+    AttentionBlocks,
+    attention_blocks,
+    device_kind_and_capability,
+)
 from pronghorn.pallas_kernels.attention_bounds import interval_bounds
 from pronghorn.pallas_kernels.attention_tiles import LOG2_E, AttentionSpec
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES, cudnn_attention, unsupported_reason
@@ -81,15 +85,8 @@ def flash_attention(
         return cudnn_attention(q, k, v, scale=scale, sliding_window=sliding_window)
     if blocks is None:
         blocks = attention_blocks(q.shape[3], q.dtype, q.shape[1])
-    native = not launch.interpreting()
-    spec = AttentionSpec(
-        scale,
-        softcap,
-        sliding_window if segment_ids is None else None,
-        blocks,
-        native=native,
-        tf32x3=native and has_tf32(),
-    )
+    window = sliding_window if segment_ids is None else None  # else it goes into the bounds
+    spec = AttentionSpec(scale, softcap, window, blocks, native=not launch.interpreting())
     k_start, q_end = (None, None) if segment_ids is None else interval_bounds(segment_ids, sliding_window)
     return _attention(spec, q, k, v, sinks, k_start, q_end)
 
@@ -104,7 +101,7 @@ def default_implementation(
     """
     if unsupported_reason(q, segment_ids=segment_ids, softcap=softcap, sinks=sinks) is None:
         return "cudnn"
-    return "pallas" if q.shape[3] <= MAX_KERNEL_HEAD_DIM else "xla"
+    return "pallas" if _kernels_unsupported_reason(q) is None else "xla"
 
 
 def attention_saveable(primitive, *_, **parameters) -> bool:
@@ -119,19 +116,27 @@ def attention_saveable(primitive, *_, **parameters) -> bool:
     )
 
 
+def _kernels_unsupported_reason(q: jax.Array) -> str | None:
+    capability = device_kind_and_capability()[1]
+    if int(capability.split(".")[0]) < 8:
+        return f"XLA compiles Triton kernels from compute capability 8.0 on, and this GPU has {capability}"
+    if q.shape[3] > MAX_KERNEL_HEAD_DIM:
+        return f"head dim {q.shape[3]} is over {MAX_KERNEL_HEAD_DIM}"
+    return None
+
+
 def _resolve(implementation: str | None, q: jax.Array, **options) -> str:
-    reason = unsupported_reason(q, **options)
-    if implementation == "cudnn" and reason is not None:
-        raise InputError(f"implementation='cudnn': {reason}; leave it out, or ask for 'pallas' or 'xla'.")
-    if implementation == "pallas" and q.shape[3] > MAX_KERNEL_HEAD_DIM:
+    reasons = {
+        "cudnn": unsupported_reason(q, **options),
+        "pallas": _kernels_unsupported_reason(q),
+        "xla": None,
+    }
+    available = [name for name, reason in reasons.items() if reason is None]
+    if implementation in reasons and implementation not in available:
         raise InputError(
-            f"implementation='pallas': head dim {q.shape[3]} is over {MAX_KERNEL_HEAD_DIM}; leave it out, or use 'xla'."
+            f"implementation={implementation!r}: {reasons[implementation]}; leave it out, or use one of "
+            f"{', '.join(available)}."
         )
-    available = ["xla"]
-    if q.shape[3] <= MAX_KERNEL_HEAD_DIM:
-        available.append("pallas")
-    if reason is None:
-        available.append("cudnn")
     return launch.resolve(
         implementation, default_gpu=default_implementation(q, **options), available=available
     )
