@@ -132,6 +132,17 @@ def test_transformers_reads_the_same_numbers_from_config_json(tmp_path, arch):
     assert config.tie_word_embeddings is True
 
 
+def test_every_token_that_ends_a_turn_is_in_the_generation_config(tmp_path):
+    def extra(writer):
+        writer.add_eot_token_id(2)
+        writer.add_pad_token_id(1)
+
+    gguf_files.write_model(tmp_path / "m.gguf", extra=extra)
+    convert_gguf(tmp_path / "m.gguf", tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert found == {"bos_token_id": 0, "eos_token_id": [1, 2], "pad_token_id": 1}
+
+
 def test_a_sliding_window_makes_the_model_a_mistral(tmp_path):
     gguf_files.write_model(tmp_path / "m.gguf", extra=lambda writer: writer.add_sliding_window(64))
     config = _config(tmp_path / "m.gguf")
