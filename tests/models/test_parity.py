@@ -53,7 +53,7 @@ CASES = {
     "qwen2_tied": ("qwen2", "unrolled", 500, {"tie_word_embeddings": True}),
     "qwen2_max_window_layers": (
         "qwen2",
-        "scanned",
+        "unrolled",
         500,
         {"use_sliding_window": True, "sliding_window": 37, "max_window_layers": 2, "num_hidden_layers": 5},
     ),
@@ -72,7 +72,7 @@ CASES = {
     "qwen3": ("qwen3", "unrolled", 500, {"head_dim": 12}),
     "qwen3_bias_window_tied": (
         "qwen3",
-        "scanned",
+        "unrolled",
         500,
         {
             "head_dim": 12,
@@ -83,25 +83,25 @@ CASES = {
             "max_window_layers": 1,
         },
     ),
-    "rope_linear": ("llama", "scanned", 500, {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
+    "rope_linear": ("llama", "unrolled", 500, {"rope_parameters": {"rope_type": "linear", "factor": 2.5}}),
     "rope_dynamic_beyond_its_context": (
         "llama",
-        "scanned",
+        "unrolled",
         500,
         {"max_position_embeddings": 200, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
     ),
-    "rope_llama3": ("llama", "scanned", 500, {"head_dim": 16, "rope_parameters": LLAMA3}),
+    "rope_llama3": ("llama", "unrolled", 500, {"head_dim": 16, "rope_parameters": LLAMA3}),
     "rope_yarn": (
         "llama",
-        "scanned",
+        "unrolled",
         500,
         {
             "head_dim": 16,
             "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
         },
     ),
-    "rope_longrope_short": ("llama", "scanned", 400, {"head_dim": 16, "rope_parameters": LONGROPE}),
-    "rope_longrope_long": ("llama", "scanned", 500, {"head_dim": 16, "rope_parameters": LONGROPE}),
+    "rope_longrope_short": ("llama", "unrolled", 400, {"head_dim": 16, "rope_parameters": LONGROPE}),
+    "rope_longrope_long": ("llama", "unrolled", 500, {"head_dim": 16, "rope_parameters": LONGROPE}),
 }
 
 
