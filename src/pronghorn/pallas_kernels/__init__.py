@@ -7,20 +7,28 @@ function; its module of the same name is reached with `from pronghorn.pallas_ker
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
+from pronghorn.pallas_kernels.gated_mlp import gated_mlp
 from pronghorn.pallas_kernels.launch import kernels
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
 from pronghorn.pallas_kernels.lora_linear import lora_linear
+from pronghorn.pallas_kernels.norm_linears import norm_linears
+from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 __all__ = [
+    "LinearWeights",
     "apply_rope",
     "cross_entropy",
     "flash_attention",
     "gated_activation",
+    "gated_mlp",
     "kernels",
     "linear_cross_entropy",
     "linear_token_losses",
     "lora_linear",
+    "norm_linears",
+    "residual_linear",
     "rms_norm",
 ]

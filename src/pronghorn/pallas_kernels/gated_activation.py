@@ -142,7 +142,7 @@ def _forward_kernel(gate_ref, up_ref, out_ref, *, activation, block):
     triton.store(out_ref.at[tile], (value * up).astype(out_ref.dtype), mask=mask)
 
 
-def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *, activation, block):
+def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *h_ref, activation, block):
     tile, mask = _tile(gate_ref.shape, block)
     dout = triton.load(dout_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
     gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
@@ -150,6 +150,8 @@ def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *, activati
     value, slope = value_and_slope(gate, activation)
     triton.store(dgate_ref.at[tile], (dout * up * slope).astype(dgate_ref.dtype), mask=mask)
     triton.store(dup_ref.at[tile], (dout * value).astype(dup_ref.dtype), mask=mask)
+    if h_ref:
+        triton.store(h_ref[0].at[tile], (value * up).astype(h_ref[0].dtype), mask=mask)
 
 
 def _block(rows: int, width: int) -> tuple[int, int]:
@@ -172,6 +174,37 @@ def _launch(kernel, name, arguments, outputs, activation, aliases):
         num_warps=launch.warps_for(block[0] * block[1], per_thread=16),
     )(*(a.reshape(rows, width) for a in arguments))
     return tuple(r.reshape(shape) for r in results)
+
+
+def gated_activation_forward(
+    gate: jax.Array, up: jax.Array, *, activation: Activation, with_kernel: bool
+) -> jax.Array:
+    """h without a gradient, for ops that hold this one and write their own."""
+    if with_kernel and gate.size:
+        return _launch(_forward_kernel, "gated_activation_forward", (gate, up), 1, activation, {})[0]
+    return gated_activation_reference(gate, up, activation=activation)
+
+
+def gated_activation_backward(
+    dh: jax.Array, gate: jax.Array, up: jax.Array, *, activation: Activation, with_h: bool, with_kernel: bool
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """(dgate, dup, h), each [..., f]: both gradients and, where asked for, h again, in one pass over what was saved.
+
+    The kernel writes them over the memory of gate, up and dh.
+    """
+    if with_kernel and gate.size:
+        aliases = {1: 0, 2: 1, 0: 2} if with_h else {1: 0, 2: 1}
+        arguments = dh, gate, up
+        results = _launch(
+            _backward_kernel, "gated_activation_backward", arguments, 2 + with_h, activation, aliases
+        )
+        return results[0], results[1], results[2] if with_h else None
+    dtype = gate.dtype
+    # The barrier keeps XLA from finding forward's h equal to this one and alive until here.
+    dh, gate, up = (a.astype(jnp.float32) for a in jax.lax.optimization_barrier((dh, gate, up)))
+    value, slope = value_and_slope(gate, activation)
+    h = (value * up).astype(dtype) if with_h else None
+    return (dh * up * slope).astype(dtype), (dh * value).astype(dtype), h
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -73,7 +73,9 @@ def lora_linear(
     Raises:
       InputError: when shapes do not fit, one of A and B is missing, or the rate is out of range.
     """
-    _check_arguments(x, weight, lora_a, lora_b, bias, dropout_rate)
+    check_arguments("lora_linear", x.shape[-1], weight, lora_a, lora_b, bias)
+    if not 0.0 <= dropout_rate < 1.0:
+        raise InputError(f"lora_linear: dropout_rate={dropout_rate} must be in [0, 1).")
     if lora_a is None or dropout_rate == 0.0:
         dropout_key = None
     if launch.resolve(implementation, default_cpu="pallas") == "xla":
@@ -90,22 +92,21 @@ def lora_linear(
     return _lora_linear(x, weight, lora_a, lora_b, bias, dropout_key, float(scale), float(dropout_rate))
 
 
-def _check_arguments(x, weight, lora_a, lora_b, bias, dropout_rate):
-    if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
-        raise InputError(f"lora_linear: weight {weight.shape} must be [out, in] for x {x.shape}.")
+def check_arguments(op: str, inputs: int, weight: Any, lora_a: Any, lora_b: Any, bias: Any) -> None:
+    """Raise InputError where the arrays of a linear layer do not fit each other or x [..., inputs]."""
+    if len(weight.shape) != 2 or inputs != weight.shape[1]:
+        raise InputError(f"{op}: weight {weight.shape} must be [out, in] for x of {inputs} columns.")
     if (lora_a is None) != (lora_b is None):
-        raise InputError("lora_linear: give both lora_a and lora_b, or neither.")
+        raise InputError(f"{op}: give both lora_a and lora_b, or neither.")
     if lora_a is not None:
         rank = lora_a.shape[0]
         if lora_a.shape != (rank, weight.shape[1]) or lora_b.shape != (weight.shape[0], rank):
             raise InputError(
-                f"lora_linear: lora_a {lora_a.shape} and lora_b {lora_b.shape} must be [r, in] and [out, r] "
+                f"{op}: lora_a {lora_a.shape} and lora_b {lora_b.shape} must be [r, in] and [out, r] "
                 f"for weight {weight.shape}."
             )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"lora_linear: bias {bias.shape} must be {weight.shape[:1]}.")
-    if not 0.0 <= dropout_rate < 1.0:
-        raise InputError(f"lora_linear: dropout_rate={dropout_rate} must be in [0, 1).")
+        raise InputError(f"{op}: bias {bias.shape} must be {weight.shape[:1]}.")
 
 
 def lora_linear_reference(
@@ -120,7 +121,7 @@ def lora_linear_reference(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """The oracle of `lora_linear`: the formula in jax.numpy, summed in fp32, rounded once."""
-    y = jnp.einsum("...i,oi->...o", x, _dense(weight, x.dtype), preferred_element_type=jnp.float32)
+    y = jnp.einsum("...i,oi->...o", x, dense(weight, x.dtype), preferred_element_type=jnp.float32)
     if lora_a is not None and lora_b is not None:
         seen = _dropout(x, dropout_key, dropout_rate)
         t = jnp.einsum("...i,ri->...r", seen, lora_a.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -131,12 +132,14 @@ def lora_linear_reference(
     return y.astype(x.dtype)
 
 
-def _is_quantized(weight):
+def is_quantized(weight: Any) -> bool:
+    """Whether a weight is a `QuantizedWeight` and no array."""
     return hasattr(weight, "dequantize")
 
 
-def _dense(weight, dtype):
-    return (weight.dequantize() if _is_quantized(weight) else weight).astype(dtype)
+def dense(weight: Any, dtype: Any) -> jax.Array:
+    """A weight as an array of this dtype."""
+    return (weight.dequantize() if is_quantized(weight) else weight).astype(dtype)
 
 
 def _dropout(x, key, rate):
@@ -147,18 +150,18 @@ def _dropout(x, key, rate):
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
 
-def _times_transposed(x, matrix, dtype):
+def times_transposed(x: jax.Array, matrix: jax.Array, dtype: Any) -> jax.Array:
     """x [..., i] · matrix [o, i]ᵀ -> [..., o]."""
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, matrix, dims, preferred_element_type=dtype)
 
 
-def _times(y, matrix, dtype):
+def times(y: jax.Array, matrix: jax.Array, dtype: Any) -> jax.Array:
     """y [..., o] · matrix [o, i] -> [..., i]."""
     return jax.lax.dot_general(y, matrix, (((y.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype)
 
 
-def _over_tokens(y, x, dtype):
+def over_tokens(y: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     """y [..., o]ᵀ · x [..., i] -> [o, i], summed over every leading axis."""
     tokens = tuple(range(x.ndim - 1))
     return jax.lax.dot_general(y, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
@@ -166,11 +169,11 @@ def _over_tokens(y, x, dtype):
 
 def _compute(x, weight, lora_a, lora_b, bias, key, scale, rate):
     """(Y, T); T is None without an adapter."""
-    y, t = _times_transposed(x, _dense(weight, x.dtype), x.dtype), None
+    y, t = times_transposed(x, dense(weight, x.dtype), x.dtype), None
     if lora_a is not None:
-        t = _times_transposed(_dropout(x, key, rate), lora_a.astype(x.dtype), x.dtype)
+        t = times_transposed(_dropout(x, key, rate), lora_a.astype(x.dtype), x.dtype)
         # The scale goes on the smallest matrix of the product, before the one rounding of B.
-        y += _times_transposed(t, (scale * lora_b).astype(x.dtype), x.dtype)
+        y += times_transposed(t, (scale * lora_b).astype(x.dtype), x.dtype)
     if bias is not None:
         y += bias.astype(x.dtype)
     return y, t
@@ -187,7 +190,7 @@ def _lora_linear_forward(x, weight, lora_a, lora_b, bias, key, scale, rate):
     x, weight, lora_a, lora_b, bias, key = jax.custom_derivatives.custom_vjp_primal_tree_values(
         (x, weight, lora_a, lora_b, bias, key)
     )
-    if "weight" in wanted and _is_quantized(weight):
+    if "weight" in wanted and is_quantized(weight):
         raise InputError(
             "lora_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit."
         )
@@ -208,25 +211,25 @@ def _lora_linear_backward(scale, rate, residuals, dy):
     weight, lora_a, lora_b, key = (saved[name] for name in ("weight", "lora_a", "lora_b", "key"))
     # Without the barriers XLA would find the forward's dequantised weight, or its mask, equal to the one computed
     # here, and keep it alive from one to the other.
-    if _is_quantized(weight) or key is not None:
+    if is_quantized(weight) or key is not None:
         weight, key, dy = jax.lax.optimization_barrier((weight, key, dy))
 
     if lora_a is not None and wanted & {"x", "lora_a"}:
-        g = _times(dy, (scale * lora_b).astype(dtype), dtype)
+        g = times(dy, (scale * lora_b).astype(dtype), dtype)
     if "x" in wanted:
-        dx = _times(dy, _dense(weight, dtype), dtype)
+        dx = times(dy, dense(weight, dtype), dtype)
         if lora_a is not None:
-            dx += _dropout(_times(g, lora_a.astype(dtype), dtype), key, rate)
+            dx += _dropout(times(g, lora_a.astype(dtype), dtype), key, rate)
         gradients["x"] = dx
     if "lora_a" in wanted:
         seen = _dropout(saved["x"], key, rate)
-        gradients["lora_a"] = _over_tokens(g, seen, jnp.float32).astype(lora_a.dtype)
+        gradients["lora_a"] = over_tokens(g, seen, jnp.float32).astype(lora_a.dtype)
     if "lora_b" in wanted:
-        gradients["lora_b"] = (scale * _over_tokens(dy, saved["t"], jnp.float32)).astype(lora_b.dtype)
+        gradients["lora_b"] = (scale * over_tokens(dy, saved["t"], jnp.float32)).astype(lora_b.dtype)
     if "weight" in wanted:
         # bf16 out of bf16 operands: the product rounds once, and no fp32 copy of the weight's size exists.
         product_dtype = jnp.promote_types(dtype, weight.dtype)
-        gradients["weight"] = _over_tokens(dy, saved["x"], product_dtype).astype(weight.dtype)
+        gradients["weight"] = over_tokens(dy, saved["x"], product_dtype).astype(weight.dtype)
     if "bias" in wanted:
         total = jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
         gradients["bias"] = total.astype(saved["bias"].dtype)

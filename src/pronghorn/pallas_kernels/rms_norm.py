@@ -9,6 +9,8 @@ With r = 1 / sqrt(mean(x²) + eps) per row, x̂ = x r and g = weight + weight_of
 Everything is computed in fp32 and rounded once. Backward reads x and dy once and writes dx; each program adds up its
 own rows of dg, and the partial sums, one row a program, are added outside: no atomics, so a rerun is bit-exact.
 
+`rms_norm_forward` and `rms_norm_backward` are for ops that hold the norm and save less than both together would.
+
 Saved: x itself and r (one fp32 a row), named "rms_norm_inverse_rms" for `jax.checkpoint` policies.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4, https://arxiv.org/abs/1910.07467.
 """
@@ -75,6 +77,57 @@ def rms_norm_reference(
     return (x32 * inverse_rms * (weight.astype(jnp.float32) + weight_offset)).astype(x.dtype)
 
 
+def rms_norm_forward(
+    x: jax.Array, weight: jax.Array, *, eps: float, weight_offset: float, with_kernel: bool
+) -> tuple[jax.Array, jax.Array]:
+    """(y, r), for ops that hold this one and write their own gradient: r is fp32, x.shape[:-1]."""
+    if with_kernel and x.size:
+        y, inverse_rms = _forward(x, weight, eps, weight_offset, save_inverse_rms=True)
+        return y, inverse_rms.reshape(x.shape[:-1])
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) + eps)
+    return normalized(x, inverse_rms, weight, weight_offset=weight_offset), inverse_rms
+
+
+def normalized(x: jax.Array, inverse_rms: jax.Array, weight: jax.Array, *, weight_offset: float) -> jax.Array:
+    """y again from x and r: elementwise, so left to XLA."""
+    weight32 = weight.astype(jnp.float32) + weight_offset
+    return (x.astype(jnp.float32) * inverse_rms[..., None] * weight32).astype(x.dtype)
+
+
+def rms_norm_backward(
+    dy: jax.Array,
+    x: jax.Array,
+    inverse_rms: jax.Array,
+    weight: jax.Array,
+    *,
+    wanted: tuple[str, ...],
+    weight_offset: float,
+    with_kernel: bool,
+    residual_gradient: jax.Array | None = None,
+) -> dict[str, jax.Array]:
+    """Gradients of what is `wanted` of "x" and "weight"; `residual_gradient` [..., d] is added to that of x.
+
+    Where y feeds a branch x + f(y), the gradient that passes the branch by is added in the same pass, before dx is
+    rounded.
+    """
+    if with_kernel and x.size:
+        return _backward(dy, x, inverse_rms, weight, residual_gradient, wanted, weight_offset)
+    dy32 = dy.astype(jnp.float32)
+    x_hat = x.astype(jnp.float32) * inverse_rms[..., None]
+    gradients = {}
+    if "x" in wanted:
+        scaled = dy32 * (weight.astype(jnp.float32) + weight_offset)
+        mean = jnp.mean(x_hat * scaled, axis=-1, keepdims=True)
+        dx = inverse_rms[..., None] * (scaled - x_hat * mean)
+        if residual_gradient is not None:
+            dx += residual_gradient.astype(jnp.float32)
+        gradients["x"] = dx.astype(x.dtype)
+    if "weight" in wanted:
+        dweight = jnp.sum(dy32 * x_hat, axis=tuple(range(x.ndim - 1)))
+        gradients["weight"] = dweight.astype(weight.dtype)
+    return gradients
+
+
 def _forward_kernel(x_ref, weight_ref, y_ref, *inverse_rms_ref, eps, weight_offset, block):
     rows = pl.program_id(0) * block[0] + jnp.arange(block[0])
     columns = jnp.arange(block[1])
@@ -92,9 +145,11 @@ def _forward_kernel(x_ref, weight_ref, y_ref, *inverse_rms_ref, eps, weight_offs
 
 
 def _backward_kernel(
-    dy_ref, x_ref, inverse_rms_ref, weight_ref, *out_refs, wanted, weight_offset, block, programs
+    dy_ref, x_ref, inverse_rms_ref, weight_ref, *refs, wanted, weight_offset, block, programs
 ):
-    out = dict(zip(wanted, out_refs, strict=True))
+    # In front of the outputs may stand one more input: the gradient that is added to dx.
+    inputs = len(refs) - len(wanted)
+    residual_ref, out = refs[:inputs], dict(zip(wanted, refs[inputs:], strict=True))
     num_rows, width = x_ref.shape
     program = pl.program_id(0)
     columns = jnp.arange(block[1])
@@ -113,6 +168,8 @@ def _backward_kernel(
             scaled = weight[None, :] * dy
             mean = jnp.sum(x_hat * scaled, axis=1, keepdims=True) / width
             dx = inverse_rms * (scaled - x_hat * mean)
+            if residual_ref:
+                dx += triton.load(residual_ref[0].at[tile], mask=mask, other=0.0).astype(jnp.float32)
             triton.store(out["x"].at[tile], dx.astype(out["x"].dtype), mask=mask)
         return dweight + jnp.sum(dy * x_hat, axis=0) if "weight" in out else dweight
 
@@ -150,6 +207,36 @@ def _forward(x, weight, eps, weight_offset, *, save_inverse_rms):
     return outputs[0].reshape(x.shape), *outputs[1:]
 
 
+def _backward(dy, x, inverse_rms, weight, residual_gradient, wanted, weight_offset):
+    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
+    block = _block(rows, width, BACKWARD_ELEMENTS)
+    programs = launch.cdiv(rows, block[0])
+    if "weight" in wanted:
+        programs = min(programs, WEIGHT_GRADIENT_PROGRAMS)
+    shapes = {
+        "x": jax.ShapeDtypeStruct((rows, width), x.dtype),
+        "weight": jax.ShapeDtypeStruct((programs, width), jnp.float32),
+    }
+    added = (
+        () if residual_gradient is None or "x" not in wanted else (residual_gradient.reshape(rows, width),)
+    )
+    outputs = launch.pallas_call(
+        functools.partial(
+            _backward_kernel, wanted=wanted, weight_offset=weight_offset, block=block, programs=programs
+        ),
+        name="rms_norm_backward",
+        grid=(programs,),
+        out_shape=tuple(shapes[name] for name in wanted),
+        num_warps=launch.warps_for(block[0] * block[1]),
+    )(dy.reshape(rows, width), x.reshape(rows, width), inverse_rms.reshape(rows), weight, *added)
+    gradients = dict(zip(wanted, outputs, strict=True))
+    if "x" in gradients:
+        gradients["x"] = gradients["x"].reshape(x.shape)
+    if "weight" in gradients:
+        gradients["weight"] = gradients["weight"].sum(axis=0).astype(weight.dtype)
+    return gradients
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rms_norm(x, weight, eps, weight_offset):
     return _forward(x, weight, eps, weight_offset, save_inverse_rms=False)[0]
@@ -165,32 +252,8 @@ def _rms_norm_forward(x, weight, eps, weight_offset):
 
 def _rms_norm_backward(eps, weight_offset, saved, dy):
     x, inverse_rms, weight, wanted = saved
-    rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    block = _block(rows, width, BACKWARD_ELEMENTS)
-    programs = launch.cdiv(rows, block[0])
-    if "weight" in wanted.value:
-        programs = min(programs, WEIGHT_GRADIENT_PROGRAMS)
-    shapes = {
-        "x": jax.ShapeDtypeStruct((rows, width), x.dtype),
-        "weight": jax.ShapeDtypeStruct((programs, width), jnp.float32),
-    }
-    outputs = launch.pallas_call(
-        functools.partial(
-            _backward_kernel,
-            wanted=wanted.value,
-            weight_offset=weight_offset,
-            block=block,
-            programs=programs,
-        ),
-        name="rms_norm_backward",
-        grid=(programs,),
-        out_shape=tuple(shapes[name] for name in wanted.value),
-        num_warps=launch.warps_for(block[0] * block[1]),
-    )(dy.reshape(rows, width), x.reshape(rows, width), inverse_rms, weight)
-    gradients = dict(zip(wanted.value, outputs, strict=True))
-    dx = gradients["x"].reshape(x.shape) if "x" in gradients else None
-    dweight = gradients["weight"].sum(axis=0).astype(weight.dtype) if "weight" in gradients else None
-    return dx, dweight
+    gradients = _backward(dy, x, inverse_rms, weight, None, wanted.value, weight_offset)
+    return gradients.get("x"), gradients.get("weight")
 
 
 _rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward, symbolic_zeros=True)

@@ -1,0 +1,227 @@
+"""The products of linear layers with adapters that read one input, forward and backward; rank-r products are stacked.
+
+With n [tokens, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i], scales s_i, A = [A_1; A_2; ..] [Σr, in], and B̂_i
+[out_i, Σr] the matrix s_i B_i in its own columns, zeros in those of the others:
+
+    T = n Aᵀ           y_i = n W_iᵀ + T B̂_iᵀ + b_i
+    G = Σ dY_i B̂_i     dn  = G A + Σ dY_i W_i
+    dA = Gᵀ n          dB_i = s_i dY_iᵀ T (its columns)     dW_i = dY_iᵀ n     db_i = Σ dY_i
+
+So n is read once for all the A and once for all their gradients, and dn is summed up once for all of them. The zeros
+cost nothing: a product with an inner side of 16 or 64 takes as long as its memory traffic, and without them XLA would
+copy slices of T and concatenate G. Where Σr grows past `MOST_SHARED_RANK` each layer reads its own columns instead.
+
+Products of 16-bit arrays leave in 16 bits, summed in fp32 inside; sums of products are written product + product, which
+cuBLAS adds while it writes. G is fp32, for it is small and rounded twice otherwise. These are parts of an op, not ops:
+`norm_linears`, `gated_mlp` and `residual_linear` hold them, and say what is saved.
+
+Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels.lora_linear import (
+    check_arguments,
+    dense,
+    is_quantized,
+    over_tokens,
+    times,
+    times_transposed,
+)
+
+# An inner side up to this is free beside the memory that a product of that shape reads and writes.
+MOST_SHARED_RANK = 128
+
+
+class LinearWeights(NamedTuple):
+    """The arrays of one linear layer, as `lora_linear` takes them.
+
+    Attributes:
+      weight: [out, in], an array of any float dtype or a `QuantizedWeight`, which is never trained.
+      lora_a, lora_b: fp32 [r, in] and [out, r], or None.
+      bias: [out] or None.
+    """
+
+    weight: Any
+    lora_a: jax.Array | None = None
+    lora_b: jax.Array | None = None
+    bias: jax.Array | None = None
+
+
+class _Columns(NamedTuple):
+    """A layer's place in T and G: it reads [start, stop), and `rank` columns from start + offset are its own."""
+
+    start: int
+    stop: int
+    offset: int
+    rank: int
+
+
+def check_linears(op: str, inputs: int, linears: Sequence[LinearWeights], scales: Sequence[float]) -> None:
+    """Raise InputError where shapes do not fit x [..., inputs], or there is not one scale a layer."""
+    if len(linears) != len(scales):
+        raise InputError(
+            f"{op}: {len(linears)} linear layers and {len(scales)} scales; give one scale a layer."
+        )
+    for linear in linears:
+        check_arguments(op, inputs, *linear)
+
+
+def wanted_fields(op: str, linear: LinearWeights) -> frozenset[str]:
+    """The fields that are differentiated, of a layer as a `symbolic_zeros` forward rule sees it."""
+    wanted = frozenset(
+        name for name, value in zip(linear._fields, linear, strict=True) if launch.perturbed(value)
+    )
+    if "weight" in wanted and is_quantized(linear.weight):
+        raise InputError(f"{op}: a quantised weight cannot be trained; freeze it, or load it in 16 bit.")
+    return wanted
+
+
+def apply_linears(
+    n: jax.Array, linears: Sequence[LinearWeights], scales: Sequence[float], *, add: jax.Array | None = None
+) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
+    """((y_1, ..), T): y_i [..., out_i] and T [..., Σr] in the dtype of n [..., in]; T is None without any adapter.
+
+    `add` [..., out_i], such as a residual stream, is added to every y_i: to the small product first, so that cuBLAS
+    can add the sum to the large one.
+    """
+    dtype = n.dtype
+    a = _stacked_a(linears, dtype)
+    t = None if a is None else times_transposed(n, a, dtype)
+    outputs = []
+    for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
+        y = times_transposed(n, dense(linear.weight, dtype), dtype)
+        other = add
+        if columns is not None:
+            low = times_transposed(_read(t, columns), _placed_b(linear, scale, columns, dtype), dtype)
+            other = low if other is None else other + low
+        if other is not None:
+            y = other + y
+        if linear.bias is not None:
+            y += linear.bias.astype(dtype)
+        outputs.append(y)
+    return tuple(outputs), t
+
+
+def rank_gradient(dys: Sequence[jax.Array], linears: Sequence[LinearWeights], scales: Sequence[float]) -> Any:
+    """G, fp32 [..., Σr], from dY_i [..., out_i]; None without any adapter."""
+    parts = [
+        times(dy, _placed_b(linear, scale, columns, dy.dtype), jnp.float32)
+        for dy, linear, scale, columns in zip(dys, linears, scales, _columns(linears), strict=True)
+        if columns is not None
+    ]
+    if not parts:
+        return None
+    return sum(parts[1:], parts[0]) if _shared(linears) else jnp.concatenate(parts, axis=-1)
+
+
+def input_gradient(dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWeights]) -> jax.Array:
+    """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter."""
+    dtype = dys[0].dtype
+    parts = [] if g is None else [times(g.astype(dtype), _stacked_a(linears, dtype), dtype)]
+    parts += [times(dy, dense(linear.weight, dtype), dtype) for dy, linear in zip(dys, linears, strict=True)]
+    return sum(parts[1:], parts[0])
+
+
+def weight_gradients(
+    dys: Sequence[jax.Array],
+    da: Any,
+    t: Any,
+    n: Any,
+    linears: Sequence[LinearWeights],
+    scales: Sequence[float],
+    wanted: Sequence[frozenset[str]],
+) -> tuple[LinearWeights, ...]:
+    """Gradients of the `wanted` fields of each layer, None for the others.
+
+    Args:
+      dys: dY_i [..., out_i].
+      da: fp32 [Σr, in], where any A is wanted. t: T, where any B is. n: [..., in], where any weight is.
+    """
+    gradients, row = [], 0
+    for dy, linear, scale, columns, fields in zip(
+        dys, linears, scales, _columns(linears), wanted, strict=True
+    ):
+        found: dict[str, Any] = dict.fromkeys(LinearWeights._fields)
+        rank = 0 if columns is None else columns.rank
+        if "lora_a" in fields:
+            found["lora_a"] = da[row : row + rank]
+        if "lora_b" in fields:
+            product = over_tokens(dy, _read(t, columns), jnp.float32)
+            found["lora_b"] = scale * product[:, columns.offset : columns.offset + rank]
+        if "weight" in fields:
+            # bf16 out of bf16 operands: the product rounds once, and no fp32 copy of the weight's size exists.
+            found["weight"] = over_tokens(dy, n, jnp.promote_types(dy.dtype, linear.weight.dtype))
+        if "bias" in fields:
+            found["bias"] = jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1)))
+        for field in fields:
+            found[field] = found[field].astype(getattr(linear, field).dtype)
+        gradients.append(LinearWeights(**found))
+        row += rank
+    return tuple(gradients)
+
+
+def quantized_behind(
+    dys: Sequence[jax.Array], linears: Sequence[LinearWeights]
+) -> tuple[Sequence[jax.Array], Sequence[LinearWeights]]:
+    """The same, with quantised weights that only exist once dY does.
+
+    Otherwise XLA would find forward's dequantised weight equal to the one that backward computes, and keep it alive.
+    """
+    codes = [linear.weight if is_quantized(linear.weight) else None for linear in linears]
+    if all(code is None for code in codes):
+        return dys, linears
+    codes, dys = jax.lax.optimization_barrier((codes, tuple(dys)))
+    return dys, [
+        linear if code is None else linear._replace(weight=code)
+        for linear, code in zip(linears, codes, strict=True)
+    ]
+
+
+def instantiate(cotangent: Any) -> jax.Array:
+    """A cotangent as an array: that of an output which nothing depends on comes as a symbolic zero."""
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros(cotangent.shape, cotangent.dtype)
+    return cotangent
+
+
+def _ranks(linears):
+    return [0 if linear.lora_a is None else linear.lora_a.shape[0] for linear in linears]
+
+
+def _shared(linears):
+    return sum(_ranks(linears)) <= MOST_SHARED_RANK
+
+
+def _columns(linears) -> list[Any]:
+    ranks, shared = _ranks(linears), _shared(linears)
+    places: list[_Columns | None] = []
+    first = 0
+    for rank in ranks:
+        place = _Columns(0, sum(ranks), first, rank) if shared else _Columns(first, first + rank, 0, rank)
+        places.append(place if rank else None)
+        first += rank
+    return places
+
+
+def _read(t, columns):
+    whole = columns.start == 0 and columns.stop == t.shape[-1]
+    return t if whole else t[..., columns.start : columns.stop]
+
+
+def _stacked_a(linears, dtype):
+    parts = [linear.lora_a.astype(dtype) for linear in linears if linear.lora_a is not None]
+    return jnp.concatenate(parts, axis=0) if parts else None
+
+
+def _placed_b(linear, scale, columns, dtype):
+    """s B̂ [out, stop - start]. The scale goes on the smallest matrix of the product, before the one rounding of B."""
+    b = (scale * linear.lora_b).astype(dtype)
+    before, after = columns.offset, columns.stop - columns.start - columns.offset - columns.rank
+    return jnp.pad(b, ((0, 0), (before, after))) if before or after else b
