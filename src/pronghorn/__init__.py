@@ -1,55 +1,31 @@
-"""pronghorn: fast, exact fine-tuning of language models in JAX.
+"""pronghorn: fine-tuning of language models in JAX.
 
-    model, tokenizer = ph.load("folder-or-hub-name")
-    model = ph.add_lora(model, ph.LoRAConfig(rank=16))
-    trainer = ph.Trainer(model, tokenizer, "rows.jsonl", ph.TrainConfig(max_steps=60))
-    trainer.train()
-    ph.save_adapter(model, "out/adapter")
-    ph.save_merged(model, tokenizer, "out/merged")
+>>> import pronghorn as ph
+>>> model, tokenizer = ph.load("HuggingFaceTB/SmolLM2-135M-Instruct")
+>>> model = ph.add_lora(model, ph.LoRAConfig(rank=16))
+>>> ph.Trainer(model, tokenizer, rows, ph.TrainConfig(max_steps=60)).train()
+>>> ph.save_adapter(model, "out/adapter")
 
-Names are imported when first used, so `import pronghorn` costs nothing and `pronghorn.pallas_kernels` can be used
-without the rest.
+These are all the public names. Each is imported when it is first asked for: the command line can print its help, and a
+research script can use one kernel, without loading the rest.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pronghorn.converters.huggingface import load, save_model
+    from pronghorn.converters.huggingface import load, load_model, load_tokenizer, save_model
     from pronghorn.converters.merged import save_merged
     from pronghorn.converters.peft import load_adapter, save_adapter
-    from pronghorn.data.config import DataConfig
+    from pronghorn.data import DataConfig, load_rows
     from pronghorn.errors import InputError, PronghornError, RunError
     from pronghorn.generation import generate
     from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
-    from pronghorn.models.config import DecoderConfig
-    from pronghorn.models.decoder import Decoder
+    from pronghorn.models import Decoder, DecoderConfig
     from pronghorn.pallas_kernels.launch import kernels
     from pronghorn.training import TrainConfig, Trainer, losses
 
-_HOME = {
-    "load": "converters.huggingface",
-    "save_model": "converters.huggingface",
-    "save_merged": "converters.merged",
-    "load_adapter": "converters.peft",
-    "save_adapter": "converters.peft",
-    "DataConfig": "data.config",
-    "InputError": "errors",
-    "PronghornError": "errors",
-    "RunError": "errors",
-    "generate": "generation",
-    "LoRAConfig": "lora",
-    "add_lora": "lora",
-    "merge": "lora",
-    "merge_lora": "lora",
-    "split": "lora",
-    "DecoderConfig": "models.config",
-    "Decoder": "models.decoder",
-    "kernels": "pallas_kernels.launch",
-    "TrainConfig": "training",
-    "Trainer": "training",
-    "losses": "training",
-}
+__version__ = "0.1.0"
 
 __all__ = [
     "DataConfig",
@@ -66,6 +42,9 @@ __all__ = [
     "kernels",
     "load",
     "load_adapter",
+    "load_model",
+    "load_rows",
+    "load_tokenizer",
     "losses",
     "merge",
     "merge_lora",
@@ -75,14 +54,28 @@ __all__ = [
     "split",
 ]
 
+_HOME = {
+    "pronghorn.converters.huggingface": ("load", "load_model", "load_tokenizer", "save_model"),
+    "pronghorn.converters.merged": ("save_merged",),
+    "pronghorn.converters.peft": ("load_adapter", "save_adapter"),
+    "pronghorn.data": ("DataConfig", "load_rows"),
+    "pronghorn.errors": ("InputError", "PronghornError", "RunError"),
+    "pronghorn.generation": ("generate",),
+    "pronghorn.lora": ("LoRAConfig", "add_lora", "merge", "merge_lora", "split"),
+    "pronghorn.models": ("Decoder", "DecoderConfig"),
+    "pronghorn.pallas_kernels.launch": ("kernels",),
+    "pronghorn.training": ("TrainConfig", "Trainer", "losses"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'pronghorn' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"pronghorn.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return [*__all__, "__version__"]

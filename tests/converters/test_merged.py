@@ -13,6 +13,7 @@ from pronghorn.converters.huggingface import load, load_model
 from pronghorn.converters.merged import KL_LIMITS, compare_models, save_merged
 from pronghorn.errors import InputError, RunError
 from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
+from pronghorn.models.parameters import named_parameters
 from tests.converters import tiny_models
 from tests.tolerances import MODEL_LOGITS
 
@@ -79,8 +80,6 @@ def test_a_bfloat16_merge_passes_its_own_limit_and_rounds_once(bases, tmp_path):
     report = save_merged(live, None, tmp_path / "out")
     assert report["dtype"] == "bfloat16" and 0 < report["kl_mean"] <= report["kl_mean_limit"]
     name = "layers.1.mlp.up_proj.weight"
-    from pronghorn.models.parameters import named_parameters
-
     live_parameters = named_parameters(live)
     w, a, b = (
         np.asarray(live_parameters[name.replace("weight", part)].get(), np.float64)

@@ -1,5 +1,6 @@
 """Tiny random models made by transformers, saved as Hugging Face folders, and what they answer."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -67,14 +68,23 @@ def logits(model, input_ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(input_ids.astype(np.int64))).logits.float().numpy()
 
 
-def ours(model, input_ids: np.ndarray) -> np.ndarray:
-    """fp32 logits of a pronghorn model, compiled."""
+@functools.cache
+def _forward():
     import jax
 
-    from pronghorn.lora import merge, split
+    from pronghorn.lora import merge
+
+    return jax.jit(
+        lambda graph, trainable, frozen, ids: merge(graph, trainable, frozen)(ids), static_argnums=0
+    )
+
+
+def ours(model, input_ids: np.ndarray) -> np.ndarray:
+    """fp32 logits of a pronghorn model; models of one structure share one compiled program."""
+    from pronghorn.lora import split
 
     graph, trainable, frozen = split(model)
-    return np.asarray(jax.jit(lambda t, f, ids: merge(graph, t, f)(ids))(trainable, frozen, input_ids))
+    return np.asarray(_forward()(graph, trainable, frozen, input_ids))
 
 
 def add_tokenizer(

@@ -26,6 +26,8 @@ def resolve_model_path(name: str | Path, *, gguf_dtype: str = "bfloat16") -> Pat
       InputError: there is no such thing, or it cannot be fetched.
     """
     text = str(name)
+    if not text:
+        raise InputError("the model's path is empty; give a folder, a .gguf file or a hub name.")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
