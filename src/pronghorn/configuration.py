@@ -6,9 +6,10 @@ of the wrong type is an error that names the key. Nothing else reads configurati
 
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -47,47 +48,67 @@ def read_job(path: str | Path | None, overrides: Sequence[str] = ()) -> JobConfi
     """A `JobConfig` from a YAML file (or none) and `key=value` arguments such as `train.max_steps=60`.
 
     Raises:
-      InputError: for a missing or malformed file, an unknown key, or a value of the wrong type.
+      InputError: for a missing or malformed file, an unknown or doubled key, or a value of the wrong type.
     """
     values: dict[str, Any] = {}
     if path is not None:
         values = _read_yaml(Path(path))
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise InputError(
-                f"argument {override!r} is not of the form key=value; write for example train.max_steps=60."
+                f"argument {override[:80]!r} is not of the form key=value; write for example train.max_steps=60."
             )
         _set(values, key.split("."), _parse_scalar(key, text), override)
     return from_mapping(JobConfig, values)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of a YAML job file.")
-    if path.stat().st_size > 1 << 20:
-        raise InputError(f"{path}: over 1 MiB is no job file; give the path of a YAML job file.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: not valid YAML ({detail}); correct the file.") from None
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; give the path of a YAML job file.")
+        if path.stat().st_size > 1 << 20:
+            raise InputError(f"{path}: over 1 MiB is no job file; give the path of a YAML job file.")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check its permissions.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; give the path of a YAML job file.") from None
+    values = _parse_yaml(text, f"{path}: not valid YAML", "correct the file")
     if values is None:
         values = {}
     if not isinstance(values, dict):
-        raise InputError(f"{path}: the top level must be `key: value` pairs, not a {type(values).__name__}.")
+        raise InputError(
+            f"{path}: the top level is {_shown(values)}; write `key: value` pairs such as `model: FOLDER`."
+        )
     return values
 
 
 def _parse_scalar(key: str, text: str) -> Any:
+    return _parse_yaml(text, f"{key}: the value {_shown(text)} is not valid YAML", "put it in quotes")
+
+
+def _parse_yaml(text: str, what: str, cure: str) -> Any:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """YAML lets the last of two equal keys win; here that is an error."""
+
+        def construct_mapping(self, node, deep=False):
+            plain = [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]
+            names = [key.value for key in plain]
+            for number, key in enumerate(plain):
+                if key.value in names[:number]:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} occurs twice", key.start_mark
+                    )
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{key}: the value {text!r} is not valid YAML; quote it.") from None
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2024-99-99
+        detail = " ".join(str(error).split())[:200]
+        raise InputError(f"{what} ({detail}); {cure}.") from None
 
 
 def _set(values: dict[str, Any], keys: list[str], value: Any, argument: str) -> None:
@@ -97,7 +118,7 @@ def _set(values: dict[str, Any], keys: list[str], value: Any, argument: str) -> 
             inner = values[key] = {}
         if not isinstance(inner, dict):
             raise InputError(
-                f"argument {argument!r}: {key} is {inner!r}, which has no keys inside it; set {key} itself."
+                f"argument {argument[:80]!r}: {key} is {_shown(inner)}, which has no keys inside it; set {key} itself."
             )
         values = inner
     values[keys[-1]] = value
@@ -115,9 +136,7 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any], prefix: 
     for key, value in values.items():
         where = f"{prefix}{key}"
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            cure = f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(fields)}."
-            raise InputError(f"{where}: unknown key; {cure}")
+            raise InputError(f"{where}: unknown key; {_cure(str(key), config_class, prefix)}")
         arguments[key] = _convert(hints[key], value, where)
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -126,43 +145,68 @@ def from_mapping(config_class: type[Config], values: Mapping[str, Any], prefix: 
     return config_class(**arguments)
 
 
+def _cure(key: str, config_class: type, prefix: str) -> str:
+    """What an unknown key should have been: the same name deeper inside, else the nearest beside it."""
+    deeper = [path for path in _paths(config_class, prefix) if path.endswith(f".{key}")]
+    if deeper:
+        return f"did you mean {' or '.join(deeper)}?"
+    names = [field.name for field in dataclasses.fields(config_class)]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known keys are {', '.join(names)}."
+
+
+def _paths(config_class: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(config_class)
+    for name, hint in hints.items():
+        yield f"{prefix}{name}"
+        for kind in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(kind):
+                yield from _paths(typing.cast(type, kind), f"{prefix}{name}.")
+
+
 def _convert(hint: Any, value: Any, where: str) -> Any:
     """`value` as `hint` asks for, or an InputError naming `where`."""
     origin, choices = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         if value in choices and type(value) in {type(choice) for choice in choices}:
             return value
-        raise InputError(f"{where}: {value!r} is not one of {', '.join(map(str, choices))}.")
+        raise InputError(f"{where}: {_shown(value)} is not a choice; use {_listed(hint)}.")
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in choices:
-            return None
-        kinds = [choice for choice in choices if choice is not type(None)]
-        failure: InputError | None = None
-        for kind in kinds:
-            try:
-                return _convert(kind, value, where)
-            except InputError as error:
-                # The message about a mapping's inner key says more than one about a type.
-                failure = error if failure is None or isinstance(value, Mapping) else failure
-        assert failure is not None
-        raise failure
+        return _convert_union(hint, value, where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):
-            raise InputError(f"{where}: {value!r} must be `key: value` pairs.")
+            known = ", ".join(field.name for field in dataclasses.fields(hint))
+            raise InputError(f"{where}: {_shown(value)} must be `key: value` pairs; known keys are {known}.")
         return from_mapping(typing.cast(type, hint), value, f"{where}.")
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise InputError(f"{where}: {value!r} must be a list.")
+            raise InputError(f"{where}: {_shown(value)} must be a list, such as [a, b].")
         return tuple(_convert(choices[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
-            raise InputError(f"{where}: {value!r} must be `key: value` pairs.")
+            raise InputError(f"{where}: {_shown(value)} must be `key: value` pairs, such as {{a: b}}.")
         return {
-            _convert(choices[0], k, where): _convert(choices[1], v, f"{where}.{k}") for k, v in value.items()
+            _convert(choices[0], k, f"{where}.{k}"): _convert(choices[1], v, f"{where}.{k}")
+            for k, v in value.items()
         }
-    if hint is Any:
-        return value
     return _convert_scalar(hint, value, where)
+
+
+def _convert_union(hint: Any, value: Any, where: str) -> Any:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    failures = []
+    for kind in kinds:
+        try:
+            return _convert(kind, value, where)
+        except InputError as error:
+            failures.append(error)
+    # An error inside a list or mapping says more than one about the whole.
+    inside = [error for error in failures if not str(error).startswith(f"{where}:")]
+    if inside or dataclasses.is_dataclass(kinds[0]):
+        raise (inside or failures)[0]
+    raise InputError(f"{where}: {_shown(value)} must be {_listed(hint)}.")
 
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
@@ -173,9 +217,34 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if hint is Path and isinstance(value, str):
-        return Path(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise InputError(f"{where}: {value!r} must be {names.get(hint, hint.__name__)}.")
+    raise InputError(f"{where}: {_shown(value)} must be {_listed(hint)}.")
+
+
+def _listed(hint: Any) -> str:
+    """What a value may be, in words."""
+    origin, choices = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(", ".join(map(str, choices)).rsplit(", ", 1))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_listed(kind) for kind in choices)
+    if origin is tuple:
+        return "a list such as [a, b]"
+    if origin in (dict, Mapping):
+        return "`key: value` pairs"
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text (put it in quotes)",
+        type(None): "null",
+    }
+    return names.get(hint) or str(hint)
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: short, however deep or long it is, and in YAML's words."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return reprlib.repr(value)

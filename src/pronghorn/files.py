@@ -34,9 +34,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
-        raise RunError(
-            f"{path}: could not be written ({error.strerror}); free space or choose another folder."
-        ) from None
+        raise _cannot_write(path, error) from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -54,9 +52,26 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def require_new(path: str | Path) -> None:
+    """Refuse a path where `new_folder` could not put a folder: anything but nothing and an empty folder.
+
+    Raises:
+      InputError: `path` exists and is not empty.
+    """
+    path = Path(path)
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    if taken:
+        raise InputError(f"{path}: exists and is not empty; choose another folder or remove it first.")
+
+
 @contextlib.contextmanager
 def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     """A temporary sibling folder to fill; it becomes `path` by rename when the block ends without an error.
+
+    After an error nothing is left: not the temporary folder, and no parent folder that was made for it.
 
     Args:
       path: the folder to appear. It may exist when it is empty, or when `replace` is true.
@@ -64,15 +79,17 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
       InputError: `path` exists and is not empty, and `replace` is false.
+      RunError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path}: exists and is not empty; choose another folder or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
-    aside = None
+    if not replace:
+        require_new(path)
+    made = [parent for parent in path.parents if not parent.exists()]
+    temporary = aside = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)
         yield temporary
         fsync_tree(temporary)
         if path.exists():
@@ -80,13 +97,24 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             path.rename(aside)
         temporary.rename(path)
         fsync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         if aside is not None and aside.exists() and not path.exists():
             aside.rename(path)
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):  # not made yet, or something else is in it by now
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
     if aside is not None:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    reason = error.strerror or str(error)
+    return RunError(f"{path}: could not be written ({reason}); free space or choose another folder.")
 
 
 def fsync_tree(folder: Path) -> None:

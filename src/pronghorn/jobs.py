@@ -4,6 +4,9 @@ Order matters to the user: rows are read, tokenised and counted before any weigh
 wrong template costs seconds.
 """
 
+import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,9 @@ import jax.numpy as jnp
 from pronghorn.configuration import JobConfig
 from pronghorn.data import DataConfig, TokenizedDataset, load_rows, tokenize_rows
 from pronghorn.errors import InputError, RunError
-from pronghorn.files import write_json
+from pronghorn.files import write_atomic, write_json
+from pronghorn.lora import LoRAConfig
+from pronghorn.models.config import DecoderConfig
 
 ADAPTER_KL_LIMIT = 1e-9
 
@@ -48,7 +53,7 @@ def read_data(
     return train, tokenize_rows(held_out, tokenizer, data, vocab_size=vocab_size)
 
 
-def read_architecture(folder: Path) -> Any:
+def read_architecture(folder: Path) -> DecoderConfig:
     """The `DecoderConfig` of a folder's config.json; no weight is read."""
     from pronghorn.converters.huggingface import read_config
     from pronghorn.models.families import family_for
@@ -57,15 +62,29 @@ def read_architecture(folder: Path) -> Any:
     return family_for(hf_config).config_from_hf(hf_config)
 
 
-def prepare_job(job: JobConfig) -> "Trainer":
-    """A `Trainer` for the job: data first, then weights, then the adapter."""
+def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Trainer":
+    """A `Trainer` for the job: data first, then weights, then the adapter.
+
+    Args:
+      merge_into: the folder that `save_results` will be given; that it can be written is checked now, not after hours.
+    """
     from pronghorn.converters.huggingface import load_model, load_tokenizer, resolve_model_path
-    from pronghorn.converters.peft import load_adapter
+    from pronghorn.converters.peft import adapter_tokenizer, load_adapter
     from pronghorn.lora import add_lora
     from pronghorn.training import Trainer
 
+    adapted = job.adapter is not None or job.lora is not None
+    require_free_folder(Path(job.train.output_dir) / ("adapter" if adapted else "model"))
+    if merge_into is not None:
+        if not adapted:
+            raise InputError(
+                "--merge: there is no adapter to merge with lora: null; the trained model is saved as it is."
+            )
+        require_free_folder(merge_into)
     folder = resolve_model_path(job.model)
     tokenizer = load_tokenizer(folder)
+    if job.adapter is not None:
+        tokenizer = adapter_tokenizer(job.adapter, tokenizer)
     train, held_out = read_data(job.data, tokenizer, read_architecture(folder).vocab_size)
     model = load_model(folder, dtype=job.dtype, layers=job.layers)
     if job.adapter is not None:
@@ -75,14 +94,28 @@ def prepare_job(job: JobConfig) -> "Trainer":
     return Trainer(model, tokenizer, train, job.train, data=job.data, eval_dataset=held_out)
 
 
+def require_free_folder(path: str | Path) -> None:
+    """Refuse a folder that a result could not be written to, before hours are spent on the result.
+
+    Raises:
+      InputError: it holds something that no earlier save wrote.
+    """
+    from pronghorn.converters.carried_files import written_by_us
+    from pronghorn.files import require_new
+
+    if not written_by_us(Path(path)):
+        require_new(path)
+
+
 def plan_job(job: JobConfig) -> "MemoryPlan":
     """Memory and FLOPs of the job's step, from the compiled program; no weight is read."""
     from pronghorn.converters.huggingface import resolve_model_path
     from pronghorn.training import plan_memory
 
+    architecture = read_architecture(resolve_model_path(job.model))
     return plan_memory(
-        read_architecture(resolve_model_path(job.model)),
-        job.lora,
+        architecture,
+        job.lora if job.adapter is None else shape_of_adapter(Path(job.adapter), architecture),
         job.train,
         jnp.dtype(job.dtype),
         max_length=job.data.max_length,
@@ -91,15 +124,56 @@ def plan_job(job: JobConfig) -> "MemoryPlan":
     )
 
 
+def shape_of_adapter(folder: Path, architecture: DecoderConfig) -> LoRAConfig:
+    """What makes an adapter as large as the one in a PEFT folder (with its largest rank, where it has several)."""
+    from pronghorn.converters.peft import module_names
+    from pronghorn.converters.peft_config import expected_modules, read_config
+    from pronghorn.lora import sites
+    from pronghorn.models.decoder import Decoder
+
+    config, model = read_config(folder), Decoder.abstract(architecture)
+    chosen = expected_modules(folder, config, module_names(model), sites(model))
+    if not chosen:
+        raise InputError(f"{folder}: the adapter fits nothing in the model; it belongs to another model.")
+    return LoRAConfig(
+        rank=max(config["r"], *config["rank_pattern"].values(), 1),
+        targets=tuple(sorted(chosen)),
+        dropout=config["lora_dropout"],
+    )
+
+
 def preview_job(job: JobConfig, *, rows: int, html: Path | None) -> dict[str, Any]:
     """Print (and write as HTML) the first rows with their loss mask; returns the statistics."""
     from pronghorn.converters.huggingface import load_tokenizer, resolve_model_path
-    from pronghorn.data.preview import preview_rows
+    from pronghorn.converters.peft import adapter_tokenizer
+    from pronghorn.data import Loader, preview_html, preview_rows
 
-    if job.data.path is None:
-        raise InputError("data.path: missing; give a file, a folder or a hub name of rows to look at.")
-    tokenizer = load_tokenizer(resolve_model_path(job.model))
-    return preview_rows(load_rows(job.data.path, job.data.split), tokenizer, job.data, count=rows, html=html)
+    if rows < 0:
+        raise InputError(f"--rows {rows}: give 0 or more.")
+    folder = resolve_model_path(job.model)
+    tokenizer = load_tokenizer(folder)
+    if job.adapter is not None:
+        tokenizer = adapter_tokenizer(job.adapter, tokenizer)
+    train, held_out = read_data(job.data, tokenizer, read_architecture(folder).vocab_size)
+    loader = Loader(
+        train,
+        batch_size=job.train.batch_size,
+        micro_batches=job.train.gradient_accumulation,
+        max_length=job.data.max_length,
+        packing=job.data.packing,
+        seed=job.data.seed,
+    )
+    preview_rows(train, tokenizer, rows=rows, loader=loader)
+    if html is not None:
+        write_atomic(html, preview_html(train, tokenizer, rows=rows, loader=loader))
+        print(f"the same as a page: {html}")
+    return {
+        "format": train.format.name,
+        **dataclasses.asdict(train.stats),
+        "heldout_documents": 0 if held_out is None else len(held_out),
+        "steps_per_epoch": len(loader),
+        "rows_full": loader.efficiency,
+    }
 
 
 def convert_model(source: str, out: Path, dtype: str | None, max_shard_bytes: int) -> dict[str, Any]:
@@ -107,36 +181,48 @@ def convert_model(source: str, out: Path, dtype: str | None, max_shard_bytes: in
     from pronghorn.converters.huggingface import load_model, resolve_model_path, save_model
     from pronghorn.models.parameters import named_parameters
 
+    require_free_folder(out)
     folder = resolve_model_path(source)
     model = load_model(folder)
     save_model(model, out, tokenizer_from=folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    count = sum(parameter.size for parameter in named_parameters(model).values())
+    count = sum(math.prod(parameter.shape) for parameter in named_parameters(model).values())
     return {"out": str(out), "parameters": count, "dtype": dtype or str(model.dtype)}
+
+
+def merge_model(base: str, adapter: str, out: Path, dtype: str | None) -> dict[str, Any]:
+    """Merge a PEFT adapter into its base, write, reload, compare; returns the comparison."""
+    from pronghorn.converters.huggingface import load
+    from pronghorn.converters.merged import save_merged
+
+    require_free_folder(out)
+    model, tokenizer = load(base, adapter=adapter, dtype=dtype)
+    return save_merged(model, tokenizer, out)
 
 
 def save_results(trainer: "Trainer", folder: Path, *, merge_into: str | Path | None = None) -> dict[str, Any]:
     """Save what was trained, reload it, compare it with the live model; the numbers are written beside it.
 
     An adapter goes to `folder/adapter`, fully trained weights to `folder/model`. With `merge_into` the adapter is also
-    merged into a folder of its own.
+    merged into a folder of its own. Each carries the chat template that the rows were rendered with.
 
     Raises:
       RunError: the reloaded artefact is not the live model.
     """
-    from pronghorn.converters.huggingface import save_model
     from pronghorn.converters.merged import compare_models, fixture_ids, save_merged
     from pronghorn.converters.peft import load_adapter, save_adapter
     from pronghorn.lora import remove_lora
 
-    model = trainer.model
+    model, tokenizer = trainer.model, tokenizer_as_trained(trainer)
     if model.adapter is None:
-        out = save_model(model, folder / "model", tokenizer_from=trainer.tokenizer, overwrite=True)
-        print(f"model saved in {out}")
-        return {"model_dir": str(out)}
+        check = save_merged(model, tokenizer, folder / "model")
+        print(
+            f"model saved in {folder / 'model'}; reloaded, its mean KL to the live model is {check['kl_mean']:.1e}"
+        )
+        return {"model_dir": str(folder / "model"), "model_kl": check["kl_mean"]}
     adapter_dir = folder / "adapter"
-    save_adapter(model, adapter_dir)
+    save_adapter(model, adapter_dir, tokenizer=tokenizer)
     reloaded = load_adapter(remove_lora(model), adapter_dir)
-    check = compare_models(model, reloaded, fixture_ids(model, trainer.tokenizer))
+    check = compare_models(model, reloaded, fixture_ids(model, tokenizer))
     write_json(folder / "adapter_check.json", check)
     # The same factors on the same base in the same program: not even a rounding may differ.
     if not check["kl_max"] <= ADAPTER_KL_LIMIT:
@@ -146,9 +232,20 @@ def save_results(trainer: "Trainer", folder: Path, *, merge_into: str | Path | N
     print(f"adapter saved in {adapter_dir}; reloaded, its KL to the live model is {check['kl_max']:.1e}")
     saved: dict[str, Any] = {"adapter_dir": str(adapter_dir), "adapter_kl": check["kl_max"]}
     if merge_into is not None:
-        merged = save_merged(model, trainer.tokenizer, merge_into)
+        merged = save_merged(model, tokenizer, merge_into)
         print(
             f"merged model saved in {merge_into}; reloaded, its mean KL to the live model is {merged['kl_mean']:.1e}"
         )
         saved |= {"merged_dir": str(merge_into), "merged_kl": merged["kl_mean"]}
     return saved
+
+
+def tokenizer_as_trained(trainer: "Trainer") -> Any:
+    """The trainer's tokenizer, with `data.chat_template` as its template where the job gave one."""
+    from pronghorn.data.chat_template import template_source
+
+    if trainer.tokenizer is None or trainer.data.chat_template is None:
+        return trainer.tokenizer
+    tokenizer = copy.deepcopy(trainer.tokenizer)
+    tokenizer.chat_template = template_source(tokenizer, trainer.data.chat_template)
+    return tokenizer

@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"pronghorn {options.command}", description=command.__doc__, formatter_class=_Formatter
     )
     command.add_arguments(command_parser)
+    # Intermixed, so that `train job.yaml --json out.json train.max_steps=60` reads as it looks.
+    parsed = command_parser.parse_intermixed_args(options.arguments)
     try:
-        return int(command.run(command_parser.parse_args(options.arguments)) or 0)
+        return int(command.run(parsed) or 0)
     except PronghornError as error:
         print(f"pronghorn {options.command}: {error}", file=sys.stderr)
         return error.exit_code
@@ -63,6 +65,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of a pipe went away (`pronghorn preview ... | head`): not a failure, and nothing to print to.
         sys.stderr.close()
         return 0
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
+        print(
+            f"pronghorn {options.command}: the device's memory is full; `pronghorn plan` tells what a job needs, and "
+            "a smaller train.batch_size or data.max_length, or train.memory_policy=layer_inputs, needs less.",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether XLA found no room. By name, since the class comes with jax, which `--help` does not load."""
+    return type(error).__name__ == "JaxRuntimeError" and str(error).startswith("RESOURCE_EXHAUSTED")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

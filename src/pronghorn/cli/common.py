@@ -17,9 +17,16 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_job_arguments(options: argparse.Namespace) -> JobConfig:
     """The job of the arguments; without a file, when the first argument is a key=value too."""
-    if "=" in options.config and not Path(options.config).exists():
+    if "=" in options.config and not _exists(options.config):
         return read_job(None, [options.config, *options.overrides])
     return read_job(options.config, options.overrides)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except OSError:  # longer than a file name can be
+        return False
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:

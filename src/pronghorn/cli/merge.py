@@ -14,17 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="PEFT adapter folder")
     parser.add_argument("out", type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument(
-        "--dtype", default=None, help="dtype of the merged weights; the base's own if not given"
+        "--dtype",
+        default=None,
+        choices=("bfloat16", "float16", "float32"),
+        help="dtype of the merged weights; the base's own if not given",
     )
     add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
-    import pronghorn as ph
-
     use_compile_cache()
-    model, tokenizer = ph.load(options.base, adapter=options.adapter, dtype=options.dtype)
-    check = ph.save_merged(model, tokenizer, options.out)
+    from pronghorn.jobs import merge_model
+
+    check = merge_model(options.base, options.adapter, options.out, options.dtype)
     print(f"{options.out}: mean KL to the live model {check['kl_mean']:.3e}, largest {check['kl_max']:.3e}")
     write_json_if_asked(options, check)
     return 0

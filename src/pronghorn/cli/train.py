@@ -9,6 +9,7 @@ A run that was stopped goes on with train.resume=true and is bit-exact with one 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from pronghorn.cli.common import (
     add_job_arguments,
@@ -34,10 +35,10 @@ def run(options: argparse.Namespace) -> int:
 
     from pronghorn.jobs import prepare_job, save_results
 
-    trainer = prepare_job(job)
+    trainer = prepare_job(job, merge_into=options.merge)
     result = trainer.train(resume=job.train.resume)
-    if result.interrupted:
-        return 0  # the trainer has saved and printed how to go on
-    saved = save_results(trainer, Path(job.train.output_dir), merge_into=options.merge)
+    saved: dict[str, Any] = {}
+    if not result.interrupted:  # then the trainer has saved a checkpoint and printed how to go on
+        saved = save_results(trainer, Path(job.train.output_dir), merge_into=options.merge)
     write_json_if_asked(options, dataclasses.asdict(result) | saved)
     return 0

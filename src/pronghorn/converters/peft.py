@@ -91,7 +91,7 @@ def save_adapter(
     adapted = _adapted(model)
     if info is None or not adapted:
         raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
-    modules = _module_names(model)
+    modules = module_names(model)
     arrays: dict[str, tuple[TensorSpec, Any]] = {}
     for name, (site, factors) in adapted.items():
         embedding = isinstance(site.module, Embedding)
@@ -148,7 +148,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     config = read_config(folder)
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
-    places, modules = sites(model), _module_names(model)
+    places, modules = sites(model), module_names(model)
     found = _group(folder, tensors, {module: name for name, module in modules.items()})
     _check_base_copies(folder, model, places, found)
     found = {name: parts for name, parts in found.items() if "a" in parts or "b" in parts}
@@ -247,7 +247,7 @@ def _adapted(model: Decoder) -> dict[str, tuple[Site, Factors]]:
     return adapted
 
 
-def _module_names(model: Decoder) -> dict[str, str]:
+def module_names(model: Decoder) -> dict[str, str]:
     """{our module name: the module's path in transformers} of every site."""
     tensor_names = family_named(model.config.family).tensor_names(model.config)
     names = {name: tensor_names.get(f"{name}.weight", "lm_head.weight") for name in sites(model)}

@@ -19,6 +19,7 @@ from pronghorn.versions import installed_versions
 LAYER_LIMIT = 1e-4
 LOGITS_LIMIT = 1e-4
 KL_LIMIT = 1e-6
+LOSS_LIMIT = 1e-4
 GRADIENT_LIMIT = 1e-4
 # A gradient that is zero in exact arithmetic (a key's bias, say) is noise over noise: norms below this share of the
 # largest one are measured against that share.
@@ -43,7 +44,7 @@ class VerifyReport:
       logits_max_abs, logits_relative: over all positions; relative to the largest logit in magnitude.
       kl_mean, kl_max: KL(transformers ‖ pronghorn) per token, nats, computed in fp64.
       gradients: one entry a parameter (of the adapter, when one is given); empty when not asked for.
-      first_departure: the first layer, logits or gradient over its limit; None when all agree.
+      first_departure: the first layer, "logits", "KL", "loss" or gradient over its limit; None when all agree.
     """
 
     model: str
@@ -275,6 +276,7 @@ def _report(
         *(d.name for d in layers if d.relative > LAYER_LIMIT),
         *(["logits"] if not logits_relative <= LOGITS_LIMIT else []),
         *(["KL"] if not kl.mean() <= KL_LIMIT else []),
+        *(["loss"] if not abs(ours["loss"] - theirs["loss"]) <= LOSS_LIMIT * abs(theirs["loss"]) else []),
         *(f"gradient of {d.name}" for d in compared if d.relative > GRADIENT_LIMIT),
     ]
     return VerifyReport(
@@ -292,7 +294,13 @@ def _report(
         gradients=compared,
         first_departure=departures[0] if departures else None,
         passed=not departures,
-        limits={"layer": LAYER_LIMIT, "logits": LOGITS_LIMIT, "kl": KL_LIMIT, "gradient": GRADIENT_LIMIT},
+        limits={
+            "layer": LAYER_LIMIT,
+            "logits": LOGITS_LIMIT,
+            "kl": KL_LIMIT,
+            "loss": LOSS_LIMIT,
+            "gradient": GRADIENT_LIMIT,
+        },
         versions=installed_versions(),
     )
 
