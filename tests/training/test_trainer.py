@@ -13,12 +13,12 @@ import pytest
 
 from pronghorn.data import DataConfig
 from pronghorn.errors import InputError, RunError
-from pronghorn.lora import split
+from pronghorn.lora import merge, split
 from pronghorn.models import flat_arrays
 from pronghorn.training import TrainConfig, Trainer, losses
 from tests.data.tokenizers import tiny_tokenizer
 from tests.tolerances import assert_close
-from tests.training.small import VOCAB, random_documents, small_model, tokenized
+from tests.training.small import QUICK_COMPILE, VOCAB, random_documents, small_model, tokenized
 
 DATA = DataConfig(max_length=16, seed=4)
 
@@ -121,11 +121,16 @@ def test_evaluations_come_when_asked_and_at_the_end_and_are_weighted_by_token(ru
     trainer, result, _ = run
     assert [evaluation.step for evaluation in result.evaluations] == [2, 4, 5]
     documents = [trainer.eval_dataset.document(i)[0] for i in range(5)]
-    model, total, count = trainer.model, 0.0, 0
-    for ids in documents:
-        logits = np.asarray(jax.nn.log_softmax(model(ids[None])))[0]
-        total -= sum(float(logits[t, ids[t + 1]]) for t in range(len(ids) - 1))
-        count += len(ids) - 1
+    padded = np.array([np.pad(ids, (0, 16 - len(ids))) for ids in documents])
+    graph, *leaves = split(trainer.model)
+    predict = jax.jit(lambda leaves, ids: merge(graph, *leaves)(ids), compiler_options=QUICK_COMPILE)
+    logits = jax.nn.log_softmax(
+        predict(leaves, padded)
+    )  # causal: padding at the end changes nothing before it
+    total = -sum(
+        float(logits[row, t, ids[t + 1]]) for row, ids in enumerate(documents) for t in range(len(ids) - 1)
+    )
+    count = sum(len(ids) - 1 for ids in documents)
     assert result.evaluations[-1].token_count == count
     assert_close(np.float32(result.evaluations[-1].loss), np.float32(total / count))
     assert trainer.evaluate().loss == pytest.approx(result.evaluations[-1].loss, rel=1e-6)
@@ -182,6 +187,22 @@ def test_an_earlier_run_is_not_overwritten_unasked(run, tmp_path):
         trainer.train()
     with pytest.raises(InputError, match="no complete checkpoint"):
         trainer_for(tmp_path / "none").train(resume=True)
+
+
+def test_overwriting_leaves_nothing_of_the_earlier_run_to_resume(tmp_path):
+    stale = tmp_path / "checkpoints" / "step_00000900"
+    stale.mkdir(parents=True)
+    trainer_for(tmp_path, overwrite=True, max_steps=5).train()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def test_a_fraction_of_the_rows_is_held_out():
+    rows = [{"prompt": f"{number} is", "completion": str(number)} for number in range(8)]
+    tokenizer = tiny_tokenizer()
+    model = small_model(vocab_size=len(tokenizer))
+    trainer = Trainer(model, tokenizer, rows, data=DataConfig(max_length=32, eval_fraction=0.25))
+    assert (len(trainer.dataset), len(trainer.eval_dataset)) == (6, 2)
+    assert not set(trainer.dataset.origins) & set(trainer.eval_dataset.origins)
 
 
 def test_a_run_whose_batches_are_poison_stops_and_leaves_the_weights(tmp_path, monkeypatch):

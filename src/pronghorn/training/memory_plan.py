@@ -19,7 +19,7 @@ import optax
 
 from pronghorn.lora import LoRAConfig, add_lora, split
 from pronghorn.models.config import DecoderConfig
-from pronghorn.models.decoder import Decoder
+from pronghorn.models.decoder import Decoder, LayerLayout
 from pronghorn.training.checkpoints import state_bytes
 from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
 from pronghorn.training.flops import count_flops, has_shape
@@ -42,8 +42,9 @@ class MemoryPlan:
 
     Attributes:
       peak_device_bytes: the most the device holds during a step or an evaluation.
-      peak_host_bytes: this process at its largest so far, and on top of it pinned memory and the copy of the state
-        that a checkpoint makes. Where the device is the CPU, device memory is in it too.
+      peak_host_bytes: this process at its largest so far, and on top of it pinned memory and the larger of a
+        checkpoint's copy of the state and the largest weight on its way to the device. Where the device is the CPU,
+        device memory is in it too.
       arguments, outputs, aliased, temporaries, program: the terms of the device peak.
       evaluation_temporaries: the evaluation's own, 0 when there is none.
       pinned_host: host memory that the program itself uses (memory_policy "offload").
@@ -105,7 +106,7 @@ def plan_memory(
     dtype: Any = jnp.bfloat16,
     *,
     max_length: int,
-    layers: str = "unrolled",
+    layers: LayerLayout = "unrolled",
     evaluate: bool = False,
 ) -> MemoryPlan:
     """Compile the training step on shapes alone, for the default device, and read its memory.
@@ -205,13 +206,15 @@ def plan_from_compiled(
         + memory.host_temp_size_in_bytes
     )
     checkpoint = state_bytes(state)
+    # Weights are read one array at a time; a checkpoint is copied whole.
+    staged = max(checkpoint, *(state_bytes(leaf) for leaf in jax.tree.leaves((trainable, frozen))))
     on_cpu = jax.default_backend() == "cpu"
     micro, rows, tokens = shape
     positions = np.broadcast_to(np.arange(tokens), shape)
     flops = count_flops(config, trainable, frozen)
     return MemoryPlan(
         peak_device_bytes=peak_device,
-        peak_host_bytes=_process_peak() + pinned + checkpoint + (peak_device if on_cpu else 0),
+        peak_host_bytes=_process_peak() + pinned + staged + (peak_device if on_cpu else 0),
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         aliased=memory.alias_size_in_bytes,

@@ -4,17 +4,20 @@ Numbers stay on the device until they are needed. The training loop hands over d
 back those of steps that are certainly done, so that the device always has a next step in its queue.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 
+from pronghorn.errors import RunError
 from pronghorn.files import write_atomic
 
 # Steps that stay in flight behind the newest one: fetching the metrics of an older step then never idles the device.
@@ -74,6 +77,9 @@ class JsonLines:
       path: the file. Records after `keep_through` are dropped from an existing one, so that a resumed run does not
         have steps twice.
       keep_through: the last step to keep, 0 for a new file.
+
+    Raises:
+      RunError: from every method, when the disk is full.
     """
 
     def __init__(self, path: Path, *, keep_through: int = 0):
@@ -86,19 +92,31 @@ class JsonLines:
                     continue  # the last line of a killed run may be cut
                 if record.get("step", 0) <= keep_through:
                     kept.append(line + "\n")
+        self.path = path
         write_atomic(path, "".join(kept))
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps({name: _jsonable(value) for name, value in record.items()}) + "\n")
+        with _as_run_error(self.path):
+            self._file.write(json.dumps({name: _jsonable(value) for name, value in record.items()}) + "\n")
 
     def flush(self) -> None:
-        self._file.flush()
+        with _as_run_error(self.path):
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with _as_run_error(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+@contextlib.contextmanager
+def _as_run_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error.strerror}); free space and resume.") from error
 
 
 def _jsonable(value: Any) -> Any:
@@ -158,7 +176,7 @@ class Progress:
                 TimeRemainingColumn(compact=True),
                 console=self.console,
             )
-            self._task = self._bar.add_task("compiling", total=total, completed=done)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
             self._bar.start()
 
     def step(self, record: dict[str, Any]) -> None:

@@ -13,19 +13,26 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from pronghorn.errors import InputError
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.schedules import make_schedule
 
 _NEVER_DECAYED = ("norm", "bias", "sinks")
 
 
-def make_optimizer(config: TrainConfig, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, total_steps: int | None = None) -> optax.GradientTransformation:
     """AdamW with the schedule of `config`. Clipping is the step's business: it needs the norm before clipping.
 
     Args:
       config: learning rate, schedule, betas, eps, weight decay.
-      total_steps: updates of the whole run; the schedule ends there.
+      total_steps: updates of the whole run, where the schedule ends; None takes `config.max_steps`.
+
+    Raises:
+      InputError: neither says how long the run is.
     """
+    total_steps = config.max_steps if total_steps is None else total_steps
+    if total_steps is None:
+        raise InputError("train.max_steps: missing; the schedule needs to know where the run ends.")
     transforms = [optax.scale_by_adam(config.beta1, config.beta2, config.eps)]
     if config.weight_decay:
         transforms.append(optax.add_decayed_weights(config.weight_decay, mask=decay_mask))

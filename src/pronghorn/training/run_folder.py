@@ -1,6 +1,7 @@
 """The folder of a run: config.json with every setting, the versions and the hashes, and what resuming compares."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pronghorn.versions import installed_versions
 
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 CONFIG = "config.json"
 
 # May change between the two parts of a resumed run: they say where and how often something is reported, or how much
@@ -106,6 +108,13 @@ def open_run_folder(
             "on with it or train.overwrite=true to replace it."
         )
     return None
+
+
+def clear_earlier_run(folder: Path) -> None:
+    """Remove an earlier run's checkpoints and events: a new run's own must be the only ones to resume from."""
+    for name in (CHECKPOINTS, TENSORBOARD):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
 
 
 def write_config(folder: Path, sections: dict[str, Any]) -> None:

@@ -297,6 +297,8 @@ class _Run:
 
     def result(self) -> TrainResult:
         trainer, config = self.trainer, self.config
+        if self.checkpoint is None:
+            run_folder.clear_earlier_run(self.folder)
         run_folder.write_config(
             self.folder,
             {
@@ -318,7 +320,7 @@ class _Run:
             stack.callback(self.records.close)
             self.board = None
             if config.tensorboard:
-                self.board = TensorBoard(self.folder / "tensorboard", purge_step=self.start + 1)
+                self.board = TensorBoard(self.folder / run_folder.TENSORBOARD, purge_step=self.start + 1)
                 stack.callback(self.board.close)
             self.writer = stack.enter_context(
                 CheckpointWriter(self.folder / run_folder.CHECKPOINTS, keep=config.keep_checkpoints)
@@ -368,7 +370,8 @@ class _Run:
     def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
         """Dispatch step after step; yields what the host knows of each, and its metrics on the device."""
         guarded = True
-        with contextlib.closing(self.trainer.loader.iterate(self.step, last)) as batches:
+        batches: Any = self.trainer.loader.iterate(self.step, last)
+        with contextlib.closing(batches):
             for batch in batches:
                 if stop.requested is not None:
                     return
