@@ -10,7 +10,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def normal(seed, shape, dtype="float32", scale=1.0):
-    """A deterministic normal array; numpy's generator, so no device decides the numbers."""
+    """A deterministic normal array: numpy's generator, or where arrays are of a real model's size the GPU's own."""
+    if np.prod(shape) > 1 << 20:
+        return (scale * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
 
 

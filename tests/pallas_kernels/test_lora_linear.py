@@ -287,10 +287,9 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", shapes.LARGE_LORA_LINEAR, ids=lambda s: s.name)
-def test_matches_oracle_on_a_gpu(shape, dtype):
-    assert_shape_matches(shape, dtype, dropout_rate=0.1, dropout_key=jax.random.key(3))
+def test_matches_oracle_on_a_gpu(shape):
+    assert_shape_matches(shape, "bfloat16", dropout_rate=0.1, dropout_key=jax.random.key(3))
 
 
 @pytest.mark.gpu

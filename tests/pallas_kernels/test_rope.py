@@ -137,10 +137,9 @@ def test_lowers_for_an_h100(shape):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", shapes.LARGE_ROPE, ids=lambda s: s.name)
-def test_matches_oracle_on_a_gpu(shape, dtype):
-    assert_shape_matches(shape, dtype)
+def test_matches_oracle_on_a_gpu(shape):
+    assert_shape_matches(shape, "bfloat16")
 
 
 @pytest.mark.gpu
