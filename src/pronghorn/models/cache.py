@@ -116,7 +116,7 @@ def cached_decoder_layer(
       positions: int `[batch, tokens]`, increasing in each row, -1 for padding.
     """
     attention = layer.self_attn
-    q, k, v = project_qkv(attention, layer.input_layernorm(x), config=config)
+    x, q, k, v = project_qkv(layer, x, config=config)
     q = rope.rotate(q, *angles.query)
     if angles.slots is None:
         k = rope.rotate(k, *angles.query)
@@ -139,5 +139,5 @@ def cached_decoder_layer(
         sinks=value_or_none(attention.sinks),
         scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
     )
-    x = x + output_projection(attention, heads)
-    return x + gated_mlp(layer.mlp, layer.post_attention_layernorm(x), config=config), cache
+    x = output_projection(attention, x, heads)
+    return gated_mlp(layer, x, config=config), cache

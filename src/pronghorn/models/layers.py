@@ -1,7 +1,8 @@
 """The modules a decoder is made of, named as in Hugging Face, and the forward pass of one layer.
 
-Modules only declare parameters; the maths is in free functions (`project_qkv`, `gated_mlp`, `decoder_layer`), so that
-a whole layer can be replaced by one function with a hand-derived gradient. Weights keep the Hugging Face orientation
+Modules only declare parameters; the maths is in free functions over them, and those are a few ops whose hand-derived
+gradients choose what a layer saves: its input, q, k and v, attention's output and logsumexp, the residual stream after
+attention, gate and up, and a few numbers a token. Weights keep the Hugging Face orientation
 `[out, in]`. With `leading=(layers,)` every parameter of a module is stacked on a leading axis, to be scanned over.
 """
 
@@ -12,11 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
 from pronghorn.pallas_kernels.flash_attention import flash_attention
-from pronghorn.pallas_kernels.gated_activation import gated_activation
 from pronghorn.pallas_kernels.lora_linear import lora_linear
+from pronghorn.pallas_kernels.norm_linears import Dropout, norm_linears
+from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 INITIALIZER_RANGE = 0.02
 
@@ -174,44 +178,77 @@ def value_or_none(variable: nnx.Variable | None) -> Any:
     return None if variable is None else variable.get_value()
 
 
-def _apply(module: nnx.Module, name: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-    if dropout_key is not None:
-        dropout_key = jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name])
-    return getattr(module, name)(x, dropout_key)
+def _operands(
+    holder: nnx.Module, names: tuple[str, ...], dropout_key: jax.Array | None
+) -> tuple[tuple[LinearWeights, ...], tuple[float, ...], Dropout | None]:
+    """(arrays, scales, dropout) of some linear layers, as the ops take them."""
+    linears = [getattr(holder, name) for name in names]
+    arrays = tuple(
+        LinearWeights(*(value_or_none(v) for v in (linear.weight, linear.lora_A, linear.lora_B, linear.bias)))
+        for linear in linears
+    )
+    dropout = None
+    if dropout_key is not None and any(linear.lora_dropout for linear in linears):
+        keys = tuple(jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name]) for name in names)
+        dropout = Dropout(tuple(linear.lora_dropout for linear in linears), keys)
+    return arrays, tuple(linear.lora_scale for linear in linears), dropout
 
 
 def project_qkv(
-    attention: Attention, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`[batch, seq, d]` -> queries `[batch, seq, heads, head_dim]`, keys and values `[.., kv_heads, head_dim]`.
+    layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The residual stream `[batch, seq, d]` -> itself, queries `[batch, seq, heads, head_dim]`, keys and values
+    `[.., kv_heads, head_dim]`.
 
-    Heads are normalised where the family does so; nothing is rotated yet.
+    The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
+    computed. Heads are normalised where the family does so; nothing is rotated yet.
     """
+    attention, norm = layer.self_attn, layer.input_layernorm
+    linears, scales, dropout = _operands(attention, ("q_proj", "k_proj", "v_proj"), dropout_key)
+    x, (q, k, v) = norm_linears(
+        x,
+        norm.weight.get_value(),
+        linears,
+        scales=scales,
+        eps=norm.eps,
+        weight_offset=norm.weight_offset,
+        dropout=dropout,
+    )
     batch, seq, _ = x.shape
-    q = _apply(attention, "q_proj", x, dropout_key).reshape(batch, seq, config.num_heads, config.head_dim)
-    k = _apply(attention, "k_proj", x, dropout_key).reshape(batch, seq, config.num_kv_heads, config.head_dim)
-    v = _apply(attention, "v_proj", x, dropout_key).reshape(batch, seq, config.num_kv_heads, config.head_dim)
+    q = q.reshape(batch, seq, config.num_heads, config.head_dim)
+    k = k.reshape(batch, seq, config.num_kv_heads, config.head_dim)
+    v = v.reshape(batch, seq, config.num_kv_heads, config.head_dim)
     if attention.q_norm is not None:
         q = attention.q_norm(q)
     if attention.k_norm is not None:
         k = attention.k_norm(k)
-    return q, k, v
+    return x, q, k, v
 
 
 def output_projection(
-    attention: Attention, heads: jax.Array, dropout_key: jax.Array | None = None
+    attention: Attention, x: jax.Array, heads: jax.Array, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """`[batch, seq, heads, head_dim]` -> `[batch, seq, d]`."""
-    return _apply(attention, "o_proj", heads.reshape(*heads.shape[:2], -1), dropout_key)
+    """x `[batch, seq, d]` + W_o heads, of heads `[batch, seq, heads, head_dim]`."""
+    (linear,), (scale,), dropout = _operands(attention, ("o_proj",), dropout_key)
+    return residual_linear(x, heads, linear, scale=scale, dropout=dropout)
 
 
 def gated_mlp(
-    mlp: MLP, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
+    layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """W_down (f(W_gate x) * W_up x) (Shazeer 2020), `[batch, seq, d]` -> the same."""
-    gate = _apply(mlp, "gate_proj", x, dropout_key)
-    up = _apply(mlp, "up_proj", x, dropout_key)
-    return _apply(mlp, "down_proj", gated_activation(gate, up, activation=config.activation), dropout_key)
+    """x + W_down (f(W_gate n) * W_up n) of n = norm(x) (Shazeer 2020), `[batch, seq, d]` -> the same."""
+    norm = layer.post_attention_layernorm
+    linears, scales, dropout = _operands(layer.mlp, ("gate_proj", "up_proj", "down_proj"), dropout_key)
+    return gated_mlp_op(
+        x,
+        norm.weight.get_value(),
+        *linears,
+        scales=scales,
+        eps=norm.eps,
+        weight_offset=norm.weight_offset,
+        activation=config.activation,
+        dropout=dropout,
+    )
 
 
 def decoder_layer(
@@ -237,7 +274,7 @@ def decoder_layer(
     """
     attention = layer.self_attn
     with jax.named_scope("attention"):
-        q, k, v = project_qkv(attention, layer.input_layernorm(x), config=config, dropout_key=dropout_key)
+        x, q, k, v = project_qkv(layer, x, config=config, dropout_key=dropout_key)
         q, k = apply_rope(q, k, cos, sin)
         heads = flash_attention(
             q,
@@ -249,8 +286,6 @@ def decoder_layer(
             sinks=value_or_none(attention.sinks),
             scale=config.attention_scale,
         )
-        x = x + output_projection(attention, heads, dropout_key)
+        x = output_projection(attention, x, heads, dropout_key)
     with jax.named_scope("mlp"):
-        return x + gated_mlp(
-            layer.mlp, layer.post_attention_layernorm(x), config=config, dropout_key=dropout_key
-        )
+        return gated_mlp(layer, x, config=config, dropout_key=dropout_key)

@@ -18,6 +18,7 @@ Sources: Shazeer, GLU Variants Improve Transformer, 2020, https://arxiv.org/abs/
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -70,7 +71,7 @@ def gated_mlp(
     up: LinearWeights,
     down: LinearWeights,
     *,
-    scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    scales: Sequence[float] = (1.0, 1.0, 1.0),
     eps: float,
     weight_offset: float = 0.0,
     activation: Activation = "silu",
@@ -140,7 +141,7 @@ def gated_mlp_reference(
     up: LinearWeights,
     down: LinearWeights,
     *,
-    scales: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    scales: Sequence[float] = (1.0, 1.0, 1.0),
     eps: float,
     weight_offset: float = 0.0,
     activation: Activation = "silu",

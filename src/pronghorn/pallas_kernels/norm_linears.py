@@ -155,6 +155,7 @@ def one_linear(
 ) -> jax.Array:
     """`lora_linear` of one layer of a group, with its dropout."""
     linear = linears[index]
+    rate = 0.0 if dropout is None else dropout.rates[index]
     return lora_linear(
         x,
         linear.weight,
@@ -162,8 +163,8 @@ def one_linear(
         linear.lora_b,
         scale=scales[index],
         bias=linear.bias,
-        dropout_rate=0.0 if dropout is None else dropout.rates[index],
-        dropout_key=None if dropout is None else dropout.keys[index],
+        dropout_rate=rate,
+        dropout_key=dropout.keys[index] if dropout is not None and rate else None,
         implementation=implementation,
     )
 

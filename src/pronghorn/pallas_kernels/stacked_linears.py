@@ -18,6 +18,7 @@ cuBLAS adds while it writes. G is fp32, for it is small and rounded twice otherw
 Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +103,9 @@ def apply_linears(
             low = times_transposed(_read(t, columns), _placed_b(linear, scale, columns, dtype), dtype)
             other = low if other is None else other + low
         if other is not None:
-            y = other + y
+            y = (
+                y + other
+            )  # XLA gives the sum to the first operand's product: that is the one with time to read
         if linear.bias is not None:
             y += linear.bias.astype(dtype)
         outputs.append(y)
@@ -126,7 +129,8 @@ def input_gradient(dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWei
     dtype = dys[0].dtype
     parts = [] if g is None else [times(g.astype(dtype), _stacked_a(linears, dtype), dtype)]
     parts += [times(dy, dense(linear.weight, dtype), dtype) for dy, linear in zip(dys, linears, strict=True)]
-    return sum(parts[1:], parts[0])
+    # The product that is already there comes second, as in `apply_linears`.
+    return functools.reduce(lambda total, product: product + total, parts)
 
 
 def weight_gradients(
