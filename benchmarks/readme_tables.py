@@ -1,0 +1,98 @@
+"""Write the measured figures of README.md from benchmarks/results/, so that no figure is typed by hand.
+
+python benchmarks/readme_tables.py           # rewrite README.md
+python benchmarks/readme_tables.py --check   # exit 1 when it is out of date
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def read(name: str):
+    """The rows or record of a result file, or None."""
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def quickstart_block() -> str:
+    """What the quickstart printed on two CPU cores, and on a GPU when that was recorded."""
+    blocks = []
+    for name in ("quickstart-cpu.json", "quickstart-gpu.json"):
+        record = read(name)
+        if record is not None:
+            blocks.append("```\n" + record["summary"].rstrip() + "\n```")
+    return "\n\n".join(blocks)
+
+
+def figures_block() -> str:
+    """GPU tests, and steps by run."""
+    parts = []
+    tests = read("gpu-tests.json")
+    if tests is not None:
+        count = tests["count"]
+        parts.append(
+            f"Kernels: {count['passed']} GPU tests passed, {count['failure'] + count['error']} failed, on one "
+            f"{tests['device']} (jax {tests['versions']['jax']}, {tests['date'][:10]}, commit {tests['commit'][:8]}): "
+            "`python benchmarks/record_gpu_tests.py`."
+        )
+    rows = [row for path in sorted(RESULTS.glob("step-*.json")) for row in json.loads(path.read_text())]
+    for run in dict.fromkeys(row["run"] for row in rows):
+        parts.append(step_table([row for row in rows if row["run"] == run]))
+    return "\n\n".join(parts)
+
+
+def step_table(rows: list[dict]) -> str:
+    """One run on one device as a table."""
+    first = rows[0]
+    lines = [
+        f"LoRA r={first['rank']} on all seven linears, one run on one {first['device']}, random weights of true shape, "
+        "no padding:",
+        "",
+        "| framework | model | weights | batch x seq | memory policy | tokens/s | MFU | peak GiB | compile s | loss | "
+        "gradient norm |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
+        note = f", {row['attention']} attention" if row.get("attention", "default") != "default" else ""
+        lines.append(
+            f"| {row['framework']}{note} | {row['model']} | {row['weights']} | {row['batch']}x{row['seq']} | "
+            f"{row['memory_policy']} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_device_gib']:.1f} | "
+            f"{row['compile_seconds']:.0f} | {row['loss']:.3f} | {row['grad_norm']:.3f} |"
+        )
+    ours = next((row for row in rows if row["framework"] == "pronghorn"), None)
+    if ours is not None:
+        lines += ["", f"Commit {ours['commit'][:8]}, jax {ours['versions']['jax']}: `{ours['command']}`"]
+    return "\n".join(lines)
+
+
+def filled(text: str, marker: str, block: str) -> str:
+    """`text` with what stands between the marker's two comments replaced."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    head, rest = text.split(begin, 1)
+    _, tail = rest.split(end, 1)
+    return f"{head}{begin}\n{block}\n{end}{tail}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 when README.md is out of date"
+    )
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = filled(filled(text, "quickstart", quickstart_block()), "figures", figures_block())
+    if options.check:
+        return int(new != text)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
