@@ -6,6 +6,7 @@ Continuous integration has no GPU: this file is the proof that the kernels were 
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,11 +22,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     common.add_arguments(parser, "gpu-tests")
     parser.add_argument("tests", nargs="*", default=["tests"], help="files or folders to run")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes at once (pytest-xdist); 0 is this one"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *options.tests, f"--junitxml={report}"]
-        outcome = subprocess.run([*command, "-p", "no:cacheprovider", "--tb=short"], cwd=ROOT)
+        command += ["-p", "no:cacheprovider", "--tb=short", "--durations=15"]
+        if options.workers:
+            command += ["-n", str(options.workers), "-v"]
+        # Several processes share the card, and none needs much of it.
+        outcome = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        )
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     tests = [
         {

@@ -5,11 +5,12 @@ of the dtype, relative to the largest magnitude of the reference (kernels add up
 `MODEL` compares whole models with transformers or PEFT in fp32.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 KERNEL = {"float32": 2e-5, "bfloat16": 1.6e-2, "float16": 2e-3}
-MODEL_LOGITS = 1e-4        # largest absolute difference of logits, fp32
-MODEL_GRADIENT = 1e-4      # norm of the difference over norm of the reference, each parameter, fp32
+MODEL_LOGITS = 1e-4  # largest absolute difference of logits, fp32
+MODEL_GRADIENT = 1e-4  # norm of the difference over norm of the reference, each parameter, fp32
 
 
 def relative_error(actual, expected) -> float:
@@ -25,7 +26,6 @@ def relative_error(actual, expected) -> float:
 
 def assert_close(actual, expected, *, dtype=None, tolerance=None, what="") -> None:
     """Assert that `relative_error` is within KERNEL[dtype] (default: the dtype of `actual`) or `tolerance`."""
-    limit = KERNEL[str(np.dtype(dtype or actual.dtype).name if not hasattr(dtype or actual.dtype, "name")
-                       else (dtype or actual.dtype).name)] if tolerance is None else tolerance
+    limit = KERNEL[jnp.dtype(dtype or actual.dtype).name] if tolerance is None else tolerance
     error = relative_error(actual, expected)
     assert error <= limit, f"{what}: relative error {error:.3e} over {limit:.1e}"
