@@ -103,9 +103,8 @@ def apply_linears(
             low = times_transposed(_read(t, columns), _placed_b(linear, scale, columns, dtype), dtype)
             other = low if other is None else other + low
         if other is not None:
-            y = (
-                y + other
-            )  # XLA gives the sum to the first operand's product: that is the one with time to read
+            # Large product first: XLA lets the first of two products take the second as cuBLAS's addend.
+            y = y + other
         if linear.bias is not None:
             y += linear.bias.astype(dtype)
         outputs.append(y)
