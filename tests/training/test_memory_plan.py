@@ -6,8 +6,8 @@ import pytest
 
 from pronghorn.data import DataConfig
 from pronghorn.lora import LoRAConfig, split
-from pronghorn.models import Decoder
-from pronghorn.training import TrainConfig, Trainer, plan_memory
+from pronghorn.models import MEMORY_POLICIES, Decoder
+from pronghorn.training import TrainConfig, Trainer, plan_memory, plan_policies
 from pronghorn.training.memory_plan import show_bytes
 from tests.training.small import random_documents, small_config, small_model, tokenized
 
@@ -63,20 +63,13 @@ def test_nothing_is_allocated():
     assert largest <= smallest_weight
 
 
-def test_computing_layers_again_takes_less_memory_than_keeping_them():
-    config = small_config(num_layers=4, hidden_size=48, intermediate_size=512)
-    temporaries = {
-        policy: plan_memory(
-            config,
-            LORA,
-            TrainConfig(max_steps=3, batch_size=4, memory_policy=policy),
-            np.float32,
-            max_length=64,
-            layers="scanned",
-        ).temporaries
-        for policy in ("keep", "layer_inputs")
-    }
-    assert temporaries["layer_inputs"] < 0.6 * temporaries["keep"]
+def test_every_memory_policy_is_priced_and_computing_layers_again_takes_less():
+    config = small_config(num_layers=3, hidden_size=48, intermediate_size=512)
+    train = TrainConfig(max_steps=3, batch_size=4)
+    plans = plan_policies(config, LORA, train, np.float32, max_length=64, layers="scanned")
+    assert set(plans) == set(MEMORY_POLICIES)
+    assert all(plan.memory_policy == policy for policy, plan in plans.items())
+    assert plans["layer_inputs"].peak_device_bytes < 0.8 * plans["keep"].peak_device_bytes
 
 
 def test_full_fine_tuning_plans_masters_moments_and_the_cast(plan):

@@ -1,0 +1,370 @@
+"""One call of `Trainer.train`: the loop around the compiled step, and everything a run promises its user.
+
+One step is compiled ahead of time; its memory is reported before it runs. The loop only picks the next batch, calls
+the program and hands metrics on; it waits for the device where a number must be looked at (the first batch's
+gradients, an evaluation, a checkpoint) and nowhere else.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pronghorn.lora import split
+from pronghorn.training import memory_plan, report, run_folder
+from pronghorn.training.checkpoints import CheckpointWriter, check_free_space, check_settings, restore
+from pronghorn.training.flops import count_flops, device_peak_flops
+from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
+from pronghorn.training.interruption import Interruption
+from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, peak_device_bytes
+from pronghorn.training.step import TrainState, compile_step, compute_dtypes
+
+# An adapter's A has a gradient once its B has moved; with a warm-up that takes two updates. Ten is patience enough.
+_GUARDED_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out loss: nats a token over `token_count` trained tokens, after `step` updates."""
+
+    step: int
+    loss: float
+    token_count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run did.
+
+    Attributes:
+      steps: updates made since step 0, those before a resume included; skipped ones count.
+      losses, grad_norms: of each step of this call, in order; norms before clipping.
+      grad_norm_min: the smallest of them that is finite; NaN where there is none.
+      final_loss: the last of `losses`; NaN where there is none.
+      skipped: steps of the whole run whose update was not finite and left out.
+      tokens_per_second: real tokens, padding not counted, from the second step of this call on, without evaluations.
+      compile_seconds: of the training step.
+      peak_device_bytes: what the device reports for this process; where it reports nothing (CPU), the plan's.
+      planned_device_bytes, planned_host_bytes: from the compiled step, before step 1.
+      evaluations: every evaluation of this call.
+      output_dir: the run's folder.
+      interrupted: stopped by a signal or `stop_after`, with a checkpoint to resume from.
+      resumed_from: step that this call began at; 0 for a new run.
+    """
+
+    steps: int
+    losses: list[float]
+    grad_norms: list[float]
+    grad_norm_min: float
+    final_loss: float
+    skipped: int
+    tokens_per_second: float
+    compile_seconds: float
+    peak_device_bytes: int
+    planned_device_bytes: int
+    planned_host_bytes: int
+    evaluations: list[Evaluation]
+    output_dir: str
+    interrupted: bool
+    resumed_from: int
+
+
+class Run:
+    """One call of `Trainer.train`."""
+
+    def __init__(self, trainer: Any, resume: bool | str, stop_after: int | None):
+        self.trainer, self.config = trainer, trainer.config
+        self.total = trainer.total_steps
+        self.folder = Path(self.config.output_dir)
+        self.stop_after = stop_after
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+        self.evaluations: list[Evaluation] = []
+        self.skipped = 0
+        self.streak = SkippedStreak(self.config.max_skipped_streak, self._rows_of)
+        self.step_seconds = self.step_tokens = 0.0
+        self.lap = time.perf_counter()
+        self._prepare(resume)
+
+    def _prepare(self, resume: bool | str) -> None:
+        trainer, config = self.trainer, self.config
+        if config.compile_cache is not None:
+            jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+        checkpoint = run_folder.open_run_folder(
+            self.folder, resume=resume, overwrite=config.overwrite, say=lambda text: print(text)
+        )
+        model = trainer.model
+        self.graph, trainable, self.frozen = split(model)
+        self.settings = run_folder.run_settings(
+            model,
+            config,
+            trainer.data,
+            trainer.dataset.fingerprint,
+            self.total,
+            full=not jax.tree.leaves(self.frozen),
+        )
+        if checkpoint is not None:
+            check_settings(checkpoint, self.settings)
+        self.names = leaf_names(trainable, model)
+        self.dtypes = compute_dtypes(trainable)
+        prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total)
+        batch = trainer.loader.batch_at(0)
+        self.frozen_leaves = jax.tree.leaves(self.frozen)
+        self.compiled = compile_step(
+            prepared.step, prepared.state, self.frozen, batch, deterministic=config.deterministic
+        )
+        self.plan = memory_plan.plan_from_compiled(
+            model.config,
+            self.compiled.executable,
+            prepared.state,
+            trainable,
+            self.frozen,
+            batch["input_ids"].shape,
+            memory_policy=config.memory_policy,
+            compile_seconds=self.compiled.seconds,
+            evaluation=trainer._compiled_evaluation(trainable, self.frozen),
+        )
+        if config.save_every is not None:
+            # The newest is written before the oldest goes.
+            check_free_space(self.folder, self.plan.checkpoint * min(config.keep_checkpoints + 1, self.total))
+        self.flops = count_flops(model.config, trainable, self.frozen)
+        self.trainable, self.prepared, self.checkpoint = trainable, prepared, checkpoint
+        self.start = self.step = 0 if checkpoint is None else checkpoint.step
+        self.leaves: list[Any] = []
+
+    def _start(self) -> None:
+        """Make or read the state. From here to `_return_leaves` the model has no trainable leaves of its own."""
+        if self.checkpoint is not None:
+            state = restore(self.checkpoint, self.prepared.state)
+        elif jax.tree.leaves(self.frozen):
+            # An adapter is small: copied, so that nobody else's reference to its arrays dies with the donation.
+            trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
+            state = memory_plan.start_state(trainable, self.prepared.optimizer, self.config)
+        else:
+            state = memory_plan.start_state(self.trainable, self.prepared.optimizer, self.config)
+        self.leaves = jax.tree.leaves(state)
+        self.skipped = int(state.skipped)
+        if not jax.tree.leaves(self.frozen):
+            # Every weight has a new place; the old one would cost the memory of the model once more.
+            kept = {id(leaf) for leaf in self.leaves}
+            for leaf in jax.tree.leaves(self.trainable):
+                if id(leaf) not in kept:
+                    leaf.delete()
+
+    def result(self) -> TrainResult:
+        trainer, config = self.trainer, self.config
+        if self.checkpoint is None:
+            run_folder.clear_earlier_run(self.folder)
+        run_folder.write_config(
+            self.folder,
+            {
+                "train": config,
+                "data": trainer.data,
+                "model": trainer.model.config,
+                "adapter": trainer.model.adapter,
+                "settings that must match": self.settings,
+                "plan": self.plan,
+            },
+        )
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._return_leaves)
+            self._start()
+            self.progress = Progress(self.total, done=self.start, log_every=config.log_every)
+            stack.callback(self.progress.close)
+            self._print_report()
+            self.records = JsonLines(self.folder / run_folder.METRICS, keep_through=self.start)
+            stack.callback(self.records.close)
+            self.board = None
+            if config.tensorboard:
+                self.board = TensorBoard(self.folder / run_folder.TENSORBOARD, purge_step=self.start + 1)
+                stack.callback(self.board.close)
+            self.writer = stack.enter_context(
+                CheckpointWriter(self.folder / run_folder.CHECKPOINTS, keep=config.keep_checkpoints)
+            )
+            stop = stack.enter_context(Interruption())
+            interrupted = self._loop(stop)
+        return self._summary(interrupted)
+
+    def _loop(self, stop: Interruption) -> bool:
+        """Steps until the end or an interruption; returns whether it was interrupted."""
+        config = self.config
+        last = self.total if self.stop_after is None else min(self.total, self.start + self.stop_after)
+        buffer = MetricsBuffer(config.log_every)
+        self.lap = time.perf_counter()
+        for host, device in self._steps(last, stop):
+            buffer.add(host, device)
+            step, at_end = host["step"], host["step"] == self.total
+            evaluate = self.trainer.eval_dataset is not None and (
+                at_end or (config.eval_every is not None and step % config.eval_every == 0)
+            )
+            save = config.save_every is not None and (at_end or step % config.save_every == 0)
+            # Nothing is saved before its step's numbers have been looked at.
+            self._record(buffer.ready(everything=evaluate or save or at_end or step == self.start + 1))
+            if step == self.start + 1 and step < last:
+                self.step_seconds = self.step_tokens = 0.0  # the first step warms libraries up
+            if evaluate:
+                self._evaluate()
+            if save:
+                self._save()
+        self._record(buffer.ready(everything=True))
+        interrupted = self.step < self.total
+        if interrupted:
+            why = stop.requested or f"stop_after={self.stop_after}"
+            if self.step > self.start:
+                self._save()
+                self.writer.wait()
+                saved = f"saved in {self.folder / run_folder.CHECKPOINTS}; go on with train.resume=true"
+            else:
+                saved = "nothing was done, so nothing is saved; start again" + (
+                    " with train.resume=true" * bool(self.start)
+                )
+            self.progress.say(f"stopped by {why} after step {self.step} of {self.total}, {saved}.")
+        elif self.step == self.start:
+            self.progress.say(f"the run had all its {self.total} steps already; nothing is left to train.")
+        return interrupted
+
+    def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Dispatch step after step; yields what the host knows of each, and its metrics on the device."""
+        guarded = True
+        batches: Any = self.trainer.loader.iterate(self.step, last)
+        with contextlib.closing(batches):
+            for batch in batches:
+                if stop.requested is not None:
+                    return
+                excused = excused_leaves(self._state().trainable, self.names) if guarded else set()
+                self.leaves, metrics = self.compiled(self.leaves, self.frozen_leaves, batch)
+                self.step += 1
+                leaf_grad_norms = metrics.pop("leaf_grad_norms")
+                if guarded:
+                    check_leaf_gradients(self.names, leaf_grad_norms, excused, step=self.step)
+                    guarded = bool(excused) and self.step - self.start < _GUARDED_STEPS
+                real = np.asarray(batch["segment_ids"]) > 0
+                host = {
+                    "step": self.step,
+                    "real_tokens": int(real.sum()),
+                    "flops": self.flops.of_batch(batch["positions"], real),
+                }
+                yield host, metrics
+
+    def _rows_of(self, step: int) -> list[str]:
+        """Where the rows of a step (counted from 1) came from."""
+        rows = self.trainer.loader.documents_at(step - 1)
+        return [self.trainer.dataset.origins[document] for row in rows for document in row]
+
+    def _state(self) -> TrainState:
+        return self.compiled.state(self.leaves)
+
+    def _record(self, records: list[dict[str, Any]]) -> None:
+        """Write, show and check the records of finished steps."""
+        if not records:
+            return
+        now = time.perf_counter()
+        seconds, self.lap = now - self.lap, now
+        tokens = sum(record["real_tokens"] for record in records)
+        self.step_seconds += seconds
+        self.step_tokens += tokens
+        flops = sum(record.pop("flops") for record in records)
+        peak = device_peak_flops(jax.devices()[0].device_kind)
+        speed: dict[str, Any] = {
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds / len(records),
+        }
+        if peak is not None:
+            speed["mfu"] = flops / seconds / peak
+        in_use = peak_device_bytes()
+        if in_use is not None:
+            speed["peak_device_bytes"] = in_use
+        for record in records:
+            applied = record.pop("applied")
+            record |= speed
+            self.losses.append(record["loss"])
+            self.grad_norms.append(record["grad_norm"])
+            self.skipped = record["skipped"]
+            self.records.write(record)
+            if self.board is not None:
+                self.board.write(record, "train")
+            self.progress.step(record)
+            self.streak.see(record["step"], applied=applied, token_count=record["token_count"])
+        self.records.flush()
+
+    def _evaluate(self) -> None:
+        trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
+        evaluation = self.trainer._evaluate(trainable, self.frozen, step=self.step)
+        self.evaluations.append(evaluation)
+        record = {"step": self.step, "eval_loss": evaluation.loss, "eval_token_count": evaluation.token_count}
+        self.records.write(record)
+        self.records.flush()
+        if self.board is not None:
+            self.board.write(record, "eval")
+        self.progress.say(
+            f"step {self.step}: held-out loss {evaluation.loss:.4f} ({evaluation.token_count:,} tokens)"
+        )
+        self.lap = time.perf_counter()
+
+    def _save(self) -> None:
+        self.writer.save(self._state(), step=self.step, metadata={"settings": self.settings})
+        self.lap = time.perf_counter()
+
+    def _return_leaves(self) -> None:
+        """Give the model the trained leaves, in the dtypes it had."""
+        if not self.leaves or any(leaf.is_deleted() for leaf in self.leaves):
+            return  # the step itself failed: its donated state is gone, and the error on its way says why
+        trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
+        nnx.update(self.trainer.model, trainable)
+
+    def _print_report(self) -> None:
+        trainer, stats, model = self.trainer, self.trainer.dataset.stats, self.trainer.model
+        shape = model.config
+        layout = "scanned" if any(segment.stacked for segment in model.segments) else "unrolled"
+        per_epoch = len(trainer.loader)
+        facts = report.RunFacts(
+            model=f"{shape.family}, {shape.num_layers} layers ({layout}), hidden {shape.hidden_size}, {model.dtype}",
+            rows=stats.rows,
+            real_tokens=stats.real_tokens,
+            trained_tokens=stats.trained_tokens,
+            padded_tokens=per_epoch * self.plan.tokens_per_step - stats.real_tokens,
+            truncated=stats.truncated,
+            dropped=stats.dropped,
+            steps=self.total,
+            steps_per_epoch=per_epoch,
+        )
+        if self.start:
+            self.progress.say(f"resumed after step {self.start} of {self.total}")
+        report.print_report(
+            self.progress.console,
+            facts,
+            self.plan,
+            {"train": self.config, "data": trainer.data, "adapter": model.adapter},
+            report.example_text(
+                trainer.dataset,
+                int(next(row[0] for row in trainer.loader.documents_at(0) if len(row))),
+                trainer.tokenizer,
+                colour=self.progress.console.is_terminal,
+            ),
+        )
+
+    def _summary(self, interrupted: bool) -> TrainResult:
+        finite = [norm for norm in self.grad_norms if np.isfinite(norm)]
+        return TrainResult(
+            steps=self.step,
+            losses=self.losses,
+            grad_norms=self.grad_norms,
+            grad_norm_min=min(finite, default=float("nan")),
+            final_loss=self.losses[-1] if self.losses else float("nan"),
+            skipped=self.skipped,
+            tokens_per_second=self.step_tokens / max(self.step_seconds, 1e-9),
+            compile_seconds=self.compiled.seconds,
+            peak_device_bytes=peak_device_bytes() or self.plan.peak_device_bytes,
+            planned_device_bytes=self.plan.peak_device_bytes,
+            planned_host_bytes=self.plan.peak_host_bytes,
+            evaluations=self.evaluations,
+            output_dir=str(self.folder),
+            interrupted=interrupted,
+            resumed_from=self.start,
+        )
