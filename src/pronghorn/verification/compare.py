@@ -5,7 +5,7 @@ A departure is reported at the first layer where it shows, since everything afte
 """
 
 import dataclasses
-import gc
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pronghorn.errors import InputError
+from pronghorn.lora import merge, split
+from pronghorn.models.parameters import named_parameters
+from pronghorn.training import losses
 from pronghorn.versions import installed_versions
 
 # fp32 against fp32, other orders of summation: the limits of the test suite, as shares of the reference's norm.
@@ -112,8 +115,6 @@ def verify_model(
     input_ids = _prompt(load_tokenizer(folder), model.config.vocab_size, tokens, seed)
     theirs = _run_transformers(folder, adapter, input_ids, gradients)
     ours = _run_pronghorn(model, input_ids, gradients, names=set(theirs["gradients"]))
-    del model
-    gc.collect()
     return _report(path, adapter, tokens, ours, theirs, gradients)
 
 
@@ -136,34 +137,40 @@ def _prompt(tokenizer: Any, vocab_size: int, tokens: int, seed: int) -> np.ndarr
     return np.asarray((ids * (tokens // len(ids) + 1))[:tokens], np.int32)[None]
 
 
-def _run_pronghorn(model: Any, input_ids: np.ndarray, gradients: bool, names: set[str]) -> dict[str, Any]:
-    from pronghorn.lora import merge, split
-    from pronghorn.models.parameters import named_parameters
-    from pronghorn.training import losses
+# Compiled once for models of one structure, and the same programs for the next model of it.
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graph: Any, trainable: Any, frozen: Any, ids: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """Outputs of embedding, layers and final norm, and the logits."""
+    model = merge(graph, trainable, frozen)
+    hidden, layers = model.hidden_states(ids, return_layers=True)
+    return [*layers, hidden], model.logits(hidden)
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss(graph: Any, trainable: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    return losses.next_token(graph)(trainable, frozen, batch)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_and_gradient(graph: Any, trainable: Any, frozen: Any, batch: dict[str, jax.Array]) -> Any:
+    return jax.value_and_grad(losses.next_token(graph), has_aux=True)(trainable, frozen, batch)
+
+
+def _run_pronghorn(model: Any, input_ids: np.ndarray, gradients: bool, names: set[str]) -> dict[str, Any]:
     ids = jnp.asarray(input_ids)
     graph, trainable, frozen = split(model)
-
-    @jax.jit
-    def forward(trainable, frozen):
-        model = merge(graph, trainable, frozen)
-        hidden, layers = model.hidden_states(ids, return_layers=True)
-        return [*layers, hidden], model.logits(hidden)
-
+    batch = {
+        "input_ids": ids,
+        "labels": ids,
+        "segment_ids": jnp.ones_like(ids),
+        "positions": jnp.arange(ids.shape[1], dtype=jnp.int32)[None],
+    }
     with jax.default_matmul_precision("highest"):
-        layers, logits = forward(trainable, frozen)
+        layers, logits = _forward(graph, trainable, frozen, ids)
         result: dict[str, Any] = {"layers": [np.asarray(x) for x in layers], "logits": np.asarray(logits)[0]}
-        batch = {
-            "input_ids": ids,
-            "labels": ids,
-            "segment_ids": jnp.ones_like(ids),
-            "positions": jnp.arange(ids.shape[1], dtype=jnp.int32)[None],
-        }
-        loss_fn = losses.next_token(graph)
         if not gradients:
-            loss, _ = jax.jit(loss_fn)(trainable, frozen, batch)
-            return result | {"loss": float(loss), "gradients": {}}
-        (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(trainable, frozen, batch)
+            return result | {"loss": float(_loss(graph, trainable, frozen, batch)), "gradients": {}}
+        (loss, _), grads = _loss_and_gradient(graph, trainable, frozen, batch)
     leaves = named_parameters(merge(graph, grads, frozen))
     return result | {
         "loss": float(loss),

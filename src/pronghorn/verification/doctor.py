@@ -9,12 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from pronghorn.pallas_kernels import (
+    LinearWeights,
     apply_rope,
     cross_entropy,
     flash_attention,
     gated_activation,
+    gated_mlp,
     linear_cross_entropy,
     lora_linear,
+    norm_linears,
+    residual_linear,
     rms_norm,
 )
 from pronghorn.versions import installed_versions
@@ -29,11 +33,11 @@ def examine(print_line: Callable[[str], None] = print) -> dict[str, Any]:
     dtype = jnp.bfloat16 if devices[0].platform == "gpu" else jnp.float32
     versions = installed_versions()
     for name, value in versions.items():
-        print_line(f"{name:<14}{value}")
+        print_line(f"{name:<18}{value}")
     memory = devices[0].memory_stats() or {}
-    print_line(f"{'devices':<14}{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
+    print_line(f"{'devices':<18}{len(devices)} x {devices[0].device_kind} ({devices[0].platform})")
     if "bytes_limit" in memory:
-        print_line(f"{'memory':<14}{memory['bytes_limit'] / 2**30:.1f} GiB for arrays")
+        print_line(f"{'memory':<18}{memory['bytes_limit'] / 2**30:.1f} GiB for arrays")
     if devices[0].platform == "cpu":
         print_line(
             "no GPU is used: kernels run in interpret mode here; pip install 'pronghorn[cuda]' on an NVIDIA GPU"
@@ -57,12 +61,18 @@ def examine(print_line: Callable[[str], None] = print) -> dict[str, Any]:
 
 def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
     """name -> (op(implementation, *arrays), arrays, implementation to check against "xla")."""
-    keys = iter(jax.random.split(jax.random.key(0), 32))
+    keys = iter(jax.random.split(jax.random.key(0), 64))
 
     def normal(*shape, dtype=dtype):
         return jax.random.normal(next(keys), shape, jnp.float32).astype(dtype)
 
-    batch, length, heads, kv_heads, dim, width, vocab = 1, 67, 4, 2, 32, 96, 515
+    def linear(inputs, outputs, rank=8):
+        """Weight, A and B."""
+        weight = normal(outputs, inputs, dtype=jnp.float32) * inputs**-0.5
+        a = normal(rank, inputs, dtype=jnp.float32) * inputs**-0.5
+        return [weight.astype(dtype), a, normal(outputs, rank, dtype=jnp.float32)]
+
+    batch, length, heads, kv_heads, dim, width, ffn, vocab = 1, 67, 4, 2, 32, 96, 80, 515
     q, k, v = (
         normal(batch, length, heads, dim),
         normal(batch, length, kv_heads, dim),
@@ -101,12 +111,42 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         ),
         "lora_linear": (
             lambda i, x, w, a, b: lora_linear(x, w, a, b, scale=2.0, implementation=i),
+            [normal(length, width), *linear(width, ffn)],
+            "pallas",
+        ),
+        "norm_linears": (
+            lambda i, x, g, *w: norm_linears(
+                x,
+                g,
+                [LinearWeights(*w[:3]), LinearWeights(*w[3:])],
+                scales=(2.0, 0.5),
+                eps=1e-6,
+                implementation=i,
+            ),
+            [normal(length, width), normal(width), *linear(width, ffn), *linear(width, 48)],
+            "pallas",
+        ),
+        "gated_mlp": (
+            lambda i, x, g, *w: gated_mlp(
+                x,
+                g,
+                *(LinearWeights(*w[n : n + 3]) for n in (0, 3, 6)),
+                scales=(2.0, 0.5, 1.0),
+                eps=1e-6,
+                implementation=i,
+            ),
             [
                 normal(length, width),
-                normal(80, width),
-                normal(8, width, dtype=jnp.float32),
-                normal(80, 8, dtype=jnp.float32),
+                normal(width),
+                *linear(width, ffn),
+                *linear(width, ffn),
+                *linear(ffn, width),
             ],
+            "pallas",
+        ),
+        "residual_linear": (
+            lambda i, r, x, *w: residual_linear(r, x, LinearWeights(*w), scale=2.0, implementation=i),
+            [normal(length, width), normal(length, ffn), *linear(ffn, width)],
             "pallas",
         ),
     }
@@ -123,8 +163,10 @@ def _largest_error(function: Callable[..., Any], arguments: list[jax.Array], imp
             )
             return out, pull(cotangent)
 
+        # Interpreted kernels run once here and take long to compile: spare the compiler its passes.
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
         with jax.default_matmul_precision("highest"):
-            return jax.tree.leaves(jax.jit(run)(*arguments))
+            return jax.tree.leaves(jax.jit(run, compiler_options=quick)(*arguments))
 
     errors = []
     for fast, oracle in zip(outputs_and_gradients(implementation), outputs_and_gradients("xla"), strict=True):
