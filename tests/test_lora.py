@@ -213,8 +213,7 @@ def test_split_without_adapters_trains_everything():
     assert len(jax.tree.leaves(trainable)) == len(flat_arrays(model_of())) and not jax.tree.leaves(frozen)
 
 
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("layers", "tied"), [("unrolled", True), ("scanned", False)])
 def test_every_adapter_gets_a_gradient_and_no_base_weight_does(layers, tied):
     config = LoRAConfig(rank=2, targets=("all-linear", "lm_head", "embed_tokens"))
     graph, trainable, frozen = split(
@@ -226,11 +225,17 @@ def test_every_adapter_gets_a_gradient_and_no_base_weight_does(layers, tied):
         assert np.isfinite(leaf).all() and np.any(leaf)
 
 
-@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+ENDS = [("all-linear",), ("lm_head",), ("embed_tokens",), ("q_proj", "lm_head", "embed_tokens")]
+
+
 @pytest.mark.parametrize(
-    "targets", [("all-linear",), ("lm_head",), ("embed_tokens",), ("q_proj", "lm_head", "embed_tokens")]
+    ("layers", "tied", "targets"),
+    [
+        *(("unrolled", tied, targets) for tied in (False, True) for targets in ENDS),
+        ("scanned", False, ENDS[0]),
+        ("scanned", True, ENDS[3]),
+    ],
 )
-@pytest.mark.parametrize("tied", [False, True])
 def test_merging_equals_the_live_model(layers, targets, tied):
     plain = model_of(tied=tied, layers=layers, num_layers=2)
     live = randomised(add_lora(plain, LoRAConfig(rank=2, alpha=5, targets=targets)))

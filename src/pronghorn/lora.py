@@ -129,12 +129,16 @@ class Site:
     layer: int | None = None
 
     @property
+    def adapted(self) -> bool:
+        """Whether the module has an adapter. Looks at no array, so it works on shapes too."""
+        return getattr(self.module, factor_names(self.module)[0]) is not None
+
+    @property
     def factors(self) -> Factors | None:
-        """The adapter at this site, or None."""
-        a, b = (getattr(self.module, name) for name in factor_names(self.module))
-        if a is None:
+        """The adapter at this site, or None; a slice, and so a copy, where layers are stacked."""
+        if not self.adapted:
             return None
-        a, b = a.get_value(), b.get_value()
+        a, b = (getattr(self.module, name).get_value() for name in factor_names(self.module))
         if self.index is not None:
             a, b = a[self.index], b[self.index]
         return Factors(a, b, self.module.lora_scale)
@@ -334,7 +338,7 @@ def attach(model: Decoder, factors: Mapping[str, Factors], info: AdapterInfo) ->
         setattr(module, name_b, LoRAParam(b, logical_axes=(*leading, out_axis, "rank")))
         module.lora_scale = first.scale
         module.lora_dropout = info.dropout
-        if present[0].name == HEAD:
+        if isinstance(module, Linear) and present[0].name == HEAD:
             model.lm_head = module  # in a tied model the head was made by `tied_head`
     model.adapter = info
     return model
@@ -355,10 +359,7 @@ def shallow_copy(model: Decoder) -> Decoder:
 def split(model: Decoder) -> tuple[Any, Any, Any]:
     """(graph, trainable, frozen): the adapters are trainable where there are any, else every parameter (full
     fine-tuning). `graph` is static and hashable; the other two are pytrees of arrays."""
-    # Looked at by attribute: `factors` would slice stacks, which costs copies and cannot be done on shapes.
-    modules = (site.module for site in sites(model).values())
-    adapted = any(getattr(module, factor_names(module)[0]) is not None for module in modules)
-    chosen = LoRAParam if adapted else nnx.Param
+    chosen = LoRAParam if any(site.adapted for site in sites(model).values()) else nnx.Param
     graph, *states = nnx.split(model, chosen, ...)
     return graph, states[0], states[1]
 
@@ -395,7 +396,8 @@ def merged_weight(site: Site) -> jax.Array:
 
 def merged_config(model: Decoder) -> DecoderConfig:
     """The architecture after merging: untied where an adapter made embedding and head differ."""
-    touched = any(sites(model)[name].factors is not None for name in (HEAD, EMBEDDING))
+    places = sites(model)
+    touched = places[HEAD].adapted or places[EMBEDDING].adapted
     if model.config.tie_word_embeddings and touched:
         return dataclasses.replace(model.config, tie_word_embeddings=False)
     return model.config
@@ -415,7 +417,7 @@ def merge_lora(model: Decoder) -> Decoder:
     weights = {
         key: [merged_weight(site) for site in group]
         for key, group in groups.items()
-        if group[0].factors is not None or (group[0].name == HEAD and config != model.config)
+        if group[0].adapted or (group[0].name == HEAD and config != model.config)
     }
     for key, values in weights.items():
         site = groups[key][0]
@@ -424,9 +426,9 @@ def merge_lora(model: Decoder) -> Decoder:
         metadata = {"logical_axes": module.weight.get_metadata()["logical_axes"]}
         module.weight = nnx.Param(value, **metadata)
         for name in factor_names(module):
-            setattr(module, name, None)
+            setattr(module, name, nnx.data(None))
         module.lora_scale, module.lora_dropout = 1.0, 0.0
-        if site.name == HEAD:
+        if isinstance(module, Linear) and site.name == HEAD:
             merged.lm_head = module
     merged.config = config
     merged.adapter = None

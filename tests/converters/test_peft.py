@@ -1,5 +1,6 @@
 """Adapters exchanged with PEFT: its adapters give its logits here, ours give our logits there."""
 
+import functools
 import json
 
 import jax
@@ -33,7 +34,13 @@ def bases(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plain_logits(bases):
     """{(family, tied): our logits without an adapter}."""
-    return {key: tiny_models.ours(load_model(folder), tiny_models.prompt()) for key, folder in bases.items()}
+    return {key: tiny_models.ours(base_model(folder), tiny_models.prompt()) for key, folder in bases.items()}
+
+
+@functools.cache
+def base_model(folder, layers="unrolled"):
+    """The model of a folder, loaded once: adding an adapter leaves it as it is."""
+    return load_model(folder, layers=layers)
 
 
 def transformers_model(folder):
@@ -106,7 +113,7 @@ PEFT_CASES = {
 def test_an_adapter_made_by_peft_gives_its_logits_here(bases, plain_logits, tmp_path, case):
     base, options = PEFT_CASES[case]
     expected = peft_made(bases[base], tmp_path, **options)
-    model = load_adapter(load_model(bases[base]), tmp_path)
+    model = load_adapter(base_model(bases[base]), tmp_path)
     actual = tiny_models.ours(model, tiny_models.prompt())
     assert np.abs(actual - expected).max() <= MODEL_LOGITS
     assert np.abs(plain_logits[base] - expected).max() > 100 * MODEL_LOGITS
@@ -146,7 +153,7 @@ SCANNED = ("all-linear", "some layers", "head and embedding", "tied, both, some 
 )
 def test_our_adapter_gives_our_logits_in_peft(bases, tmp_path, case, layers):
     base, config = OUR_CASES[case]
-    model = add_lora(load_model(bases[base], layers=layers), config)
+    model = add_lora(base_model(bases[base], layers=layers), config)
     model = randomised(model)
     if config.layers is not None and layers == "scanned":
         model = zero_other_layers(model, config.layers)
@@ -154,7 +161,7 @@ def test_our_adapter_gives_our_logits_in_peft(bases, tmp_path, case, layers):
     expected = tiny_models.ours(model, tiny_models.prompt())
     assert np.abs(peft_logits(bases[base], tmp_path) - expected).max() <= MODEL_LOGITS
     other = "unrolled" if layers == "scanned" else "scanned"
-    save_adapter(load_adapter(load_model(bases[base], layers=other), tmp_path), tmp_path / "again")
+    save_adapter(load_adapter(base_model(bases[base], layers=other), tmp_path), tmp_path / "again")
     assert_same_adapter(tmp_path, tmp_path / "again")
 
 
@@ -172,13 +179,13 @@ def test_the_configuration_says_how_the_adapter_was_made(bases, tmp_path):
     config = LoRAConfig(
         rank=4, alpha=8, targets=("q_proj", "up_proj"), dropout=0.1, use_rslora=True, layers=(0, 2)
     )
-    save_adapter(add_lora(load_model(bases["llama", False]), config), tmp_path)
+    save_adapter(add_lora(base_model(bases["llama", False]), config), tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["target_modules"] == ["q_proj", "up_proj"] and saved["layers_to_transform"] == [0, 2]
     assert (saved["r"], saved["lora_alpha"], saved["lora_dropout"], saved["use_rslora"]) == (4, 8, 0.1, True)
     assert saved["base_model_name_or_path"] == str(bases["llama", False])
     assert type(saved["lora_alpha"]) is int
-    model = load_adapter(load_model(bases["llama", False]), tmp_path)
+    model = load_adapter(base_model(bases["llama", False]), tmp_path)
     assert (model.adapter.rank, model.adapter.alpha, model.adapter.layers) == (4, 8.0, (0, 2))
     assert model.adapter.dropout == 0.1 and model.adapter.use_rslora
     manifest = json.loads((tmp_path / "pronghorn.json").read_text())
@@ -191,7 +198,7 @@ def test_merging_equals_the_live_model_and_peft(bases, tmp_path, targets):
 
     base = bases["llama", False]
     peft_made(base, tmp_path, target_modules=targets)
-    live = load_adapter(load_model(base), tmp_path)
+    live = load_adapter(base_model(base), tmp_path)
     merged = tiny_models.ours(merge_lora(live), tiny_models.prompt())
     assert np.abs(merged - tiny_models.ours(live, tiny_models.prompt())).max() <= 1e-5
     theirs = peft.PeftModel.from_pretrained(transformers_model(base), str(tmp_path)).merge_and_unload()
@@ -212,7 +219,7 @@ def refusal(function, *arguments, **options):
 @pytest.fixture
 def adapter(bases, tmp_path):
     """A small adapter of ours for the untied llama."""
-    model = add_lora(load_model(bases["llama", False]), LoRAConfig(rank=2, targets=("q_proj",)))
+    model = add_lora(base_model(bases["llama", False]), LoRAConfig(rank=2, targets=("q_proj",)))
     return save_adapter(randomised(model), tmp_path / "adapter")
 
 
@@ -239,7 +246,7 @@ def adapter(bases, tmp_path):
 )
 def test_an_unusable_configuration_is_refused(bases, adapter, changes, words):
     tiny_models.edit_json(adapter / "adapter_config.json", **changes)
-    assert words in refusal(load_adapter, load_model(bases["llama", False]), adapter)
+    assert words in refusal(load_adapter, base_model(bases["llama", False]), adapter)
 
 
 def test_an_adapter_for_another_architecture_is_refused(bases, adapter, tmp_path):
@@ -262,7 +269,7 @@ def test_the_base_is_known_again_in_bfloat16_and_scanned(bases, adapter):
 
 
 def test_a_damaged_adapter_is_refused(bases, adapter):
-    path, model = adapter / "adapter_model.safetensors", load_model(bases["llama", False])
+    path, model = adapter / "adapter_model.safetensors", base_model(bases["llama", False])
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert "hash" in refusal(load_adapter, model, adapter)
@@ -283,7 +290,7 @@ def test_values_that_are_not_finite_are_refused(bases, adapter):
     next(iter(tensors.values()))[0, 0] = np.nan
     safetensors.numpy.save_file(tensors, path)
     (adapter / "pronghorn.json").unlink()
-    assert "not finite" in refusal(load_adapter, load_model(bases["llama", False]), adapter)
+    assert "not finite" in refusal(load_adapter, base_model(bases["llama", False]), adapter)
 
 
 def test_a_stored_embedding_that_is_not_the_models_is_refused(bases, tmp_path):
@@ -295,17 +302,17 @@ def test_a_stored_embedding_that_is_not_the_models_is_refused(bases, tmp_path):
 def test_a_stack_refuses_layers_of_different_rank(bases, tmp_path):
     peft_made(bases["llama", False], tmp_path, target_modules=["q_proj"], rank_pattern={r"layers\.1\..*": 2})
     assert 'layers="unrolled"' in refusal(
-        load_adapter, load_model(bases["llama", False], layers="scanned"), tmp_path
+        load_adapter, base_model(bases["llama", False], layers="scanned"), tmp_path
     )
 
 
 def test_a_model_without_an_adapter_has_none_to_save(bases, tmp_path):
-    assert "no adapter" in refusal(save_adapter, load_model(bases["llama", False]), tmp_path / "out")
+    assert "no adapter" in refusal(save_adapter, base_model(bases["llama", False]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_files_is_not_overwritten(bases, adapter, tmp_path):
-    model = load_adapter(load_model(bases["llama", False]), adapter)
+    model = load_adapter(base_model(bases["llama", False]), adapter)
     save_adapter(model, adapter)  # our own, complete: replaced
     (adapter / "notes.txt").write_text("mine")
     assert "not empty" in refusal(save_adapter, model, adapter)
@@ -317,7 +324,7 @@ def test_a_folder_with_other_files_is_not_overwritten(bases, adapter, tmp_path):
 def test_a_changed_chat_template_travels_with_the_adapter(tmp_path):
     base = tiny_models.save(tiny_models.make("llama"), tmp_path / "base")
     tokenizer = tiny_models.add_tokenizer(base)
-    model = add_lora(load_model(base), LoRAConfig(rank=2, targets=("q_proj",)))
+    model = add_lora(base_model(base), LoRAConfig(rank=2, targets=("q_proj",)))
     save_adapter(model, tmp_path / "same", tokenizer=tokenizer)
     assert not (tmp_path / "same/tokenizer.json").exists()
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -334,7 +341,7 @@ def test_a_bfloat16_adapter_becomes_fp32_masters(bases, adapter):
     tensors = {k: v.astype(jnp.bfloat16) for k, v in safetensors.numpy.load_file(path).items()}
     safetensors.flax.save_file({k: jnp.asarray(v) for k, v in tensors.items()}, path)
     (adapter / "pronghorn.json").unlink()
-    model = load_adapter(load_model(bases["llama", False]), adapter)
+    model = load_adapter(base_model(bases["llama", False]), adapter)
     a = sites(model)["layers.0.self_attn.q_proj"].factors.a
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert a.dtype == jnp.float32 and np.array_equal(np.asarray(a), tensors[key].astype(np.float32))

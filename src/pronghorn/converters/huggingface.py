@@ -67,6 +67,7 @@ def load(
             f"quantization={quantization!r} is not supported yet; leave it out and use a 16-bit dtype."
         )
     folder = resolve_model_path(path, gguf_dtype=_dtype_name(dtype) or "bfloat16")
+    family_for(read_config(folder)[0])  # transformers would warn of a model that is refused anyway
     tokenizer = load_tokenizer(folder)
     if adapter is None:
         return load_model(folder, dtype=dtype, layers=layers), tokenizer
@@ -96,17 +97,21 @@ def load_model(
     hf_config, text = read_config(folder)
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
-    table = _match_tensors(folder, config, family.tensor_names(config), open_weights(folder))
+    stored = open_weights(folder)
+    names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
+    for theirs in names.values():
+        if theirs in stored:
+            sizes[stored[theirs].dtype.name] += stored[theirs].nbytes
+    commonest = next((name for name, _ in sizes.most_common() if name in DTYPES), "float32")
+    model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")
+    table = _match_tensors(folder, model, names, stored)
     for name, tensor in table.items():
         if tensor.dtype.name not in DTYPES and not (dtype and tensor.dtype.name == "float64"):
             raise InputError(
                 f"{tensor.file}: {name} has dtype {tensor.dtype.name}, and weights are read in {', '.join(DTYPES)}; "
                 "use a checkpoint that is not quantised, or give a dtype."
             )
-        sizes[tensor.dtype.name] += tensor.nbytes
-    commonest = sizes.most_common(1)[0][0]
-    model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")
     if dtype is None and len(sizes) > 1:
         _keep_dtypes(folder, model, table)
     assign(model, _LazyWeights(table, dtype))
@@ -261,10 +266,11 @@ def _dtype_name(dtype: Any) -> str | None:
 
 
 def _match_tensors(
-    folder: Path, config: DecoderConfig, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
+    folder: Path, model: Decoder, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """{our name: stored tensor}, after every name and shape has been compared with the architecture."""
-    shapes = {name: p.shape for name, p in named_parameters(Decoder.abstract(config)).items()}
+    config = model.config
+    shapes = {name: parameter.shape for name, parameter in named_parameters(model).items()}
     missing = [theirs for theirs in names.values() if theirs not in stored]
     expected = set(names.values())
     extra = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]

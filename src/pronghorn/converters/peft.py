@@ -159,13 +159,12 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             f"{folder}: {CONFIG_NAME} and {WEIGHTS_NAME} disagree about {listed(wrong)}; the adapter is incomplete, "
             "was made for another model, or was edited."
         )
-    if check_base and manifest.get("base_hash"):
-        ours = base_hash(model)
-        if not same_base(ours, str(manifest["base_hash"])):
-            raise InputError(
-                f"{folder}: was trained on another base model than this one ({manifest['base_hash']} there, {ours} "
-                "here); load the base it belongs to."
-            )
+    here, there = base_hash(model), str(manifest.get("base_hash") or "")
+    if check_base and there and not same_base(here, there):
+        raise InputError(
+            f"{folder}: was trained on another base model than this one ({there} there, {here} here); "
+            "load the base it belongs to."
+        )
     factors: dict[str, Factors] = {}
     alphas: dict[str, float] = {}
     for name, parts in found.items():
@@ -187,7 +186,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             dropout=config["lora_dropout"],
             targets=targets_of(config["target_modules"]),
             layers=None if layers is None else tuple(layers),
-            base_hash=base_hash(model),
+            base_hash=here,
             alpha_pattern=tuple(alphas.items()),
         ),
     )
@@ -201,10 +200,11 @@ def adapter_tokenizer(path: str | Path, base: Any) -> Any:
       base: the base model's tokenizer, or None.
 
     Raises:
-      InputError: the adapter was trained with another chat template and its tokenizer is not there.
+      InputError: there is no adapter, or it was trained with another chat template and its tokenizer is not there.
     """
     folder = Path(path)
-    own = load_tokenizer(folder) if folder.is_dir() else None
+    read_config(folder)  # before any weight of the base is read
+    own = load_tokenizer(folder)
     if own is not None:
         return own
     trained = read_manifest(folder).get("template_hash")
