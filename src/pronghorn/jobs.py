@@ -82,10 +82,11 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
             )
         require_free_folder(merge_into)
     folder = resolve_model_path(job.model)
+    architecture = read_architecture(folder)
     tokenizer = load_tokenizer(folder)
     if job.adapter is not None:
         tokenizer = adapter_tokenizer(job.adapter, tokenizer)
-    train, held_out = read_data(job.data, tokenizer, read_architecture(folder).vocab_size)
+    train, held_out = read_data(job.data, tokenizer, architecture.vocab_size)
     model = load_model(folder, dtype=job.dtype, layers=job.layers)
     if job.adapter is not None:
         model = load_adapter(model, job.adapter)
@@ -151,10 +152,11 @@ def preview_job(job: JobConfig, *, rows: int, html: Path | None) -> dict[str, An
     if rows < 0:
         raise InputError(f"--rows {rows}: give 0 or more.")
     folder = resolve_model_path(job.model)
+    architecture = read_architecture(folder)
     tokenizer = load_tokenizer(folder)
     if job.adapter is not None:
         tokenizer = adapter_tokenizer(job.adapter, tokenizer)
-    train, held_out = read_data(job.data, tokenizer, read_architecture(folder).vocab_size)
+    train, held_out = read_data(job.data, tokenizer, architecture.vocab_size)
     loader = Loader(
         train,
         batch_size=job.train.batch_size,

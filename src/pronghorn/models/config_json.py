@@ -94,8 +94,8 @@ def refuse_unknown(hf: HfConfig, known: frozenset[str]) -> None:
     """InputError if the config has remote code, or a key that nobody knows to be harmless."""
     if hf.get("auto_map"):
         raise InputError(
-            "config.json has auto_map, which runs code from the model folder; pronghorn never does. Use a checkpoint "
-            "of a supported model_type, and remove the key if the weights are one."
+            "config.json has auto_map, which asks for code from the model folder, and none is ever run; use a checkpoint "
+            "of a supported model_type, or remove the key if the weights are one."
         )
     unknown = []
     for key, value in hf.items():

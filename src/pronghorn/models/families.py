@@ -25,11 +25,11 @@ def family_for(hf_config: HfConfig) -> Family:
     if model_type is None:
         raise InputError(f"config.json has no model_type; supported are {supported}.")
     remote = (
-        " Its auto_map asks for code from the model folder, which is never run."
+        ", and its auto_map asks for code from the model folder, which is never run"
         if hf_config.get("auto_map")
         else ""
     )
-    raise InputError(f"config.json: model_type is {model_type!r}; supported are {supported}.{remote}")
+    raise InputError(f"config.json: model_type is {model_type!r}{remote}; supported are {supported}.")
 
 
 def family_named(name: str) -> Family:
