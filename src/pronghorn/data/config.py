@@ -94,7 +94,7 @@ class DataConfig:
         for ours, theirs in self.columns.items():
             if ours not in COLUMNS:
                 raise InputError(
-                    f"data.columns: {ours!r} is not a column pronghorn reads; the names are {COLUMNS}"
+                    f"data.columns: {ours!r} is not a column pronghorn reads; the names are {', '.join(COLUMNS)}"
                 )
             if not isinstance(theirs, str):
                 raise InputError(f"data.columns.{ours}={theirs!r}: give the name of a column in the file")
