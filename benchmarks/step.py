@@ -20,10 +20,13 @@ import pronghorn as ph
 from pronghorn.models.decoder import Decoder
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flops import count_flops, device_peak_flops
+from pronghorn.training.losses import step_batch
 from pronghorn.training.memory_plan import plan_from_compiled
 from pronghorn.training.optimizers import make_optimizer
 from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import compile_step, compute_dtypes, init_state, make_train_step
+
+WARM_UP = 3
 
 
 def random_batch(rows: int, tokens: int, documents: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -62,8 +65,9 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     del model
     flops = count_flops(config, trainable, frozen)
     batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
+    device_batch = jax.device_put(step_batch(batch, packing=options.documents > 1))
     step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
-    compiled = compile_step(step, state, frozen, batch)
+    compiled = compile_step(step, state, frozen, device_batch)
     if options.hlo:
         Path(options.hlo).write_text(compiled.executable.as_text())
     plan = plan_from_compiled(
@@ -78,19 +82,22 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     )
     state_leaves, frozen_leaves = jax.tree.leaves(state), jax.tree.leaves(frozen)
     del state, trainable
-    device_batch = jax.device_put(batch)
-    seconds, records = [], []
-    for index in range(options.steps + 3):
-        if options.profile and index == options.steps:
-            jax.profiler.start_trace(options.profile)
-        start = time.perf_counter()
+    found = []
+    # Steps are queued as the trainer queues them: the host prepares the next one while the device works.
+    for index in range(WARM_UP + options.steps):
+        if index == WARM_UP:
+            jax.block_until_ready(found)
+            start = time.perf_counter()
         state_leaves, metrics = compiled(state_leaves, frozen_leaves, device_batch)
-        jax.block_until_ready(metrics)
-        seconds.append(time.perf_counter() - start)
-        records.append({"loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])})
+        found.append(metrics)
+    jax.block_until_ready(found)
+    step_seconds = (time.perf_counter() - start) / options.steps
+    records = [{name: float(metrics[name]) for name in ("loss", "grad_norm")} for metrics in found]
     if options.profile:
-        jax.profiler.stop_trace()
-    step_seconds = float(np.median(seconds[3 : options.steps]))
+        with jax.profiler.trace(options.profile):
+            for _ in range(3):
+                state_leaves, metrics = compiled(state_leaves, frozen_leaves, device_batch)
+            jax.block_until_ready(metrics)
     tokens = options.batch * options.seq
     peak = device_peak_flops(jax.devices()[0].device_kind)
     real = np.ones((1, options.batch, options.seq), bool)
@@ -142,7 +149,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="equal documents packed into each row")
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--memory-policy", default="keep")
-    parser.add_argument("--steps", type=int, default=13)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--run", default="single", help="id shared by the rows of one run")
     parser.add_argument("--profile", default=None, help="folder for a profiler trace of the last three steps")
     parser.add_argument("--hlo", default=None, help="file for the optimised program")

@@ -121,6 +121,7 @@ def plan_job(job: JobConfig) -> "MemoryPlan":
         jnp.dtype(job.dtype),
         max_length=job.data.max_length,
         layers=job.layers,
+        packing=job.data.packing,
         evaluate=job.data.eval_path is not None or job.data.eval_fraction > 0,
     )
 

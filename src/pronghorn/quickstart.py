@@ -225,10 +225,10 @@ def _base_folder(source: str, out: Path) -> Path:
 
 def general_batches(tokenizer: Any, max_length: int) -> list[dict[str, np.ndarray]]:
     """Public-domain prose that has nothing to do with the task, every token in the loss: what may be forgotten."""
-    from pronghorn.evaluation.general_text import general_text
+    from pronghorn.evaluation.general_text import general_text_rows
 
     data = DataConfig(max_length=max_length, loss_on="all", format="text")
-    dataset = tokenize_rows(load_rows([{"text": general_text()}]), tokenizer, data)
+    dataset = tokenize_rows(load_rows(general_text_rows()), tokenizer, data)
     loader = Loader(dataset, batch_size=1, max_length=max_length, shuffle=False)
     return [{name: array[0] for name, array in loader.batch_at(i).items()} for i in range(len(loader))]
 

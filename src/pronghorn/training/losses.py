@@ -39,6 +39,15 @@ def shifted_labels(labels: jax.Array, segment_ids: jax.Array | None = None) -> j
     return targets
 
 
+def step_batch(batch: Batch, packing: bool) -> dict[str, Any]:
+    """What a compiled step takes of a loader's batch: everything, or no segment ids where a row is one document.
+
+    Such a row's padding comes after all that attention may look at, and has no label. Without segments to keep apart
+    attention can use the fastest kernel there is.
+    """
+    return {name: values for name, values in batch.items() if packing or name != "segment_ids"}
+
+
 def loss_sum_and_count(
     model: Any,
     batch: Batch,

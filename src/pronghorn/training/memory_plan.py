@@ -23,7 +23,7 @@ from pronghorn.models.decoder import Decoder, LayerLayout
 from pronghorn.training.checkpoints import state_bytes
 from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
 from pronghorn.training.flops import count_flops, has_shape
-from pronghorn.training.losses import evaluation_sums
+from pronghorn.training.losses import evaluation_sums, step_batch
 from pronghorn.training.optimizers import make_optimizer
 from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import (
@@ -107,6 +107,7 @@ def plan_memory(
     *,
     max_length: int,
     layers: LayerLayout = "unrolled",
+    packing: bool = True,
     evaluate: bool = False,
 ) -> MemoryPlan:
     """Compile the training step on shapes alone, for the default device, and read its memory.
@@ -118,6 +119,7 @@ def plan_memory(
       dtype: of the weights and products.
       max_length: tokens in a row.
       layers: "unrolled" or "scanned".
+      packing: whether a row holds several documents.
       evaluate: whether the run has held-out rows.
     """
     model = Decoder.abstract(config, dtype=dtype, layers=layers)
@@ -127,13 +129,16 @@ def plan_memory(
     total_steps = train_config.max_steps or 1000 + train_config.warmup_steps
     prepared = prepare_step(graph, trainable, train_config, total_steps)
     shape = (train_config.gradient_accumulation, train_config.batch_size, max_length)
+    batch = abstract_batch(shape, packing)
     compiled = compile_step(
-        prepared.step, prepared.state, frozen, abstract_batch(shape), deterministic=train_config.deterministic
+        prepared.step, prepared.state, frozen, batch, deterministic=train_config.deterministic
     )
     evaluation = None
     if evaluate:
         rows = train_config.eval_batch_size or train_config.batch_size
-        evaluation = compile_evaluation(graph, trainable, frozen, rows, max_length)
+        evaluation = compile_evaluation(
+            graph, trainable, frozen, abstract_batch((1, rows, max_length), packing)
+        )
     return plan_from_compiled(
         config,
         compiled.executable,
@@ -264,15 +269,13 @@ def start_state(
     )
 
 
-def abstract_batch(shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch: int32 ids, labels, segment ids and positions."""
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.int32)
-        for name in ("input_ids", "labels", "segment_ids", "positions")
-    }
+def abstract_batch(shape: tuple[int, ...], packing: bool) -> dict[str, Any]:
+    """The shapes of what a step takes of a batch; see `losses.step_batch`."""
+    names = ("input_ids", "labels", "segment_ids", "positions")
+    return step_batch({name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}, packing)
 
 
-def compile_evaluation(graph: Any, trainable: Any, frozen: Any, rows: int, tokens: int) -> Any:
+def compile_evaluation(graph: Any, trainable: Any, frozen: Any, batch: Any) -> Any:
     """The compiled forward pass of `[1, rows, tokens]` batches: (trainable, frozen, batch) -> (loss sum, count)."""
     sums = evaluation_sums(graph)
 
@@ -280,7 +283,7 @@ def compile_evaluation(graph: Any, trainable: Any, frozen: Any, rows: int, token
         return sums(trainable, frozen, jax.tree.map(lambda x: x[0], batch))
 
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (trainable, frozen))
-    return jax.jit(evaluate).lower(*shapes, abstract_batch((1, rows, tokens))).compile()
+    return jax.jit(evaluate).lower(*shapes, batch).compile()
 
 
 def count_parameters(tree: Any) -> int:

@@ -22,6 +22,7 @@ from pronghorn.training.checkpoints import CheckpointWriter, check_free_space, c
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
 from pronghorn.training.interruption import Interruption
+from pronghorn.training.losses import step_batch
 from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, peak_device_bytes
 from pronghorn.training.step import TrainState, compile_step, compute_dtypes
 
@@ -117,7 +118,11 @@ class Run:
         batch = trainer.loader.batch_at(0)
         self.frozen_leaves = jax.tree.leaves(self.frozen)
         self.compiled = compile_step(
-            prepared.step, prepared.state, self.frozen, batch, deterministic=config.deterministic
+            prepared.step,
+            prepared.state,
+            self.frozen,
+            step_batch(batch, trainer.data.packing),
+            deterministic=config.deterministic,
         )
         self.plan = memory_plan.plan_from_compiled(
             model.config,
@@ -238,7 +243,9 @@ class Run:
                 if stop.requested is not None:
                     return
                 excused = excused_leaves(self._state().trainable, self.names) if guarded else set()
-                self.leaves, metrics = self.compiled(self.leaves, self.frozen_leaves, batch)
+                self.leaves, metrics = self.compiled(
+                    self.leaves, self.frozen_leaves, step_batch(batch, self.trainer.data.packing)
+                )
                 self.step += 1
                 leaf_grad_norms = metrics.pop("leaf_grad_norms")
                 if guarded:

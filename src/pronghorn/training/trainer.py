@@ -10,6 +10,7 @@ from pronghorn.errors import InputError
 from pronghorn.lora import split
 from pronghorn.training import memory_plan
 from pronghorn.training.config import TrainConfig
+from pronghorn.training.losses import step_batch
 from pronghorn.training.run import Evaluation, Run, TrainResult
 
 
@@ -119,7 +120,7 @@ class Trainer:
         if compiled is None:
             raise InputError("eval_dataset: there are no held-out rows; give eval_dataset or data.eval_path.")
         sums = [
-            compiled(trainable, frozen, self._eval_loader.batch_at(index))
+            compiled(trainable, frozen, step_batch(self._eval_loader.batch_at(index), self.data.packing))
             for index in range(len(self._eval_loader))
         ]
         losses, counts = zip(*jax.device_get(sums), strict=True)
@@ -142,7 +143,6 @@ class Trainer:
                 seed=self.data.seed,
                 shuffle=False,
             )
-            self._evaluation = memory_plan.compile_evaluation(
-                graph, trainable, frozen, rows, self.data.max_length
-            )
+            batch = memory_plan.abstract_batch((1, rows, self.data.max_length), self.data.packing)
+            self._evaluation = memory_plan.compile_evaluation(graph, trainable, frozen, batch)
         return self._evaluation
