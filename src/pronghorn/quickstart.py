@@ -43,7 +43,7 @@ class QuickstartConfig:
 
     steps: int = 60
     batch_size: int = 1
-    max_length: int = 768
+    max_length: int = 512
     heldout_rows: int = 24
     learning_rate: float = 5e-4
     rank: int = 16
