@@ -220,7 +220,10 @@ def test_lowers_for_an_h100(rows, vocab_size, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("vocab_size", "options"),
-    [*((size, OPTIONS[-1]) for size in (128256, 151936, 49152, 100003)), *((1003, options) for options in OPTIONS)],
+    [
+        *((size, OPTIONS[-1]) for size in (128256, 151936, 49152, 100003)),
+        *((1003, options) for options in OPTIONS),
+    ],
     ids=str,
 )
 def test_on_a_gpu_at_full_size(vocab_size, options, dtype):
