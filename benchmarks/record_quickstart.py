@@ -13,10 +13,27 @@ from pronghorn.quickstart import summary
 
 # Curves and samples stay in the run's own folder.
 KEPT = (
-    "model", "device", "steps", "heldout_loss_before", "heldout_loss_after", "heldout_improvement", "forgetting",
-    "general_loss_before", "general_loss_after", "grad_norm_min", "final_loss", "adapter_kl", "merged_kl",
-    "tokens_per_second", "compile_seconds", "peak_device_bytes", "planned_device_bytes", "seconds", "config", "versions",
-)  # fmt: skip
+    "model",
+    "device",
+    "steps",
+    "heldout_loss_before",
+    "heldout_loss_after",
+    "heldout_improvement",
+    "forgetting",
+    "general_loss_before",
+    "general_loss_after",
+    "grad_norm_min",
+    "final_loss",
+    "adapter_kl",
+    "merged_kl",
+    "tokens_per_second",
+    "compile_seconds",
+    "peak_device_bytes",
+    "planned_device_bytes",
+    "seconds",
+    "config",
+    "versions",
+)
 
 
 def main() -> None:
