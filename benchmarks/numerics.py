@@ -63,9 +63,10 @@ def table(rows: list[dict]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        worst = f"{row['worst_gradient_relative']:.1e} ({row['worst_gradient']})"
         lines.append(
             f"| {row['case']} | {row['model_type']} | {row['layers']} | {row['tokens']} | "
-            f"{row['logits_max_abs']:.1e} | {row['gradients']} | {row['worst_gradient_relative']:.1e} ({row['worst_gradient']}) |"
+            f"{row['logits_max_abs']:.1e} | {row['gradients']} | {worst} |"
         )
     return "\n".join(lines)
 
