@@ -288,12 +288,22 @@ def test_matches_oracle_on_a_gpu(rows, dtype):
 
 
 @pytest.mark.gpu
-def test_the_compiled_gradient_never_holds_more_than_three_arrays_of_the_ffn_size_on_a_gpu():
-    """gate, up, and h or dh, over which backward's kernel writes its results."""
-    rows, width, ffn = 4096, 256, 4096
+def test_the_compiled_gradient_overwrites_gate_and_up_without_a_copy_on_a_gpu():
+    """Alive at most: gate, up, and two addends of dh (or of gate or up). The weights are too large for XLA to merge
+    two products into one, as a real model's are; dy follows from y, so that the forward pass comes first."""
+    rows, width, ffn = 4096, 2048, 8192
     x, norm_weight = normal(0, (rows, width), "bfloat16"), normal(1, (width,), "bfloat16")
     sizes = ((width, ffn), (width, ffn), (ffn, width))
     flat, put = split([linear(10 * i, *s, rank=16, dtype="bfloat16") for i, s in enumerate(sizes)], ADAPTERS)
-    step = jax.jit(gradient(lambda x, *a: hand(x, norm_weight, *put(a))))
-    wide = rows * ffn * 2
-    assert step.lower(x, *flat).compile().memory_analysis().temp_size_in_bytes < 3.6 * wide
+
+    def step(x, *flat):
+        y, pullback = jax.vjp(lambda x, *a: hand(x, norm_weight, *put(a)), x, *flat)
+        return pullback(y)
+
+    compiled = jax.jit(step).lower(x, *flat).compile()
+    copies = [
+        line for line in compiled.as_text().splitlines() if f"bf16[{rows},{ffn}]" in line and " copy(" in line
+    ]
+    assert not copies
+    wide, narrow, workspace = rows * ffn * 2, rows * width * 2, 1 << 25
+    assert compiled.memory_analysis().temp_size_in_bytes <= 4 * wide + 6 * narrow + workspace
