@@ -24,8 +24,8 @@ from pronghorn.models import (
     flat_arrays,
     rope,
 )
+from pronghorn.models.blocks import decoder_layer
 from pronghorn.models.decoder import plan_segments, segment_positions
-from pronghorn.models.layers import decoder_layer
 from pronghorn.pallas_kernels.launch import kernels
 from tests.models.reference import (
     compiled,

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.models import rope
-from pronghorn.models.config import DecoderConfig, LayerKind
-from pronghorn.models.layers import DecoderLayer, gated_mlp, output_projection, project_qkv, value_or_none
+from pronghorn.models.blocks import add_attention, feed_forward, normalize_heads, project_qkv
+from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.layers import DecoderLayer, value_or_none
 
 
 class LayerCache(NamedTuple):
@@ -28,10 +29,10 @@ class LayerCache(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """cos and sin of the queries; and of every slot, or None where keys are stored rotated."""
+    """cos and sin of the queries; and of every slot, or None where keys are stored rotated. Two Nones: no rope."""
 
-    query: tuple[jax.Array, jax.Array]
-    slots: tuple[jax.Array, jax.Array] | None
+    query: tuple[jax.Array, jax.Array] | tuple[None, None]
+    slots: tuple[jax.Array, jax.Array] | tuple[None, None] | None
 
 
 def empty_cache(
@@ -42,13 +43,21 @@ def empty_cache(
     return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def rotation(config: DecoderConfig, positions: jax.Array, max_length: int) -> Rotation:
-    """What every layer of one call needs: positions int `[batch, tokens]`, -1 for padding."""
+def rotation(config: DecoderConfig, positions: jax.Array, max_length: int) -> dict[LayerRope, Rotation]:
+    """What the layers of one call need, by their rope: positions int `[batch, tokens]`, -1 for padding."""
     length = jnp.max(positions) + 1
-    query = rope.cos_sin(config, positions, length=length)
-    if not rope.depends_on_length(config.rope):
-        return Rotation(query, None)
-    return Rotation(query, rope.cos_sin(config, jnp.arange(max_length)[None], length=length))
+    query = rope.layer_angles(config, positions, length=length)
+    every = jnp.arange(max_length)[None]
+    slots = rope.layer_angles(config, every, length=length)  # compiled away where nothing reads it
+    return {
+        kind: Rotation(
+            query[kind],
+            slots[kind]
+            if kind != "none" and rope.depends_on_length(rope.with_rope(config, kind).rope)
+            else None,
+        )
+        for kind in query
+    }
 
 
 def cached_attention(
@@ -98,6 +107,11 @@ def cached_attention(
     return out.reshape(q.shape).astype(q.dtype)
 
 
+def _rotated(x: jax.Array, cos_sin: tuple) -> jax.Array:
+    cos, sin = cos_sin
+    return x if cos is None else rope.rotate(x, cos, sin)
+
+
 def cached_decoder_layer(
     layer: DecoderLayer,
     x: jax.Array,
@@ -117,9 +131,13 @@ def cached_decoder_layer(
     """
     attention = layer.self_attn
     x, q, k, v = project_qkv(layer, x, config=config)
-    q = rope.rotate(q, *angles.query)
+    q = _rotated(q, angles.query)
+    if config.qk_norm_after_rope:
+        q, _ = normalize_heads(attention, q, None)
     if angles.slots is None:
-        k = rope.rotate(k, *angles.query)
+        k = _rotated(k, angles.query)
+        if config.qk_norm_after_rope:
+            _, k = normalize_heads(attention, None, k)
     rows = jnp.arange(x.shape[0])[:, None]
     # An index past the end is dropped; a negative one would wrap round.
     slots = jnp.where(positions < 0, cache.keys.shape[1], positions)
@@ -129,7 +147,10 @@ def cached_decoder_layer(
     )
     rotated = cache
     if angles.slots is not None:
-        rotated = cache._replace(keys=rope.rotate(cache.keys, *angles.slots))
+        keys = _rotated(cache.keys, angles.slots)
+        if config.qk_norm_after_rope:
+            _, keys = normalize_heads(attention, None, keys)
+        rotated = cache._replace(keys=keys)
     heads = cached_attention(
         q,
         rotated,
@@ -139,5 +160,6 @@ def cached_decoder_layer(
         sinks=value_or_none(attention.sinks),
         scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
     )
-    x = output_projection(attention, x, heads)
-    return gated_mlp(layer, x, config=config), cache
+    attended = add_attention(layer, x, heads, config=config)
+    read = x if config.block == "parallel" else attended
+    return feed_forward(layer, read, attended, config=config), cache

@@ -6,8 +6,11 @@ A family file (`models/<family>.py`) maps a Hugging Face `config.json` to it; th
 import dataclasses
 from typing import Literal
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
+GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 LayerKind = Literal["full", "sliding"]
+LayerRope = Literal["global", "local", "none"]
+Block = Literal["pre", "post", "sandwich", "parallel"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 
@@ -46,7 +49,26 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Architecture of a decoder. Sizes are counts of elements; nothing here says how it is run or trained."""
+    """Architecture of a decoder. Sizes are counts of elements; nothing here says how it is run or trained.
+
+    A plain Llama sets nothing below `max_position_embeddings`. What a family may switch:
+
+      block: where a layer normalises, a = attention and f = feed-forward (names of the norms are those of Gemma):
+        "pre"       x + a(input(x)),                    then x + f(post_attention(x))
+        "post"      x + post_attention(a(x)),           then x + post_feedforward(f(x))                 (OLMo 2)
+        "sandwich"  x + post_attention(a(input(x))),    then x + post_feedforward(f(pre_feedforward(x)))  (Gemma 2)
+        "parallel"  x + a(input(x)) + f(input(x))                                                       (Cohere)
+      norm: "rms", or "layer" (mean and variance), with norm_bias or without; norm_weight_offset is added to the weight;
+        rms_norm_eps is the epsilon of either.
+      gated_mlp: down(act(gate(x)) * up(x)), or else down(act(up(x))).
+      qk_norm: queries and keys are normalised, one weight for the dims of every head ("head"), each head by itself with
+        weights of its own ("heads"), or all heads as one vector ("width"); in front of rope, or after it.
+      embedding_scale, residual_scale, logit_scale: factors on the embedding, on what each half of a layer adds, and on
+        the logits (before their softcap).
+      layer_kinds: what each layer sees. layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or
+        none. Empty means all alike.
+      rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
+    """
 
     family: str
     vocab_size: int
@@ -72,6 +94,18 @@ class DecoderConfig:
     layer_kinds: tuple[LayerKind, ...] = ()
     rope: RopeConfig = RopeConfig()
     tie_word_embeddings: bool = False
+    block: Block = "pre"
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    gated_mlp: bool = True
+    qk_norm_over: Literal["head", "heads", "width"] = "head"
+    qk_norm_after_rope: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    layer_ropes: tuple[LayerRope, ...] = ()
+    local_rope: RopeConfig | None = None
+    rope_interleaved: bool = False
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -82,3 +116,20 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if "sliding" in self.layer_kinds and self.sliding_window is None:
             raise ValueError("layer_kinds has 'sliding' and sliding_window is None")
+        if self.layer_ropes and len(self.layer_ropes) != self.num_layers:
+            raise ValueError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
+        if set(self.layer_ropes) <= {"global"}:
+            object.__setattr__(self, "layer_ropes", ())
+        if "local" in self.layer_ropes and self.local_rope is None:
+            raise ValueError("layer_ropes has 'local' and local_rope is None")
+        if self.gated_mlp and self.activation not in GATED_ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} has no gated form")
+        if self.rope_interleaved and self.qk_norm_after_rope:
+            raise ValueError("heads that are normalised after rope keep the order of their dims")
+
+    @property
+    def layer_pattern(self) -> tuple[tuple[LayerKind, LayerRope], ...]:
+        """(kind, rope) of every layer."""
+        if not self.layer_ropes:
+            return tuple((kind, "global") for kind in self.layer_kinds)
+        return tuple(zip(self.layer_kinds, self.layer_ropes, strict=True))

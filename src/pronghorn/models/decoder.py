@@ -18,8 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.models import cache as kv_cache
 from pronghorn.models import rope
-from pronghorn.models.config import DecoderConfig, LayerKind
-from pronghorn.models.layers import DecoderLayer, Embedding, Linear, RMSNorm, decoder_layer, value_or_none
+from pronghorn.models.blocks import decoder_layer
+from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.layers import DecoderLayer, Embedding, Linear, hidden_norm, value_or_none
 
 LayerLayout = Literal["unrolled", "scanned"]
 
@@ -80,7 +81,7 @@ class Segment(nnx.Module):
         ])  # fmt: skip
 
 
-def plan_segments(kinds: tuple[LayerKind, ...]) -> tuple[tuple[int, int, int], ...]:
+def plan_segments(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
     """Cut a layer pattern into (start, period, repeats) with the least to compile: one body a period entry.
 
     Five sliding and one full, four times and two more sliding: (0, 6, 4), (24, 1, 2).
@@ -142,11 +143,11 @@ class Decoder(nnx.Module):
         self.adapter: Any = nnx.static(None)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=self.dtype, rngs=rngs)
         scanned = layers == "scanned"
-        plan = plan_segments(config.layer_kinds) if scanned else ((0, config.num_layers, 1),)
+        plan = plan_segments(config.layer_pattern) if scanned else ((0, config.num_layers, 1),)
         self.segments = nnx.List([
             Segment(config, *cut, stacked=scanned, dtype=self.dtype, rngs=rngs) for cut in plan
         ])  # fmt: skip
-        self.norm = RMSNorm(config.hidden_size, config, dtype=self.dtype)
+        self.norm = hidden_norm(config, dtype=self.dtype)
         self.lm_head = nnx.data(
             None
             if config.tie_word_embeddings
@@ -200,14 +201,14 @@ class Decoder(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
             if segment_ids is not None:
                 positions = segment_positions(segment_ids)
-        cos, sin = rope.cos_sin(self.config, positions)
-        x = self.embed_tokens(input_ids)
+        angles = rope.layer_angles(self.config, positions)
+        x = self._embed(input_ids)
         outputs = [x]
         for segment in self.segments:
             x, segment_outputs = _run_segment(
                 segment,
                 x,
-                (cos, sin, segment_ids),
+                (angles, segment_ids),
                 dropout_key,
                 config=self.config,
                 memory_policy=memory_policy,
@@ -216,6 +217,10 @@ class Decoder(nnx.Module):
             outputs.extend(segment_outputs)
         x = self.norm(x)
         return (x, outputs) if return_layers else x
+
+    def _embed(self, input_ids: jax.Array) -> jax.Array:
+        x, scale = self.embed_tokens(input_ids), self.config.embedding_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def head(self) -> tuple[Any, jax.Array | None, jax.Array | None, jax.Array | None, float]:
         """(weight `[vocab, d]`, bias, lora_A, lora_B, lora_scale) of the head, as linear_cross_entropy takes them.
@@ -243,6 +248,8 @@ class Decoder(nnx.Module):
             logits = logits + scale * _product(low, lora_b.astype(hidden.dtype))
         if bias is not None:
             logits = logits + bias.astype(jnp.float32)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         cap = self.config.logit_softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -281,7 +288,7 @@ class Decoder(nnx.Module):
                 "make it longer with init_cache(batch, max_length)."
             )
         angles = kv_cache.rotation(self.config, positions, max_length)
-        x = self.embed_tokens(input_ids)
+        x = self._embed(input_ids)
         filled = []
         for segment, segment_cache in zip(self.segments, cache, strict=True):
             x, segment_cache = _decode_segment(
@@ -305,25 +312,29 @@ def _run_layer(
     *,
     graph: Any,
     config: DecoderConfig,
-    kind: LayerKind,
+    pattern: tuple[LayerKind, LayerRope],
     offload: bool,
 ):
+    kind, layer_rope = pattern
+    angles, segment_ids = shared
     if offload:  # named here, inside of what is checkpointed: a policy can only move what it sees computed
         x = checkpoint_name(x, "layer_input")
-    return decoder_layer(nnx.merge(graph, state), x, *shared, config=config, kind=kind, dropout_key=key)
+    cos, sin = angles[layer_rope]
+    layer = nnx.merge(graph, state)
+    return decoder_layer(layer, x, cos, sin, segment_ids, config=config, kind=kind, dropout_key=key)
 
 
 def _run_segment(
     segment: Segment,
     x: jax.Array,
-    shared: tuple[jax.Array, jax.Array, jax.Array | None],
+    shared: tuple[dict[LayerRope, Any], jax.Array | None],
     dropout_key: jax.Array | None,
     *,
     config: DecoderConfig,
     memory_policy: str,
     return_layers: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """All layers of a segment; `shared` is (cos, sin, segment_ids). The outputs are empty unless asked for."""
+    """All layers of a segment; `shared` is (angles by rope, segment_ids). The outputs are empty unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
     period = len(split)
     functions: list[Callable[..., jax.Array]] = []
@@ -332,7 +343,7 @@ def _run_segment(
             _run_layer,
             graph=graph,
             config=config,
-            kind=config.layer_kinds[segment.start + position],
+            pattern=config.layer_pattern[segment.start + position],
             offload=memory_policy == "offload",
         )
         if memory_policy != "keep":
@@ -369,14 +380,15 @@ def _decode_segment(
         states, caches = scanned
         filled = []
         for position, ((graph, _), state, layer_cache) in enumerate(zip(split, states, caches, strict=True)):
+            kind, layer_rope = config.layer_pattern[segment.start + position]
             x, layer_cache = kv_cache.cached_decoder_layer(
                 nnx.merge(graph, state),
                 x,
                 layer_cache,
-                angles,
+                angles[layer_rope],
                 positions,
                 config=config,
-                kind=config.layer_kinds[segment.start + position],
+                kind=kind,
             )
             filled.append(layer_cache)
         return x, tuple(filled)

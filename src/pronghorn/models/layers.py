@@ -1,9 +1,7 @@
-"""The modules a decoder is made of, named as in Hugging Face, and the forward pass of one layer.
+"""The modules a decoder is made of, named as in Hugging Face. The forward pass of a layer is in `models/blocks.py`.
 
-Modules only declare parameters; the maths is in free functions over them, and those are a few ops whose hand-derived
-gradients choose what a layer saves: its input, q, k and v, attention's output and logsumexp, the residual stream after
-attention, gate and up, and a few numbers a token. Weights keep the Hugging Face orientation
-`[out, in]`. With `leading=(layers,)` every parameter of a module is stacked on a leading axis, to be scanned over.
+Modules declare parameters, as the configuration asks for them. Weights keep the Hugging Face orientation `[out, in]`.
+With `leading=(layers,)` every parameter of a module is stacked on a leading axis, to be scanned over.
 """
 
 from typing import Any
@@ -12,26 +10,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pronghorn.models.config import DecoderConfig, LayerKind
-from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
-from pronghorn.pallas_kernels.flash_attention import flash_attention
+from pronghorn.models.config import DecoderConfig
 from pronghorn.pallas_kernels.lora_linear import lora_linear
-from pronghorn.pallas_kernels.norm_linears import Dropout, norm_linears
-from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
-from pronghorn.pallas_kernels.rope import apply_rope
-from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 INITIALIZER_RANGE = 0.02
-
-# A dropout mask of its own for every linear of a layer: the layer's key is folded with this number.
-_DROPOUT_STREAM = {
-    "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6
-}  # fmt: skip
 
 
 class LoRAParam(nnx.Param):
     """A trainable low-rank factor, always fp32; the type that tells adapters from base weights."""
+
+
+class Constant(nnx.Variable):
+    """An array of the checkpoint that is never trained."""
 
 
 def _param(values: Any, axes: tuple[str, ...], leading: tuple[int, ...]) -> nnx.Param:
@@ -133,8 +124,67 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight.get_value(), eps=self.eps, weight_offset=self.weight_offset)
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + eps) * (offset + weight) + bias, in fp32 (Ba et al. 2016).
+
+    The weight may have more axes than the last, which is the one that is normalised: `[heads, head_dim]`. Nothing but
+    x is saved for the backward pass.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        config: DecoderConfig,
+        *,
+        bias: bool,
+        dtype: Any,
+        axes: tuple[str, ...],
+        leading: tuple = (),
+    ):
+        self.weight = _param(
+            jnp.full((*leading, *shape), 1.0 - config.norm_weight_offset, dtype), axes, leading
+        )
+        self.bias = nnx.data(_param(jnp.zeros((*leading, *shape), dtype), axes, leading) if bias else None)
+        self.eps = config.rms_norm_eps
+        self.weight_offset = config.norm_weight_offset
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        normalize = jax.checkpoint(_layer_norm, static_argnums=(3, 4))
+        return normalize(x, self.weight.get_value(), value_or_none(self.bias), self.eps, self.weight_offset)
+
+
+def _layer_norm(x: jax.Array, weight: jax.Array, bias: Any, eps: float, weight_offset: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = y * (weight.astype(jnp.float32) + weight_offset)
+    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def hidden_norm(config: DecoderConfig, *, dtype: Any, leading: tuple = ()) -> RMSNorm | LayerNorm:
+    """The norm of the residual stream that the configuration asks for."""
+    if config.norm == "rms":
+        return RMSNorm(config.hidden_size, config, dtype=dtype, leading=leading)
+    size = (config.hidden_size,)
+    return LayerNorm(size, config, bias=config.norm_bias, dtype=dtype, axes=("hidden",), leading=leading)
+
+
+def _heads_norm(
+    config: DecoderConfig, heads: int, axis: str, *, dtype: Any, leading: tuple
+) -> RMSNorm | LayerNorm | None:
+    if not config.qk_norm:
+        return None
+    over, size = config.qk_norm_over, config.head_dim
+    if config.norm == "layer":
+        shape, axes = ((heads, size), (axis, "head_dim")) if over == "heads" else ((size,), ("head_dim",))
+        return LayerNorm(shape, config, bias=False, dtype=dtype, axes=axes, leading=leading)
+    if over == "width":
+        return RMSNorm(heads * size, config, dtype=dtype, axis=axis, leading=leading)
+    return RMSNorm(size, config, dtype=dtype, axis="head_dim", leading=leading)
+
+
 class Attention(nnx.Module):
-    """Parameters of grouped-query attention: `{q,k,v,o}_proj`, and per head_dim `{q,k}_norm` and `sinks` or None."""
+    """Parameters of grouped-query attention: `{q,k,v,o}_proj`, and `{q,k}_norm` and `sinks` or None."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -145,147 +195,69 @@ class Attention(nnx.Module):
         self.k_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
         self.v_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
         self.o_proj = Linear(query, hidden, axes=("hidden", "heads"), bias=config.output_bias, **common)
-        norm: dict[str, Any] = {"dtype": dtype, "axis": "head_dim", "leading": leading}
-        self.q_norm = nnx.data(RMSNorm(head_dim, config, **norm) if config.qk_norm else None)
-        self.k_norm = nnx.data(RMSNorm(head_dim, config, **norm) if config.qk_norm else None)
+        norm: dict[str, Any] = {"dtype": dtype, "leading": leading}
+        self.q_norm = nnx.data(_heads_norm(config, config.num_heads, "heads", **norm))
+        self.k_norm = nnx.data(_heads_norm(config, config.num_kv_heads, "kv_heads", **norm))
         sinks = jnp.zeros((*leading, config.num_heads), dtype) if config.attention_sinks else None
         self.sinks = nnx.data(None if sinks is None else _param(sinks, ("heads",), leading))
 
 
+class XIELU(nnx.Module):
+    """Parameters of xIELU (Huang and Schlag 2024, arXiv:2411.13010): two trained numbers, and two that are not."""
+
+    def __init__(self, *, dtype: Any, leading: tuple[int, ...] = ()):
+        start = jnp.log(jnp.expm1(jnp.asarray([0.8, 0.8 - 0.5], jnp.float32))).astype(dtype)
+        self.alpha_p = _param(jnp.full((*leading, 1), start[0]), ("one",), leading)
+        self.alpha_n = _param(jnp.full((*leading, 1), start[1]), ("one",), leading)
+        axes = ("layers",) * len(leading)
+        self.beta = Constant(jnp.full(leading, 0.5, dtype), logical_axes=axes)
+        self.eps = Constant(jnp.full(leading, -1e-6, dtype), logical_axes=axes)
+
+
 class MLP(nnx.Module):
-    """Parameters of the gated feed-forward network: `{gate,up,down}_proj`."""
+    """Parameters of the feed-forward network: `{gate,up,down}_proj`; gate_proj is None where nothing is gated, and
+    act_fn where the activation has no parameters."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         hidden, ffn = config.hidden_size, config.intermediate_size
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading, "bias": config.mlp_bias}
-        self.gate_proj = Linear(hidden, ffn, axes=("ffn", "hidden"), **common)
+        gate = Linear(hidden, ffn, axes=("ffn", "hidden"), **common) if config.gated_mlp else None
+        self.gate_proj = nnx.data(gate)
         self.up_proj = Linear(hidden, ffn, axes=("ffn", "hidden"), **common)
         self.down_proj = Linear(ffn, hidden, axes=("hidden", "ffn"), **common)
+        xielu = config.activation == "xielu"
+        self.act_fn = nnx.data(XIELU(dtype=dtype, leading=leading) if xielu else None)
+
+
+# The norms of a layer by where they stand (`DecoderConfig.block`), in the order they are applied.
+LAYER_NORMS = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "sandwich": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    "parallel": ("input_layernorm",),
+}
 
 
 class DecoderLayer(nnx.Module):
-    """Parameters of one layer (or, stacked, of `leading[0]` like layers)."""
+    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn`, `mlp`, and its LAYER_NORMS."""
+
+    input_layernorm: RMSNorm | LayerNorm
+    post_attention_layernorm: RMSNorm | LayerNorm
+    pre_feedforward_layernorm: RMSNorm | LayerNorm
+    post_feedforward_layernorm: RMSNorm | LayerNorm
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
-        self.input_layernorm = RMSNorm(config.hidden_size, config, dtype=dtype, leading=leading)
+        for name in LAYER_NORMS[config.block]:
+            setattr(self, name, hidden_norm(config, dtype=dtype, leading=leading))
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs, leading=leading)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config, dtype=dtype, leading=leading)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs, leading=leading)
 
 
 def value_or_none(variable: nnx.Variable | None) -> Any:
     """The array (or quantised weight) that a parameter holds."""
     return None if variable is None else variable.get_value()
-
-
-def _operands(
-    holder: nnx.Module, names: tuple[str, ...], dropout_key: jax.Array | None
-) -> tuple[tuple[LinearWeights, ...], tuple[float, ...], Dropout | None]:
-    """(arrays, scales, dropout) of some linear layers, as the ops take them."""
-    linears = [getattr(holder, name) for name in names]
-    arrays = tuple(
-        LinearWeights(*(value_or_none(v) for v in (linear.weight, linear.lora_A, linear.lora_B, linear.bias)))
-        for linear in linears
-    )
-    dropout = None
-    if dropout_key is not None and any(linear.lora_dropout for linear in linears):
-        keys = tuple(jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name]) for name in names)
-        dropout = Dropout(tuple(linear.lora_dropout for linear in linears), keys)
-    return arrays, tuple(linear.lora_scale for linear in linears), dropout
-
-
-def project_qkv(
-    layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The residual stream `[batch, seq, d]` -> itself, queries `[batch, seq, heads, head_dim]`, keys and values
-    `[.., kv_heads, head_dim]`.
-
-    The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
-    computed. Heads are normalised where the family does so; nothing is rotated yet.
-    """
-    attention, norm = layer.self_attn, layer.input_layernorm
-    linears, scales, dropout = _operands(attention, ("q_proj", "k_proj", "v_proj"), dropout_key)
-    x, (q, k, v) = norm_linears(
-        x,
-        norm.weight.get_value(),
-        linears,
-        scales=scales,
-        eps=norm.eps,
-        weight_offset=norm.weight_offset,
-        dropout=dropout,
-    )
-    batch, seq, _ = x.shape
-    q = q.reshape(batch, seq, config.num_heads, config.head_dim)
-    k = k.reshape(batch, seq, config.num_kv_heads, config.head_dim)
-    v = v.reshape(batch, seq, config.num_kv_heads, config.head_dim)
-    if attention.q_norm is not None:
-        q = attention.q_norm(q)
-    if attention.k_norm is not None:
-        k = attention.k_norm(k)
-    return x, q, k, v
-
-
-def output_projection(
-    attention: Attention, x: jax.Array, heads: jax.Array, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """x `[batch, seq, d]` + W_o heads, of heads `[batch, seq, heads, head_dim]`."""
-    (linear,), (scale,), dropout = _operands(attention, ("o_proj",), dropout_key)
-    return residual_linear(x, heads, linear, scale=scale, dropout=dropout)
-
-
-def gated_mlp(
-    layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
-) -> jax.Array:
-    """x + W_down (f(W_gate n) * W_up n) of n = norm(x) (Shazeer 2020), `[batch, seq, d]` -> the same."""
-    norm = layer.post_attention_layernorm
-    linears, scales, dropout = _operands(layer.mlp, ("gate_proj", "up_proj", "down_proj"), dropout_key)
-    return gated_mlp_op(
-        x,
-        norm.weight.get_value(),
-        *linears,
-        scales=scales,
-        eps=norm.eps,
-        weight_offset=norm.weight_offset,
-        activation=config.activation,
-        dropout=dropout,
-    )
-
-
-def decoder_layer(
-    layer: DecoderLayer,
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    config: DecoderConfig,
-    kind: LayerKind,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """One layer with normalisation in front: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Args:
-      layer: parameters of one layer, not stacked.
-      x: `[batch, seq, d]`, the residual stream in the model's dtype.
-      cos, sin: fp32 `[batch, seq, rotated / 2]`.
-      segment_ids: int `[batch, seq]`, or None for one segment a row.
-      kind: "full", or "sliding" for a window of config.sliding_window tokens.
-      dropout_key: of this layer; None drops nothing.
-    """
-    attention = layer.self_attn
-    with jax.named_scope("attention"):
-        x, q, k, v = project_qkv(layer, x, config=config, dropout_key=dropout_key)
-        q, k = apply_rope(q, k, cos, sin)
-        heads = flash_attention(
-            q,
-            k,
-            v,
-            segment_ids=segment_ids,
-            sliding_window=config.sliding_window if kind == "sliding" else None,
-            softcap=config.attention_softcap,
-            sinks=value_or_none(attention.sinks),
-            scale=config.attention_scale,
-        )
-        x = output_projection(attention, x, heads, dropout_key)
-    with jax.named_scope("mlp"):
-        return gated_mlp(layer, x, config=config, dropout_key=dropout_key)

@@ -15,13 +15,15 @@ The semantics are those of transformers' `modeling_rope_utils`: dynamic and long
 call, max(positions) + 1, which is traced. Source (Su et al. 2021) RoFormer, arXiv:2104.09864.
 """
 
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pronghorn.models.config import DecoderConfig, RopeConfig
+from pronghorn.models.config import DecoderConfig, LayerRope, RopeConfig
 
 
 def depends_on_length(rope: RopeConfig) -> bool:
@@ -104,6 +106,27 @@ def cos_sin(
     angles = positions[..., None].astype(jnp.float32) * inverse_frequencies(config, length)
     factor = attention_factor(config)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def layer_angles(
+    config: DecoderConfig, positions: jax.Array, *, length: jax.Array | int | None = None
+) -> dict[LayerRope, tuple[jax.Array, jax.Array] | tuple[None, None]]:
+    """`cos_sin` of every rope that a layer of the model uses: {"global": .., "local": .., "none": (None, None)}."""
+    angles: dict[LayerRope, Any] = {}
+    for kind in dict.fromkeys(kind for _, kind in config.layer_pattern):
+        if kind == "none":
+            angles[kind] = (None, None)
+        else:
+            angles[kind] = cos_sin(with_rope(config, kind), positions, length=length)
+    return angles
+
+
+def with_rope(config: DecoderConfig, kind: LayerRope) -> DecoderConfig:
+    """The configuration with `rope` as layers of that kind have it."""
+    if kind != "local":
+        return config
+    assert config.local_rope is not None
+    return dataclasses.replace(config, rope=config.local_rope)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -80,6 +80,7 @@ def loss_sum_and_count(
         lora_scale=lora_scale,
         label_smoothing=label_smoothing,
         softcap=model.config.logit_softcap,
+        logit_scale=model.config.logit_scale,
     )
     return loss_sum, jnp.sum(targets != IGNORED, dtype=jnp.int32)
 
@@ -138,6 +139,7 @@ def evaluation_sums(graph: Any) -> Callable[[Any, Any, Batch], tuple[jax.Array, 
             lora_b=lora_b,
             lora_scale=lora_scale,
             softcap=model.config.logit_softcap,
+            logit_scale=model.config.logit_scale,
         )
         return jnp.sum(losses), jnp.sum(targets != IGNORED, dtype=jnp.int32)
 

@@ -1,0 +1,265 @@
+"""The forward pass of one layer: free functions over the modules of `models/layers.py`, switched by the configuration.
+
+Where a family is plain these are a few ops whose hand-derived gradients choose what a layer saves: its input, q, k and
+v, attention's output and logsumexp, the residual stream after attention, gate and up, and a few numbers a token. What
+has no such op yet (layer norm, MLPs that are not gated, norms on outputs) is put together from smaller ones.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
+from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
+from pronghorn.pallas_kernels.flash_attention import flash_attention
+from pronghorn.pallas_kernels.gated_activation import gated_activation
+from pronghorn.pallas_kernels.norm_linears import Dropout, norm_linears
+from pronghorn.pallas_kernels.residual_linear import residual_linear
+from pronghorn.pallas_kernels.rope import apply_rope
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
+
+# A dropout mask of its own for every linear of a layer: the layer's key is folded with this number.
+_DROPOUT_STREAM = {
+    "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6
+}  # fmt: skip
+
+
+def _operands(
+    holder: nnx.Module, names: tuple[str, ...], dropout_key: jax.Array | None
+) -> tuple[tuple[LinearWeights, ...], tuple[float, ...], Dropout | None]:
+    """(arrays, scales, dropout) of some linear layers, as the ops take them."""
+    linears = [getattr(holder, name) for name in names]
+    arrays = tuple(
+        LinearWeights(*(value_or_none(v) for v in (linear.weight, linear.lora_A, linear.lora_B, linear.bias)))
+        for linear in linears
+    )
+    dropout = None
+    if dropout_key is not None and any(linear.lora_dropout for linear in linears):
+        keys = tuple(jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name]) for name in names)
+        dropout = Dropout(tuple(linear.lora_dropout for linear in linears), keys)
+    return arrays, tuple(linear.lora_scale for linear in linears), dropout
+
+
+def _linear(holder: nnx.Module, name: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    """One linear layer by itself."""
+    if dropout_key is not None:
+        dropout_key = jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name])
+    return getattr(holder, name)(x, dropout_key)
+
+
+def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
+    """x + scale out."""
+    return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype))
+
+
+def project_qkv(
+    layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The residual stream `[batch, seq, d]` -> itself, queries `[batch, seq, heads, head_dim]`, keys and values
+    `[.., kv_heads, head_dim]`.
+
+    The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
+    computed. Heads are normalised where the family does so in front of rope; nothing is rotated yet.
+    """
+    attention = layer.self_attn
+    norm = None if config.block == "post" else layer.input_layernorm
+    names = ("q_proj", "k_proj", "v_proj")
+    if isinstance(norm, RMSNorm) and config.block != "parallel":
+        linears, scales, dropout = _operands(attention, names, dropout_key)
+        x, (q, k, v) = norm_linears(
+            x,
+            norm.weight.get_value(),
+            linears,
+            scales=scales,
+            eps=norm.eps,
+            weight_offset=norm.weight_offset,
+            dropout=dropout,
+        )
+    else:
+        n = x if norm is None else norm(x)
+        q, k, v = (_linear(attention, name, n, dropout_key) for name in names)
+    if config.qk_norm_over == "width":
+        q, k = normalize_heads(attention, q, k)
+    batch, seq, _ = x.shape
+    q = q.reshape(batch, seq, config.num_heads, config.head_dim)
+    k = k.reshape(batch, seq, config.num_kv_heads, config.head_dim)
+    v = v.reshape(batch, seq, config.num_kv_heads, config.head_dim)
+    if config.qk_norm_over != "width" and not config.qk_norm_after_rope:
+        q, k = normalize_heads(attention, q, k)
+    if config.rope_interleaved:
+        q, k = _halves(q, config), _halves(k, config)
+    return x, q, k, v
+
+
+def normalize_heads(attention: Attention, q: Any, k: Any) -> tuple[Any, Any]:
+    """q and k after their norms, as they are where there is none; None stays None."""
+    if attention.q_norm is not None and q is not None:
+        q = attention.q_norm(q)
+    if attention.k_norm is not None and k is not None:
+        k = attention.k_norm(k)
+    return q, k
+
+
+def _halves(x: jax.Array, config: DecoderConfig) -> jax.Array:
+    """Rotated dims from neighbouring pairs to two halves, the order that our rope takes.
+
+    It is never undone: what follows rope is q kᵀ, which is the same for any one order of the dims of both.
+    """
+    rotated = int(config.head_dim * config.rope.partial_rotary_factor)
+    pairs = x[..., :rotated].reshape(*x.shape[:-1], rotated // 2, 2)
+    halves = jnp.swapaxes(pairs, -1, -2).reshape(*x.shape[:-1], rotated)
+    return halves if rotated == x.shape[-1] else jnp.concatenate([halves, x[..., rotated:]], axis=-1)
+
+
+def add_attention(
+    layer: DecoderLayer,
+    x: jax.Array,
+    heads: jax.Array,
+    *,
+    config: DecoderConfig,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """x `[batch, seq, d]` + W_o heads, of heads `[batch, seq, heads, head_dim]`; normalised and scaled where the
+    family does so."""
+    attention = layer.self_attn
+    normalized = config.block in ("post", "sandwich")
+    if not normalized and config.residual_scale == 1.0:
+        (linear,), (scale,), dropout = _operands(attention, ("o_proj",), dropout_key)
+        return residual_linear(x, heads, linear, scale=scale, dropout=dropout)
+    out = _linear(attention, "o_proj", heads.reshape(*x.shape[:2], -1), dropout_key)
+    if normalized:
+        out = layer.post_attention_layernorm(out)
+    return _scaled_sum(x, out, config.residual_scale)
+
+
+def feed_forward(
+    layer: DecoderLayer,
+    x: jax.Array,
+    residual: jax.Array,
+    *,
+    config: DecoderConfig,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """residual + mlp(norm(x)), `[batch, seq, d]`; the MLP's output normalised and scaled where the family does so.
+
+    `residual` is x, but for parallel blocks, where x is what attention read.
+    """
+    norms: dict[str, Any] = {
+        "pre": "post_attention_layernorm",
+        "sandwich": "pre_feedforward_layernorm",
+        "parallel": "input_layernorm",
+    }
+    norm = getattr(layer, norms[config.block]) if config.block in norms else None
+    if isinstance(norm, RMSNorm) and config.gated_mlp:
+        plain = config.block == "pre" and config.residual_scale == 1.0
+        linears, scales, dropout = _operands(layer.mlp, ("gate_proj", "up_proj", "down_proj"), dropout_key)
+        out = gated_mlp_op(
+            x,
+            norm.weight.get_value(),
+            *linears,
+            scales=scales,
+            eps=norm.eps,
+            weight_offset=norm.weight_offset,
+            activation=config.activation,  # type: ignore[arg-type]  # the configuration was checked
+            residual=plain,
+            dropout=dropout,
+        )
+        if plain:
+            return out
+    else:
+        out = mlp(layer.mlp, x if norm is None else norm(x), config=config, dropout_key=dropout_key)
+    if config.block in ("post", "sandwich"):
+        out = layer.post_feedforward_layernorm(out)
+    return _scaled_sum(residual, out, config.residual_scale)
+
+
+def mlp(
+    module: MLP, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """W_down (f(W_gate x) * W_up x) (Shazeer 2020), or W_down f(W_up x), `[batch, seq, d]` -> the same."""
+    up = _linear(module, "up_proj", x, dropout_key)
+    if config.gated_mlp:
+        gate = _linear(module, "gate_proj", x, dropout_key)
+        activation: Any = config.activation
+        hidden = gated_activation(gate, up, activation=activation)
+    else:
+        # Only what came in is saved.
+        hidden = jax.checkpoint(_activation, static_argnums=(1,))(
+            up, config.activation, _xielu(module.act_fn)
+        )
+    return _linear(module, "down_proj", hidden, dropout_key)
+
+
+def _xielu(module: XIELU | None) -> tuple[jax.Array, ...] | None:
+    if module is None:
+        return None
+    return tuple(v.get_value() for v in (module.alpha_p, module.alpha_n, module.beta, module.eps))
+
+
+def _activation(x: jax.Array, name: str, parameters: tuple[jax.Array, ...] | None) -> jax.Array:
+    """An activation that stands alone, in fp32, back in the dtype of x.
+
+    relu2 is relu(x)²; xIELU, with p = softplus(alpha_p) and n = beta + softplus(alpha_n), is p x² + beta x over zero
+    and n (expm1(min(x, eps)) - x) + beta x below.
+    """
+    x32 = x.astype(jnp.float32)
+    if name == "relu2":
+        y = jnp.square(jax.nn.relu(x32))
+    elif name == "xielu":
+        assert parameters is not None
+        alpha_p, alpha_n, beta, eps = (p.astype(jnp.float32) for p in parameters)
+        positive = jax.nn.softplus(alpha_p) * x32 * x32 + beta * x32
+        below = (jnp.expm1(jnp.minimum(x32, eps)) - x32) * (beta + jax.nn.softplus(alpha_n)) + beta * x32
+        y = jnp.where(x32 > 0, positive, below)
+    elif name == "silu":
+        y = jax.nn.silu(x32)
+    else:
+        y = jax.nn.gelu(x32, approximate=name == "gelu_tanh")
+    return y.astype(x.dtype)
+
+
+def decoder_layer(
+    layer: DecoderLayer,
+    x: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """One layer: `DecoderConfig.block` has its formula.
+
+    Args:
+      layer: parameters of one layer, not stacked.
+      x: `[batch, seq, d]`, the residual stream in the model's dtype.
+      cos, sin: fp32 `[batch, seq, rotated / 2]`; None where the layer is told no positions.
+      segment_ids: int `[batch, seq]`, or None for one segment a row.
+      kind: "full", or "sliding" for a window of config.sliding_window tokens.
+      dropout_key: of this layer; None drops nothing.
+    """
+    attention = layer.self_attn
+    with jax.named_scope("attention"):
+        x, q, k, v = project_qkv(layer, x, config=config, dropout_key=dropout_key)
+        if cos is not None and sin is not None:
+            q, k = apply_rope(q, k, cos, sin)
+        if config.qk_norm_after_rope:
+            q, k = normalize_heads(attention, q, k)
+        heads = flash_attention(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            sliding_window=config.sliding_window if kind == "sliding" else None,
+            softcap=config.attention_softcap,
+            sinks=value_or_none(attention.sinks),
+            scale=config.attention_scale,
+        )
+        attended = add_attention(layer, x, heads, config=config, dropout_key=dropout_key)
+    with jax.named_scope("mlp"):
+        read = x if config.block == "parallel" else attended
+        return feed_forward(layer, read, attended, config=config, dropout_key=dropout_key)
