@@ -127,9 +127,27 @@ def test_wrong_gradient_fails_where_the_forward_pass_agrees(folders, monkeypatch
     assert any(difference.relative > compare.GRADIENT_LIMIT for difference in report.gradients)
 
 
-def test_nan_is_the_worst_difference_there_is():
-    ours = np.array([1.0, np.nan])
-    assert compare._difference("x", ours, np.ones(2)).relative == float("inf")
+@pytest.mark.parametrize("difference", [compare._difference, compare._layer_difference])
+@pytest.mark.parametrize("ours", [np.array([[1.0, np.nan]]), np.ones((1, 3))], ids=["nan", "shape"])
+def test_nan_and_other_shapes_are_the_worst_difference_there_is(difference, ours):
+    assert difference("x", ours, np.ones((1, 2))).relative == float("inf")
+
+
+def test_huge_activations_of_one_token_do_not_hide_a_fault_in_another():
+    theirs = np.ones((1, 5, 8))
+    theirs[0, 0, 3] = 2e4
+    ours = theirs.copy()
+    ours[0, 4] *= 1.01
+    assert compare._layer_difference("layers.0", ours, theirs).relative == pytest.approx(0.01)
+
+
+def test_reference_s_loss_is_taken_in_fp64(folders):
+    """PyTorch's fp32 cross entropy errs by more than two models differ where the vocabulary is large."""
+    ids = np.random.default_rng(0).integers(0, 131, (1, 20), dtype=np.int32)
+    found = compare._run_transformers(folders["qwen2"], None, ids, gradients=True)
+    logits = found["logits"][:-1].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert found["loss"] == pytest.approx(-logprobs[np.arange(19), ids[0, 1:]].mean(), rel=1e-12)
 
 
 def test_command_writes_every_documented_number_and_exits_1_on_a_departure(folders, monkeypatch, tmp_path):
