@@ -1,0 +1,174 @@
+"""A 4-bit weight back to 16 bits in one pass over memory, the 8-bit scales of its blocks included.
+
+A weight of n elements, row by row, in blocks of `block_size` b. Byte i holds the codes of elements 2 i (high four bits)
+and 2 i + 1 (low four bits); T is the table of 16 values, a_j the scale of block j:
+
+    w_k = T[c_k] a_(k // b)                                        in fp32, rounded once to the dtype asked for
+    a_j = absmax_j                                                 scales kept in fp32, or
+    a_j = D[absmax_j] m_(j // 256) + o                             in 8 bits: table D, maxima m, one offset o
+
+the arithmetic of bitsandbytes, to the bit. The product of a_j is rounded before o is added, as there: the compiler must
+not make one fused multiply-add of the two. A frozen weight has no gradient, so this op has none.
+
+Source: Dettmers et al., QLoRA, 2023, section 3, https://arxiv.org/abs/2305.14314.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
+
+NESTED_BLOCK = 256
+ELEMENTS_PER_PROGRAM = 4096
+
+
+class NestedScales(NamedTuple):
+    """Scales that are codes themselves.
+
+    Attributes:
+      absmax: fp32 [ceil(blocks / 256)], m.
+      table: fp32 [256], D.
+      offset: fp32 [], o.
+    """
+
+    absmax: Any
+    table: Any
+    offset: Any
+
+
+def nf4_dequantize(
+    codes: jax.Array,
+    absmax: jax.Array,
+    code_table: jax.Array,
+    nested: NestedScales | None = None,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    block_size: int = 64,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """The weight that 4-bit codes stand for.
+
+    Args:
+      codes: uint8 [ceil(n / 2)], two codes a byte.
+      absmax: fp32 [ceil(n / block_size)], or uint8 where `nested` is given.
+      code_table: fp32 [16], of NF4, FP4 or any other code.
+      nested: what 8-bit absmax mean.
+      shape: of the weight, n elements.
+      dtype: bf16, fp16 or fp32.
+      block_size: a power of two.
+      implementation: "pallas" or "xla" (the oracle); None takes the kernel on a GPU.
+
+    Raises:
+      InputError: where sizes do not fit each other.
+    """
+    count = math.prod(shape)
+    blocks = launch.cdiv(count, block_size)
+    if block_size < 2 or block_size & (block_size - 1):
+        raise InputError(f"nf4_dequantize: block_size={block_size} must be a power of two.")
+    if codes.shape != (launch.cdiv(count, 2),) or absmax.shape != (blocks,):
+        raise InputError(
+            f"nf4_dequantize: codes {codes.shape} and absmax {absmax.shape} must be ({launch.cdiv(count, 2)},) and "
+            f"({blocks},) for a weight {shape} in blocks of {block_size}."
+        )
+    if nested is not None and nested.absmax.shape != (launch.cdiv(blocks, NESTED_BLOCK),):
+        raise InputError(
+            f"nf4_dequantize: nested absmax {nested.absmax.shape} must be ({launch.cdiv(blocks, NESTED_BLOCK)},) for "
+            f"{blocks} blocks."
+        )
+    if launch.resolve(implementation) == "xla":
+        return nf4_dequantize_reference(
+            codes, absmax, code_table, nested, shape=shape, dtype=dtype, block_size=block_size
+        )
+    return _launch(codes, absmax, code_table, nested, shape, jnp.dtype(dtype), block_size)
+
+
+def nf4_dequantize_reference(
+    codes: jax.Array,
+    absmax: jax.Array,
+    code_table: jax.Array,
+    nested: NestedScales | None = None,
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    block_size: int = 64,
+) -> jax.Array:
+    """The oracle of `nf4_dequantize`: the formula in jax.numpy."""
+    count, blocks = math.prod(shape), absmax.shape[0]
+    scales = block_scales(absmax, nested)
+    values = code_table[jnp.stack([codes >> 4, codes & 15], axis=-1)].reshape(-1)[:count]
+    values = jnp.pad(values, (0, blocks * block_size - count)).reshape(blocks, block_size)
+    return (values * scales[:, None]).reshape(-1)[:count].reshape(shape).astype(dtype)
+
+
+def block_scales(absmax: jax.Array, nested: NestedScales | None) -> jax.Array:
+    """a, fp32 [blocks]."""
+    if nested is None:
+        return absmax.astype(jnp.float32)
+    maxima = jnp.repeat(
+        nested.absmax, NESTED_BLOCK, total_repeat_length=NESTED_BLOCK * nested.absmax.shape[0]
+    )
+    return _plus_offset(nested.table[absmax], maxima[: absmax.shape[0]], nested.offset)
+
+
+def _plus_offset(values, maxima, offset):
+    """values maxima + offset, each rounded.
+
+    A maximum has no sign, which no compiler knows: with its sign bit worked into the last bit of the product there is
+    nothing left to fuse.
+    """
+    bits = jax.lax.bitcast_convert_type(values * maxima, jnp.uint32)
+    sign = jax.lax.bitcast_convert_type(maxima, jnp.uint32) >> 31
+    return jax.lax.bitcast_convert_type(bits | sign, jnp.float32) + offset
+
+
+def _kernel(*refs, block_size, blocks_per_program, count, has_nested):
+    if has_nested:
+        codes_ref, absmax_ref, code_table_ref, maxima_ref, scale_table_ref, offset_ref, out_ref = refs
+    else:
+        codes_ref, absmax_ref, code_table_ref, out_ref = refs
+    blocks = pl.program_id(0) * blocks_per_program + jnp.arange(blocks_per_program)
+    exists = blocks < absmax_ref.shape[0]
+    if has_nested:
+        scale_codes = triton.load(absmax_ref.at[blocks], mask=exists, other=0).astype(jnp.int32)
+        maxima = triton.load(maxima_ref.at[blocks >> 8], mask=exists, other=0.0)
+        scales = _plus_offset(triton.load(scale_table_ref.at[scale_codes]), maxima, offset_ref[0])
+    else:
+        scales = triton.load(absmax_ref.at[blocks], mask=exists, other=0.0)
+
+    places = blocks[:, None] * (block_size // 2) + jnp.arange(block_size // 2)[None, :]
+    packed = triton.load(codes_ref.at[places], mask=places < codes_ref.shape[0], other=0).astype(jnp.int32)
+    high = triton.load(code_table_ref.at[packed >> 4]) * scales[:, None]
+    low = triton.load(code_table_ref.at[packed & 15]) * scales[:, None]
+    values = jnp.stack([high, low], axis=-1).reshape(blocks_per_program, block_size)
+    elements = blocks[:, None] * block_size + jnp.arange(block_size)[None, :]
+    triton.store(out_ref.at[elements], values.astype(out_ref.dtype), mask=elements < count)
+
+
+def _launch(codes, absmax, code_table, nested, shape, dtype, block_size):
+    count, blocks = math.prod(shape), absmax.shape[0]
+    blocks_per_program = min(max(1, ELEMENTS_PER_PROGRAM // block_size), launch.next_power_of_2(blocks))
+    operands = [codes, absmax, code_table]
+    if nested is not None:
+        operands += [nested.absmax, nested.table, jnp.reshape(nested.offset, (1,))]
+    flat = launch.pallas_call(
+        functools.partial(
+            _kernel,
+            block_size=block_size,
+            blocks_per_program=blocks_per_program,
+            count=count,
+            has_nested=nested is not None,
+        ),
+        name="nf4_dequantize",
+        grid=(launch.cdiv(blocks, blocks_per_program),),
+        out_shape=jax.ShapeDtypeStruct((count,), dtype),
+        num_warps=launch.warps_for(blocks_per_program * block_size),
+    )(*operands)
+    return flat.reshape(shape)

@@ -1,0 +1,21 @@
+"""Weights in fewer bits, as pytrees with `.shape`, `.dtype` and `.dequantize()`."""
+
+from pronghorn.quantization.int8 import Int8Array, quantize_int8
+from pronghorn.quantization.nf4 import NF4Array, quantize_4bit
+from pronghorn.quantization.quantize_model import (
+    QuantizationConfig,
+    is_quantized,
+    quantize,
+    read_quantization,
+)
+
+__all__ = [
+    "Int8Array",
+    "NF4Array",
+    "QuantizationConfig",
+    "is_quantized",
+    "quantize",
+    "quantize_4bit",
+    "quantize_int8",
+    "read_quantization",
+]

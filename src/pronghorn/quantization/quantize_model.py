@@ -1,0 +1,154 @@
+"""Which weights of a model are quantised, and how: the one place that knows every kind.
+
+Only the linear layers inside of the decoder's layers are: embeddings, the head, norms and biases stay in 16 bits, as in
+QLoRA. This module knows parameters by name and never looks at a model: `models` is to its right.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.errors import InputError
+from pronghorn.quantization.int8 import Int8Array, empty_like_int8, quantize_int8
+from pronghorn.quantization.nf4 import NF4Array, empty_like_4bit, quantize_4bit
+
+Kind = Literal["nf4", "fp4", "int8"]
+QuantizedArray = NF4Array | Int8Array
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """How to quantise a model.
+
+    Attributes:
+      kind: "nf4", "fp4" (4 bits and a scale every 64 elements) or "int8" (8 bits and a scale a row).
+      nested: keep the scales of 4-bit blocks in 8 bits: 4.13 bits a parameter instead of 4.5.
+      skip: modules that stay in 16 bits, by name as in Hugging Face ("model.layers.3.mlp.down_proj"), by the start of a
+        name up to a dot, by its end, or by a regular expression for its start: what `llm_int8_skip_modules` means.
+
+    Raises:
+      InputError: an unknown kind.
+    """
+
+    kind: Kind = "nf4"
+    nested: bool = True
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise InputError(
+                f"quantization={self.kind!r} is not known; use one of {', '.join(get_args(Kind))}."
+            )
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"quantization: skip has {pattern!r}, which is no pattern ({error})."
+                ) from None
+
+    def skips(self, module: str) -> bool:
+        """Whether the module of this Hugging Face name stays in 16 bits; the rule of transformers 5."""
+        return any(
+            re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern)
+            for pattern in self.skip
+        )
+
+
+def read_quantization(value: str | QuantizationConfig | None) -> QuantizationConfig | None:
+    """A `QuantizationConfig` from what users write: one, its kind, or None."""
+    return QuantizationConfig(kind=value) if isinstance(value, str) else value  # type: ignore[arg-type]
+
+
+def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
+    """A quantised copy of one matrix, on the host (numpy) or its device (jax)."""
+    if config.kind == "int8":
+        return quantize_int8(weight)
+    return quantize_4bit(weight, kind=config.kind, nested=config.nested)
+
+
+def empty_like(shape: tuple[int, ...], dtype: Any, config: QuantizationConfig) -> QuantizedArray:
+    """What `quantize` returns for a matrix of this shape, with `jax.ShapeDtypeStruct` leaves."""
+    if config.kind == "int8":
+        return empty_like_int8(shape, dtype)
+    return empty_like_4bit(shape, dtype, kind=config.kind, nested=config.nested)
+
+
+def is_quantized(value: Any) -> bool:
+    """Whether a parameter's value is a quantised weight."""
+    return hasattr(value, "dequantize")
+
+
+def choose(parameters: Mapping[str, Any], modules: Mapping[str, str], config: QuantizationConfig) -> set[str]:
+    """Our names of the weights to quantise: the matrices inside of layers.
+
+    Args:
+      parameters: of the model, from `named_parameters`.
+      modules: {our parameter name: Hugging Face tensor name} of the whole model.
+
+    Raises:
+      InputError: nothing is left to quantise, or something is skipped that no module is called.
+    """
+    candidates = {
+        ours: theirs.removesuffix(".weight")
+        for ours, theirs in modules.items()
+        if ours.startswith("layers.") and ours.endswith(".weight") and len(parameters[ours].shape) == 2
+    }
+    others = [theirs.removesuffix(".weight") for theirs in modules.values()]
+    for pattern in config.skip:
+        one = QuantizationConfig(config.kind, config.nested, (pattern,))
+        if pattern != "lm_head" and not any(one.skips(module) for module in others):
+            raise InputError(f"quantization: skip names {pattern!r}, and the model has no such module.")
+    chosen = {ours for ours, module in candidates.items() if not config.skips(module)}
+    if not chosen:
+        raise InputError("quantization: skip leaves nothing to quantise; leave the quantization out instead.")
+    return chosen
+
+
+def make_abstract(parameters: Mapping[str, Any], arrays: Mapping[str, QuantizedArray]) -> None:
+    """Give variables of an abstract model quantised leaves, a leading axis on each where layers are stacked.
+
+    Args:
+      parameters: of the model, from `named_parameters`.
+      arrays: {name: what `empty_like` returns} of the weights that are to be quantised.
+
+    Raises:
+      InputError: layers of one stack that are to be stored in different ways.
+    """
+    stacks: dict[int, list[tuple[str, Any]]] = {}
+    for name, parameter in parameters.items():
+        stacks.setdefault(id(parameter.variable), []).append((name, parameter))
+    for group in stacks.values():
+        forms = [arrays.get(name) for name, _ in group]
+        if all(form is None for form in forms):
+            continue
+        (first_name, first), form = group[0], forms[0]
+        if form is None or any(other != form for other in forms):
+            raise InputError(
+                f"{first_name} and the other layers of its stack are not quantised alike, which one stack cannot hold; "
+                'load the model with layers="unrolled".'
+            )
+        if first.repeat is not None:
+            form = jax.tree.map(functools.partial(_stacked, len(group)), form)
+        first.variable.set_value(form)
+
+
+def _stacked(count: int, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+
+
+def finite_scales(values: Iterable[Any]) -> jax.Array:
+    """Whether every scale of the quantised weights is finite: none is where a weight is NaN, infinite or too large."""
+    flags = []
+    for value in values:
+        if isinstance(value, Int8Array):
+            flags.append(jnp.all(jnp.isfinite(value.scales)))
+        elif isinstance(value, NF4Array):
+            # The mean of the scales is not finite if one of them is not.
+            flags.append(jnp.all(jnp.isfinite(value.nested_offset if value.nested else value.absmax)))
+    return jnp.stack(flags) if flags else jnp.ones((1,), bool)
