@@ -81,7 +81,8 @@ def test_earlier_run_is_not_overwritten(run):
 
 def test_without_lora_every_weight_is_trained_and_the_model_is_saved(run, model_dir, tmp_path):
     numbers = tmp_path / "numbers.json"
-    settings = ["lora=null", "layers=scanned", "train.max_steps=1", f"train.output_dir={tmp_path / 'full'}"]
+    settings = ["lora=null", "layers=scanned", "data.eval_fraction=0", "train.max_steps=1"]
+    settings.append(f"train.output_dir={tmp_path / 'full'}")
     finished = invoke("train", run.job_file, *settings, "--json", numbers)
     assert finished.code == 0, finished.err
     saved = json.loads(numbers.read_text())
