@@ -39,7 +39,7 @@ def test_file_has_the_content_and_nothing_is_beside_it(tmp_path, content):
 
 def test_full_disk_leaves_the_old_file(tmp_path, full_disk):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(RunError, match="No space left on device.; free space"):
+    with pytest.raises(RunError, match=r"No space left on device\); free space"):
         write_atomic(tmp_path / "file", "new")
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
 
