@@ -5,6 +5,7 @@ belongs to the model (`config.json`, tokenizer, chat template, generation config
 that were not touched keep every bit, and `config.json` keeps every byte unless it would tell something untrue.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -97,7 +98,7 @@ def load_model(
     hf_config, text = read_config(folder)
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
-    stored = open_weights(folder)
+    stored = cut_tensors(open_weights(folder), family.fused_tensors(config))
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
@@ -211,12 +212,51 @@ def write_model(
         array = np.asarray(value_of(ours[tensor_name]))
         return array if target is None else _cast(array, np.dtype(target), tensor_name)
 
+    # What the family stores as one tensor is put together again.
+    fused = family.fused_tensors(config)
+    parts = {part: name for name, pieces in fused.items() for part, _ in pieces}
+
+    def file_spec(name: str) -> TensorSpec:
+        if name not in fused:
+            return spec_of(ours[name])
+        specs = [spec_of(ours[part]) for part, _ in fused[name]]
+        return TensorSpec(specs[0].dtype, (sum(spec.shape[0] for spec in specs), *specs[0].shape[1:]))
+
+    def fetch_file(name: str) -> np.ndarray:
+        return np.concatenate([fetch(part) for part, _ in fused[name]]) if name in fused else fetch(name)
+
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
     carry_files(folder, model.source, tokenizer_from)
     (folder / "config.json").write_bytes(text.encode("utf-8"))
+    names = dict.fromkeys(parts.get(name, name) for name in ours)
     write_weights(
-        folder, {name: spec_of(ours[name]) for name in ours}, fetch, max_shard_bytes=max_shard_bytes
+        folder, {name: file_spec(name) for name in names}, fetch_file, max_shard_bytes=max_shard_bytes
     )
+
+
+def cut_tensors(
+    stored: Mapping[str, StoredTensor], fused: Mapping[str, tuple[tuple[str, int], ...]]
+) -> dict[str, StoredTensor]:
+    """The tensors of a folder, each one that holds several cut into these: rows lie one after the other in the file.
+
+    Raises:
+      InputError: a tensor does not have the rows of its parts.
+    """
+    cut = dict(stored)
+    for name, parts in fused.items():
+        if name not in cut:
+            continue
+        tensor = cut.pop(name)
+        if tensor.shape[:1] != (sum(rows for _, rows in parts),):
+            raise InputError(
+                f"{tensor.file}: {name} has shape {list(tensor.shape)} and config.json asks for "
+                f"{sum(rows for _, rows in parts)} rows; config.json belongs to another model."
+            )
+        offset = tensor.offset
+        for part, rows in parts:
+            cut[part] = dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), offset=offset)
+            offset += cut[part].nbytes
+    return cut
 
 
 class _LazyWeights(Mapping[str, np.ndarray]):

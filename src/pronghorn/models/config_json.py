@@ -24,6 +24,8 @@ class Family:
       config_from_hf: the dict of a config.json -> DecoderConfig. Raises InputError naming the keys it refuses.
       config_to_hf: DecoderConfig -> a dict that transformers reads.
       tensor_names: DecoderConfig -> {single-layer name of ours: name in the checkpoint}, base weights only.
+      fused_tensors: DecoderConfig -> the tensors that the file holds as one, as `tensor_names.fused_tensors` gives
+        them; `tensor_names` has the names of their parts.
     """
 
     name: str
@@ -31,12 +33,14 @@ class Family:
     config_from_hf: Callable[[HfConfig], DecoderConfig]
     config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
     tensor_names: Callable[[DecoderConfig], dict[str, str]]
+    fused_tensors: Callable[[DecoderConfig], dict[str, tuple[tuple[str, int], ...]]] = lambda config: {}
 
 
 # Keys that say nothing about the forward pass.
 HARMLESS = frozenset({
     "_attn_implementation_autoset", "_name_or_path", "architectures", "bad_words_ids", "begin_suppress_tokens",
-    "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+    "bos_token_id", "cache_implementation",
+    "chunk_size_feed_forward", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty",
     "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_range",
     "is_llama_config", "label2id", "length_penalty", "max_length", "max_new_tokens", "min_length", "model_type",
@@ -53,12 +57,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_dropout": (0,),
     "cross_attention_hidden_size": (),
+    "embd_pdrop": (0,),
+    "embedding_dropout": (0,),
+    "hidden_dropout": (0,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "partial_rotary_factor": (1,),
     "pruned_heads": ({},),
+    "resid_pdrop": (0,),
+    "residual_dropout": (0,),
     "rope_interleaved": (False,),
     "tie_encoder_decoder": (False,),
+    "use_bidirectional_attention": (False,),
     "use_mrope": (False,),
 }
 
@@ -85,23 +95,42 @@ _ROPE_NEEDS = {
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"
 }  # fmt: skip
-_ACTIVATION_NAMES: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_PLAIN_ACTIVATIONS: dict[str, Activation] = _ACTIVATIONS | {"relu2": "relu2", "xielu": "xielu"}
+_ACTIVATION_NAMES: dict[Activation, str] = {
+    "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "xielu": "xielu"
+}  # fmt: skip
 _LAYER_TYPES: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
 _LAYER_TYPE_NAMES: dict[LayerKind, str] = {kind: name for name, kind in _LAYER_TYPES.items()}
 
 
-def refuse_unknown(hf: HfConfig, known: frozenset[str]) -> None:
-    """InputError if the config has remote code, or a key that nobody knows to be harmless."""
-    if hf.get("auto_map"):
+def refuse_unknown(
+    hf: HfConfig,
+    known: frozenset[str],
+    *,
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+    own_code: frozenset[str] = frozenset(),
+) -> None:
+    """InputError if the config has remote code, or a key that nobody knows to be harmless.
+
+    Args:
+      known: keys that the family reads.
+      neutral: keys of the family that say nothing as long as they have one of these values.
+      own_code: what `auto_map` may name: code that came with the family before transformers had it, which computes
+        what the family does. It is not run either.
+    """
+    neutral = NEUTRAL | dict(neutral or {})
+    auto_map = hf.get("auto_map")
+    named = set(auto_map.values()) if isinstance(auto_map, Mapping) else {None}
+    if auto_map and not named <= own_code:
         raise InputError(
-            "config.json has auto_map, which asks for code from the model folder, and none is ever run; use a checkpoint "
-            "of a supported model_type, or remove the key if the weights are one."
+            "config.json has auto_map, which asks for code from the model folder, and none is ever run; use a "
+            "checkpoint of a supported model_type, or remove the key if the weights are one."
         )
     unknown = []
     for key, value in hf.items():
         if value is None or key in HARMLESS or key in known or key == "auto_map":
             continue
-        if key not in NEUTRAL or value not in NEUTRAL[key]:
+        if key not in neutral or value not in neutral[key]:
             unknown.append(f"{key}={_short(value)}")
     if unknown:
         raise InputError(
@@ -116,6 +145,11 @@ def read_common(
     family: str,
     known: frozenset[str] = frozenset(),
     default_kv_heads: int | None = None,
+    eps_key: str = "rms_norm_eps",
+    activation_key: str = "hidden_act",
+    partial_rotary: float | None = None,
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+    own_code: frozenset[str] = frozenset(),
     **specific: Any,
 ) -> DecoderConfig:
     """A DecoderConfig from the keys that every Llama-like family shares.
@@ -125,16 +159,22 @@ def read_common(
       family: name for DecoderConfig.family.
       known: keys that the caller reads.
       default_kv_heads: where num_key_value_heads is absent; None for as many as heads.
+      eps_key, activation_key: the family's names for these.
+      partial_rotary: the default of partial_rotary_factor; None for families that rotate whole heads.
+      neutral, own_code: as in `refuse_unknown`.
       specific: fields of DecoderConfig that the family sets, in place of what is read here.
 
     Raises:
       InputError: a key is unknown, missing, or has a value that cannot be.
     """
-    refuse_unknown(hf, COMMON_KEYS | known)
+    known |= {eps_key, activation_key} | (set() if partial_rotary is None else {"partial_rotary_factor"})
+    refuse_unknown(hf, COMMON_KEYS | known, neutral=neutral, own_code=own_code)
     hidden_size, num_heads = positive(hf, "hidden_size"), positive(hf, "num_attention_heads")
     # A null means "as many as heads"; an absent key means the family's default.
     kv_default = num_heads if "num_key_value_heads" in hf or default_kv_heads is None else default_kv_heads
     head_dim = specific.pop("head_dim", None) or positive(hf, "head_dim", hidden_size // num_heads)
+    rope = specific.pop("rope", None) or read_rope(hf, head_dim=head_dim, partial_rotary=partial_rotary)
+    activations = _ACTIVATIONS if specific.get("gated_mlp", True) else _PLAIN_ACTIVATIONS
     fields: dict[str, Any] = {
         "vocab_size": positive(hf, "vocab_size"),
         "hidden_size": hidden_size,
@@ -144,12 +184,12 @@ def read_common(
         "num_kv_heads": positive(hf, "num_key_value_heads", kv_default),
         "head_dim": head_dim,
         "max_position_embeddings": positive(hf, "max_position_embeddings"),
-        "rms_norm_eps": number(hf, "rms_norm_eps", 1e-6),
-        "activation": choice(hf, "hidden_act", _ACTIVATIONS, "silu"),
+        "rms_norm_eps": number(hf, eps_key, 1e-6),
+        "activation": choice(hf, activation_key, activations, "silu"),
         "tie_word_embeddings": flag(hf, "tie_word_embeddings"),
-        "rope": read_rope(hf, head_dim=head_dim),
+        "rope": rope,
     }
-    if fields["rope"].partial_rotary_factor != 1:
+    if partial_rotary is None and rope.partial_rotary_factor != 1:
         raise InputError(
             f"config.json: partial_rotary_factor has to be 1 for model_type {hf.get('model_type')!r}."
         )
@@ -159,7 +199,14 @@ def read_common(
         raise InputError(f"config.json describes no possible model: {error}.") from error
 
 
-def write_common(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, Any]:
+def write_common(
+    config: DecoderConfig,
+    model_type: str,
+    architecture: str,
+    *,
+    eps_key: str = "rms_norm_eps",
+    activation_key: str = "hidden_act",
+) -> dict[str, Any]:
     """The keys that `read_common` reads, with rope as `rope_theta` and `rope_scaling`, which every reader knows."""
     rope = config.rope
     hf: dict[str, Any] = {
@@ -172,45 +219,34 @@ def write_common(config: DecoderConfig, model_type: str, architecture: str) -> d
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "hidden_act": _ACTIVATION_NAMES[config.activation],
+        activation_key: _ACTIVATION_NAMES[config.activation],
         "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
+        eps_key: config.rms_norm_eps,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_theta": rope.base,
         "rope_scaling": None,
     }
+    if rope.partial_rotary_factor != 1:
+        hf["partial_rotary_factor"] = rope.partial_rotary_factor
     if rope.kind != "default":
-        defaults = RopeConfig()
-        scaling: dict[str, Any] = {"rope_type": rope.kind, "factor": rope.factor}
-        for field in dataclasses.fields(rope):
-            value = getattr(rope, field.name)
-            if field.name in ROPE_KEYS - {"factor"} and value != getattr(defaults, field.name):
-                scaling[field.name] = list(value) if isinstance(value, tuple) else value
-        hf["rope_scaling"] = scaling
+        hf["rope_scaling"] = write_rope(rope)
     return hf
 
 
-def llama_tensor_names(config: DecoderConfig) -> dict[str, str]:
-    """Our name -> the checkpoint's, for a family whose checkpoint says "model." in front of all but the head."""
-    linears = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    biased = {f"self_attn.{p}_proj": config.qkv_bias for p in "qkv"}
-    biased["self_attn.o_proj"] = config.output_bias
-    names = ["embed_tokens.weight"]
-    for index in range(config.num_layers):
-        layer = f"layers.{index}."
-        names += [f"{layer}{norm}.weight" for norm in ("input_layernorm", "post_attention_layernorm")]
-        for linear in linears:
-            names.append(f"{layer}{linear}.weight")
-            if biased.get(linear, config.mlp_bias):
-                names.append(f"{layer}{linear}.bias")
-        if config.qk_norm:
-            names += [f"{layer}self_attn.{p}_norm.weight" for p in "qk"]
-    names.append("norm.weight")
-    mapping = {name: f"model.{name}" for name in names}
-    return mapping if config.tie_word_embeddings else mapping | {"lm_head.weight": "lm_head.weight"}
+def write_rope(rope: RopeConfig) -> dict[str, Any]:
+    """The keys of a rope_scaling, without rope_theta."""
+    defaults = RopeConfig()
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.kind != "default":
+        scaling["factor"] = rope.factor
+    for field in dataclasses.fields(rope):
+        value = getattr(rope, field.name)
+        if field.name in ROPE_KEYS - {"factor"} and value != getattr(defaults, field.name):
+            scaling[field.name] = list(value) if isinstance(value, tuple) else value
+    return scaling
 
 
-def read_rope(hf: HfConfig, *, head_dim: int) -> RopeConfig:
+def read_rope(hf: HfConfig, *, head_dim: int, partial_rotary: float | None = None) -> RopeConfig:
     """`rope_parameters` (transformers 5) or `rope_scaling` with `rope_theta` (before).
 
     Raises:
@@ -235,7 +271,9 @@ def read_rope(hf: HfConfig, *, head_dim: int) -> RopeConfig:
     if missing:
         raise InputError(f"config.json lacks {', '.join(missing)}, which rope of type {kind!r} needs.")
     base = number(scaling, "rope_theta", number(hf, "rope_theta", 10000.0))
-    partial = number(scaling, "partial_rotary_factor", 1.0)
+    # A key at the top is refused before, in a family that rotates whole heads.
+    partial = 1.0 if partial_rotary is None else number(hf, "partial_rotary_factor", partial_rotary)
+    partial = number(scaling, "partial_rotary_factor", partial)
     fields: dict[str, Any] = {"base": base, "kind": kind, "partial_rotary_factor": partial}
     if kind == "default":
         return RopeConfig(**fields)
@@ -269,6 +307,40 @@ def read_rope(hf: HfConfig, *, head_dim: int) -> RopeConfig:
     return RopeConfig(**fields)
 
 
+def read_layer_ropes(hf: HfConfig, *, head_dim: int, local_base: float) -> tuple[RopeConfig, RopeConfig]:
+    """(rope of full layers, rope of sliding ones): one dict each in `rope_parameters` (transformers 5), or the keys of
+    the model for the first and no scaling, with `local_base`, for the second."""
+    nested = hf.get("rope_parameters")
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(nested, Mapping) or not set(kinds) & set(nested):
+        return read_rope(hf, head_dim=head_dim), RopeConfig(base=local_base)
+    unknown = sorted(set(nested) - set(kinds))
+    if unknown:
+        raise InputError(f"config.json has rope_parameters.{unknown[0]}, which pronghorn does not know.")
+    base = {kinds[0]: number(hf, "rope_theta", 10000.0), kinds[1]: local_base}
+    full, sliding = (
+        read_rope(
+            {
+                "max_position_embeddings": hf.get("max_position_embeddings"),
+                "rope_theta": base[kind],
+                "rope_parameters": nested.get(kind),
+            },
+            head_dim=head_dim,
+        )
+        for kind in kinds
+    )
+    return full, sliding
+
+
+def write_layer_ropes(config: DecoderConfig) -> dict[str, Any]:
+    """`rope_parameters` with one dict for each kind of layer."""
+    return {
+        name: write_rope(rope) | {"rope_theta": rope.base}
+        for name, rope in (("full_attention", config.rope), ("sliding_attention", config.local_rope))
+        if rope is not None
+    }
+
+
 def read_layer_types(hf: HfConfig, default: tuple[LayerKind, ...]) -> tuple[LayerKind, ...]:
     """`layer_types` as kinds, or the default where it is absent."""
     types = hf.get("layer_types")
@@ -287,6 +359,21 @@ def read_layer_types(hf: HfConfig, default: tuple[LayerKind, ...]) -> tuple[Laye
 def write_layer_types(config: DecoderConfig) -> list[str]:
     """Layer kinds as `layer_types`."""
     return [_LAYER_TYPE_NAMES[kind] for kind in config.layer_kinds]
+
+
+def derived_head_dim(hf: HfConfig) -> int:
+    """hidden_size / num_attention_heads, for families that read no other head_dim.
+
+    Raises:
+      InputError: head_dim says something else.
+    """
+    head_dim = positive(hf, "hidden_size") // positive(hf, "num_attention_heads")
+    if positive(hf, "head_dim", head_dim) != head_dim:
+        raise InputError(
+            f"config.json: head_dim is {hf['head_dim']}, and model_type {hf.get('model_type')!r} computes with "
+            f"hidden_size / num_attention_heads = {head_dim}."
+        )
+    return head_dim
 
 
 def positive(hf: HfConfig, key: str, default: int | None = None) -> int:

@@ -1,10 +1,65 @@
 """The families that pronghorn knows, by the `model_type` of a `config.json`."""
 
 from pronghorn.errors import InputError
-from pronghorn.models import llama, mistral, qwen2, qwen3
+from pronghorn.models import (
+    apertus,
+    arcee,
+    cohere,
+    cohere2,
+    ernie4_5,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3,
+    glm,
+    granite,
+    helium,
+    hunyuan,
+    llama,
+    ministral,
+    mistral,
+    nemotron,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from pronghorn.models.config_json import Family, HfConfig
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    ministral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    smollm3.FAMILY,
+    olmo2.FAMILY,
+    olmo3.FAMILY,
+    granite.FAMILY,
+    cohere.FAMILY,
+    cohere2.FAMILY,
+    starcoder2.FAMILY,
+    seed_oss.FAMILY,
+    apertus.FAMILY,
+    ernie4_5.FAMILY,
+    exaone4.FAMILY,
+    nemotron.FAMILY,
+    stablelm.FAMILY,
+    hunyuan.FAMILY,
+    helium.FAMILY,
+    arcee.FAMILY,
+    glm.GLM,
+    glm.GLM4,
+)
 
 
 def family_for(hf_config: HfConfig) -> Family:

@@ -6,7 +6,8 @@ Special: one `attention_bias` for q, k, v and o; `mlp_bias`; rope of kind llama3
 from typing import Any
 
 from pronghorn.models.config import DecoderConfig
-from pronghorn.models.config_json import Family, HfConfig, flag, llama_tensor_names, read_common, write_common
+from pronghorn.models.config_json import Family, HfConfig, flag, read_common, write_common
+from pronghorn.models.tensor_names import llama_tensor_names
 
 
 def config_from_hf(hf: HfConfig) -> DecoderConfig:

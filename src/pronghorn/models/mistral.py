@@ -11,12 +11,12 @@ from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.models.config_json import (
     Family,
     HfConfig,
-    llama_tensor_names,
     positive,
     read_common,
     read_layer_types,
     write_common,
 )
+from pronghorn.models.tensor_names import llama_tensor_names
 
 
 def config_from_hf(hf: HfConfig) -> DecoderConfig:

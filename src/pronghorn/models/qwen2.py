@@ -12,13 +12,13 @@ from pronghorn.models.config_json import (
     Family,
     HfConfig,
     flag,
-    llama_tensor_names,
     positive,
     read_common,
     read_layer_types,
     write_common,
     write_layer_types,
 )
+from pronghorn.models.tensor_names import llama_tensor_names
 
 WINDOW_KEYS = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 

@@ -11,12 +11,12 @@ from pronghorn.models.config_json import (
     Family,
     HfConfig,
     flag,
-    llama_tensor_names,
     positive,
     read_common,
     write_common,
 )
 from pronghorn.models.qwen2 import WINDOW_KEYS, read_window, write_window
+from pronghorn.models.tensor_names import llama_tensor_names
 
 
 def config_from_hf(hf: HfConfig) -> DecoderConfig:
