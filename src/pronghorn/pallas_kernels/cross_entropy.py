@@ -100,7 +100,8 @@ def _forward_rule(options, logits, labels):
 
 
 def _backward_rule(options, residuals, cotangent):
-    return kernels.backward(*residuals, cotangent, options), None
+    logits, labels, lse, nll = residuals
+    return kernels.backward(logits, labels, lse, nll, cotangent, options), None
 
 
 _row_losses.defvjp(_forward_rule, _backward_rule)

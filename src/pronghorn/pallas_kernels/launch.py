@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import jax
 from jax.experimental import pallas as pl
@@ -98,7 +98,7 @@ def pallas_call(
     name: str,
     grid: tuple[int, ...],
     out_shape: Any,
-    in_specs: Sequence[pl.BlockSpec] | None = None,
+    in_specs: Sequence[pl.BlockSpec | None] | None = None,
     out_specs: Any = None,
     num_warps: int = 4,
     num_stages: int = 2,
@@ -165,7 +165,15 @@ def perturbed(tree: Any) -> bool:
     return any(leaf.perturbed for leaf in jax.tree.leaves(tree))
 
 
-def cdiv(a: int, b: int) -> int:
+@overload
+def cdiv(a: int, b: int) -> int: ...
+
+
+@overload
+def cdiv(a: jax.Array, b: int) -> jax.Array: ...
+
+
+def cdiv(a, b):
     """ceil(a / b)."""
     return -(-a // b)
 
