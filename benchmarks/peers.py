@@ -97,12 +97,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.vocab_size
     ids = torch.randint(0, vocab_size, (options.batch, options.seq), generator=generator).cuda()
-    backend = contextlib.nullcontext()
-    if options.attention != "default":
-        from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-        backend = sdpa_kernel(kinds[options.attention])
+    kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
     seconds, losses, norms, warm_up = [], [], [], 0.0
     begin = time.perf_counter()
     for index in range(options.steps):
@@ -111,7 +108,8 @@ def main() -> None:
             warm_up = time.perf_counter() - begin
         torch.cuda.synchronize()
         start = time.perf_counter()
-        with backend:
+        chosen = kinds.get(options.attention)
+        with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)

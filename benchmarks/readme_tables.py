@@ -50,8 +50,8 @@ def step_table(rows: list[dict]) -> str:
     """One run on one device as a table."""
     first = rows[0]
     lines = [
-        f"LoRA r={first['rank']} on all seven linears, one run on one {first['device']}, random weights of true shape, "
-        "no padding:",
+        f"LoRA r={first['rank']} on all seven linears, one after the other on one {first['device']}, random weights of "
+        "true shape, no padding (each framework draws its own weights and tokens, hence the losses):",
         "",
         "| framework | model | weights | batch x seq | memory policy | tokens/s | MFU | peak GiB | compile s | loss | "
         "gradient norm |",
