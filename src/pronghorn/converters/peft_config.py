@@ -108,7 +108,7 @@ def _shortest_targets(
     layers: dict[str, set[int]] = {}
     for name, (site, _) in adapted.items():
         if site.layer is not None:
-            layers.setdefault(_last(name), set()).add(site.layer)
+            layers.setdefault(_last(modules[name]), set()).add(site.layer)
     special = [modules[name] for name in adapted if name in (HEAD, EMBEDDING)]
     every = set(range(model.config.num_layers))
     if all(where == every for where in layers.values()):
@@ -127,10 +127,12 @@ def _shortest_pattern(
     pattern: dict[str, Any] = {}
     by_last: dict[str, set[float]] = {}
     for name, value in values.items():
-        by_last.setdefault(_last(name), set()).add(value)
+        by_last.setdefault(_last(modules[name]), set()).add(value)
     for name, value in values.items():
         if value != usual:
-            pattern[_last(name) if len(by_last[_last(name)]) == 1 else modules[name]] = _number(value)
+            pattern[_last(modules[name]) if len(by_last[_last(modules[name])]) == 1 else modules[name]] = (
+                _number(value)
+            )
     return pattern
 
 

@@ -1,0 +1,154 @@
+"""Keys of published config.json files of the families beyond Llama are read as they are meant."""
+
+import pytest
+from transformers import AutoConfig
+
+from pronghorn.errors import InputError
+from pronghorn.models import family_for
+
+GEMMA_2_2B = {
+    "architectures": ["Gemma2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": 1,
+    "final_logit_softcapping": 30.0,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 2304,
+    "initializer_range": 0.02,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 8192,
+    "model_type": "gemma2",
+    "num_attention_heads": 8,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 4,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "torch_dtype": "float32",
+    "transformers_version": "4.42.4",
+    "use_cache": True,
+    "vocab_size": 256000,
+}
+GEMMA_3_1B = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "eos_token_id": [1, 106],
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 1152,
+    "initializer_range": 0.02,
+    "intermediate_size": 6912,
+    "max_position_embeddings": 32768,
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "use_cache": True,
+    "vocab_size": 262144,
+}
+PHI_4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "bos_token_id": 199999,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 199999,
+    "full_attn_mod": 1,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "phi3",
+    "num_attention_heads": 24,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "original_max_position_embeddings": 4096,
+    "pad_token_id": 199999,
+    "partial_rotary_factor": 0.75,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {"type": "longrope", "long_factor": [1.5] * 48, "short_factor": [1.0] * 48},
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0",
+    "use_cache": True,
+    "vocab_size": 200064,
+}
+
+
+def read(hf):
+    return family_for(hf).config_from_hf(hf)
+
+
+def test_gemma_2_alternates_caps_and_is_tied_by_default():
+    config = read(GEMMA_2_2B)
+    assert config.layer_kinds == ("sliding", "full") * 13 and config.block == "sandwich"
+    assert (config.attention_softcap, config.logit_softcap, config.attention_scale) == (50.0, 30.0, 1 / 16)
+    assert config.tie_word_embeddings and config.norm_weight_offset == 1.0 and config.embedding_scale == 48.0
+
+
+def test_gemma_3_has_five_local_layers_to_a_global_one():
+    config = read(GEMMA_3_1B)
+    assert config.layer_pattern[:6] == (("sliding", "local"),) * 5 + (("full", "global"),)
+    assert (config.rope.base, config.local_rope.base, config.sliding_window) == (1000000.0, 10000.0, 512)
+
+
+def test_phi_4_mini_is_read_although_it_names_code_of_its_own_and_no_other_code_is():
+    config = read(PHI_4_MINI)
+    assert config.rope.kind == "longrope" and config.rope.factor == 32.0
+    assert config.rope.partial_rotary_factor == 0.75 and config.rope.original_max_position_embeddings == 4096
+    with pytest.raises(InputError, match="auto_map"):
+        family_for(PHI_4_MINI | {"auto_map": {"AutoModel": "other.Model"}})
+
+
+@pytest.mark.parametrize("hf", [GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI], ids=lambda hf: hf["model_type"])
+def test_published_rewritten_and_written_files_are_read_alike(hf):
+    family, config = family_for(hf), read(hf)
+    assert read(family.config_to_hf(config)) == config
+    assert read(AutoConfig.for_model(**hf).to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("hf", "change", "named"),
+    [
+        (GEMMA_2_2B, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (GEMMA_2_2B, {"embedding_multiplier": 2.0}, "embedding_multiplier"),
+        (PHI_4_MINI, {"lm_head_bias": True}, "lm_head_bias"),
+        (PHI_4_MINI, {"resid_pdrop": 0.1}, "resid_pdrop"),
+    ],
+)
+def test_what_would_change_the_maths_is_refused(hf, change, named):
+    with pytest.raises(InputError, match=named):
+        family_for(hf | change)
