@@ -357,11 +357,16 @@ def shallow_copy(model: Decoder) -> Decoder:
 
 
 def split(model: Decoder) -> tuple[Any, Any, Any]:
-    """(graph, trainable, frozen): the adapters are trainable where there are any, else every parameter (full
-    fine-tuning). `graph` is static and hashable; the other two are pytrees of arrays."""
-    chosen = LoRAParam if any(site.adapted for site in sites(model).values()) else nnx.Param
+    """(graph, trainable, frozen): the adapters are trainable where there are any, else every parameter that is not
+    quantised (full fine-tuning). `graph` is static and hashable; the other two are pytrees of arrays."""
+    adapted = any(site.adapted for site in sites(model).values())
+    chosen = LoRAParam if adapted else _trainable_in_full
     graph, *states = nnx.split(model, chosen, ...)
     return graph, states[0], states[1]
+
+
+def _trainable_in_full(path: Any, value: Any) -> bool:
+    return isinstance(value, nnx.Param) and not hasattr(value.get_value(), "dequantize")
 
 
 def merge(graph: Any, trainable: Any, frozen: Any) -> Decoder:

@@ -303,7 +303,7 @@ def test_an_adapter_folder_is_not_taken_for_a_model(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [{"dtype": "int8"}, {"dtype": "bf16"}, {"layers": "rolled"}, {"quantization": "nf4"}]
+    "option", [{"dtype": "int8"}, {"dtype": "bf16"}, {"layers": "rolled"}, {"quantization": "nf3"}]
 )
 def test_an_unknown_option_is_refused(base, option):
     assert next(iter(option.values())) in refusal(load, base, **option)

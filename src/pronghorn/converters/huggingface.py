@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pronghorn.converters import bitsandbytes
 from pronghorn.converters.carried_files import carry_files, load_tokenizer, write_manifest, written_by_us
 from pronghorn.converters.safetensors_files import (
     DEFAULT_SHARD_BYTES,
@@ -32,6 +33,15 @@ from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
 from pronghorn.models.families import family_for, family_named
 from pronghorn.models.parameters import assign, named_parameters
+from pronghorn.quantization import Int8Array, QuantizationConfig, quantize, read_quantization
+from pronghorn.quantization.quantize_model import (
+    QuantizedArray,
+    choose,
+    empty_like,
+    finite_scales,
+    is_quantized,
+    make_abstract,
+)
 
 __all__ = ["load", "load_model", "load_tokenizer", "read_config", "resolve_model_path", "save_model"]
 
@@ -44,7 +54,7 @@ def load(
     path: str | Path,
     *,
     adapter: str | Path | None = None,
-    quantization: str | None = None,
+    quantization: str | QuantizationConfig | None = None,
     dtype: str | None = "bfloat16",
     layers: Literal["unrolled", "scanned"] = "unrolled",
 ) -> tuple[Decoder, Any]:
@@ -53,7 +63,8 @@ def load(
     Args:
       path: a Hugging Face folder, a `.gguf` file, or a hub name (cached, or downloaded).
       adapter: a PEFT folder to load on top.
-      quantization: None; there is no quantised loading yet.
+      quantization: "nf4", "fp4" or "int8" (or a `QuantizationConfig`, which can leave modules out) for the linear
+        weights inside of layers. A folder that bitsandbytes quantised is loaded as it is, without this.
       dtype: of weights and activations: "bfloat16", "float16", "float32"; None keeps the checkpoint's.
       layers: "unrolled" (faster steps) or "scanned" (faster compilation).
 
@@ -63,46 +74,52 @@ def load(
     Raises:
       InputError: anything missing, damaged, unknown or contradictory, in one sentence.
     """
-    if quantization is not None:
-        raise InputError(
-            f"quantization={quantization!r} is not supported yet; leave it out and use a 16-bit dtype."
-        )
+    quantization = read_quantization(quantization)
     folder = resolve_model_path(path, gguf_dtype=_dtype_name(dtype) or "bfloat16")
     family_for(read_config(folder)[0])  # transformers would warn of a model that is refused anyway
     tokenizer = load_tokenizer(folder)
     if adapter is None:
-        return load_model(folder, dtype=dtype, layers=layers), tokenizer
+        return load_model(folder, dtype=dtype, layers=layers, quantization=quantization), tokenizer
     from pronghorn.converters.peft import adapter_tokenizer, load_adapter
 
     tokenizer = adapter_tokenizer(adapter, tokenizer)
-    return load_adapter(load_model(folder, dtype=dtype, layers=layers), adapter), tokenizer
+    model = load_model(folder, dtype=dtype, layers=layers, quantization=quantization)
+    return load_adapter(model, adapter), tokenizer
 
 
 def load_model(
-    path: str | Path, *, dtype: str | None = None, layers: Literal["unrolled", "scanned"] | None = None
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    layers: Literal["unrolled", "scanned"] | None = None,
+    quantization: str | QuantizationConfig | None = None,
 ) -> Decoder:
     """The decoder of a Hugging Face folder (or whatever `resolve_model_path` takes), on the default device.
 
-    Host memory beside the model is one tensor, or one stack where layers are scanned.
+    Host memory beside the model is one tensor, or one stack where layers are scanned. Quantised, one tensor at a time
+    is on the device in 16 bits.
 
     Args:
       path: folder, GGUF file or hub name.
       dtype: what every weight is cast to; None keeps each tensor's own, and computes in the commonest.
       layers: "unrolled", the default, or "scanned".
+      quantization: as in `load`.
 
     Raises:
       InputError: naming the file, tensor or key that is wrong.
     """
     dtype = _dtype_name(dtype)
+    quantization = read_quantization(quantization)
     folder = resolve_model_path(path, gguf_dtype=dtype or "bfloat16")
     hf_config, text = read_config(folder)
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
-    stored = cut_tensors(open_weights(folder), family.fused_tensors(config))
+    joined = bitsandbytes.join_tensors(folder, open_weights(folder), stored_quantization(folder))
+    stored = cut_tensors(joined, family.fused_tensors(config))
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
-        if theirs in stored:
+        if theirs in stored and not _in_8_bits(stored[theirs]):
             sizes[stored[theirs].dtype.name] += stored[theirs].nbytes
     commonest = next((name for name, _ in sizes.most_common() if name in DTYPES), "float32")
     model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")
@@ -115,13 +132,16 @@ def load_model(
             )
     if dtype is None and len(sizes) > 1:
         _keep_dtypes(folder, model, table)
-    assign(model, _LazyWeights(table, dtype))
+    forms = _quantized_forms(folder, model, names, table, quantization, dtype, commonest)
+    make_abstract(named_parameters(model), forms)
+    assign(model, _LazyWeights(table, dtype, forms, quantization))
+    _check_scales(folder, model, forms)
     model.source = Source(path=str(folder), hf_config=text, dtype=commonest)
     return model
 
 
 def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
-    """`config.json` as a dict, and its text.
+    """`config.json` as a dict, and its text; without bitsandbytes' quantization_config.
 
     Raises:
       InputError: it is missing, too large, or no JSON object.
@@ -144,7 +164,18 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
         raise InputError(f"{path}: is not valid JSON ({str(error)[:100]}); download it again.") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: is no JSON object; download it again.")
+    if bitsandbytes.is_quantization_config(config.get(bitsandbytes.CONFIG_KEY)):
+        # How weights are stored is no part of the architecture; `stored_quantization` has it.
+        del config[bitsandbytes.CONFIG_KEY]
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return config, text
+
+
+def stored_quantization(folder: str | Path) -> QuantizationConfig | None:
+    """How bitsandbytes quantised the model in a folder, by its config.json, or None."""
+    path = Path(folder) / "config.json"
+    value = json.loads(path.read_bytes().decode("utf-8")).get(bitsandbytes.CONFIG_KEY)
+    return bitsandbytes.quantization_of(value) if bitsandbytes.is_quantization_config(value) else None
 
 
 def save_model(
@@ -153,16 +184,20 @@ def save_model(
     *,
     tokenizer_from: Any = None,
     dtype: str | None = None,
+    quantization: str | QuantizationConfig | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
     """Write a folder that transformers, vLLM and `load` read. It appears whole, or not at all.
+
+    Quantised weights are written as bitsandbytes writes them, every bit as it is.
 
     Args:
       model: without an adapter (`save_adapter` and `save_merged` are for those).
       out_dir: must not exist, or be empty, or hold nothing but what an earlier save wrote (which is then replaced).
       tokenizer_from: a folder, or a transformers tokenizer; by default the folder that the model was loaded from.
       dtype: cast every weight; None writes each as it is.
+      quantization: quantise the linear weights inside of layers, as in `load`; these are held on the host meanwhile.
       max_shard_bytes: largest file of weights.
       overwrite: replace `out_dir` whatever it holds.
 
@@ -178,7 +213,13 @@ def save_model(
     out_dir = Path(out_dir)
     with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
         write_model(
-            folder, model, tokenizer_from=tokenizer_from, dtype=dtype, max_shard_bytes=max_shard_bytes
+            folder,
+            model,
+            tokenizer_from=tokenizer_from,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            quantization=read_quantization(quantization),
+            keep_quantized=True,
         )
         write_manifest(folder, "model")
     return out_dir
@@ -191,8 +232,15 @@ def write_model(
     tokenizer_from: Any = None,
     dtype: str | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    quantization: QuantizationConfig | None = None,
+    keep_quantized: bool = False,
 ) -> None:
-    """Fill an existing folder with the model, adapters merged in one weight at a time."""
+    """Fill an existing folder with the model, adapters merged in one weight at a time.
+
+    Args:
+      quantization: quantise what the model has in 16 bits.
+      keep_quantized: write quantised weights as they are; otherwise they are dequantised.
+    """
     target = _dtype_name(dtype)
     config = merged_config(model)
     family = family_named(config.family)
@@ -226,12 +274,62 @@ def write_model(
         return np.concatenate([fetch(part) for part, _ in fused[name]]) if name in fused else fetch(name)
 
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
+    packed = _packed(model, {name: theirs for theirs, name in ours.items()}, quantization, keep_quantized)
+    if packed:
+        clash = [theirs for theirs in packed if theirs in parts]
+        if clash:
+            raise InputError(
+                f"{folder}: the family stores {clash[0]} and others as one tensor, which cannot be quantised yet; "
+                "save it in 16 bits with save_merged."
+            )
+        others = [
+            theirs
+            for theirs, name in ours.items()
+            if name.startswith("layers.") and theirs not in packed and len(parameters[name].shape) == 2
+        ]
+        described = bitsandbytes.describe(packed, others, target or jnp.dtype(model.dtype).name)
+        edited = json.loads(text) | {bitsandbytes.CONFIG_KEY: described}
+        text = json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
+    small = {
+        name: array
+        for theirs, weight in packed.items()
+        for name, array in bitsandbytes.file_tensors(theirs, weight).items()
+    }
     carry_files(folder, model.source, tokenizer_from)
     (folder / "config.json").write_bytes(text.encode("utf-8"))
-    names = dict.fromkeys(parts.get(name, name) for name in ours)
+    names = dict.fromkeys(parts.get(name, name) for name in ours if name not in packed)
+    specs = {name: file_spec(name) for name in names}
+    specs |= {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
     write_weights(
-        folder, {name: file_spec(name) for name in names}, fetch_file, max_shard_bytes=max_shard_bytes
+        folder,
+        specs,
+        lambda name: small[name] if name in small else fetch_file(name),
+        max_shard_bytes=max_shard_bytes,
     )
+
+
+def _packed(
+    model: Decoder,
+    names: Mapping[str, str],
+    quantization: QuantizationConfig | None,
+    keep_quantized: bool,
+) -> dict[str, QuantizedArray]:
+    """{tensor name: quantised weight with numpy leaves} of what is to be written so."""
+    parameters, places = named_parameters(model), sites(model)
+    chosen = choose(parameters, names, quantization) if quantization is not None else set()
+    packed: dict[str, QuantizedArray] = {}
+    for name, theirs in names.items():
+        if name not in parameters:
+            continue
+        is_packed = is_quantized(parameters[name].variable.get_value())
+        if is_packed and keep_quantized:
+            value = parameters[name].get()
+        elif name in chosen and quantization is not None:
+            value = quantize(jnp.asarray(merged_weight(places[name.removesuffix(".weight")])), quantization)
+        else:
+            continue
+        packed[theirs] = jax.tree.map(np.asarray, value)
+    return packed
 
 
 def cut_tensors(
@@ -259,16 +357,80 @@ def cut_tensors(
     return cut
 
 
-class _LazyWeights(Mapping[str, np.ndarray]):
-    """`{our name: array}`, read from the files as each is asked for."""
+def _in_8_bits(tensor: Any) -> bool:
+    """Whether a tensor is an 8-bit weight, whose file does not say what it was."""
+    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, Int8Array)
 
-    def __init__(self, table: Mapping[str, StoredTensor], dtype: str | None):
+
+def _quantized_forms(
+    folder: Path,
+    model: Decoder,
+    names: Mapping[str, str],
+    table: Mapping[str, Any],
+    quantization: QuantizationConfig | None,
+    dtype: str | None,
+    commonest: str,
+) -> dict[str, QuantizedArray]:
+    """{our name: what its weight will be, with abstract leaves} of the weights that are or will be quantised."""
+    forms: dict[str, QuantizedArray] = {}
+    for name, tensor in table.items():
+        if isinstance(tensor, bitsandbytes.QuantizedTensor):
+            chosen = dtype or (commonest if _in_8_bits(tensor) else tensor.dtype.name)
+            forms[name] = dataclasses.replace(tensor.form, dtype_name=chosen)
+    if quantization is None:
+        return forms
+    kinds = {getattr(form, "kind", "int8") for form in forms.values()}
+    if forms and kinds != {quantization.kind}:
+        raise InputError(
+            f"{folder}: is quantised as {', '.join(sorted(kinds))} already; leave quantization={quantization.kind!r} "
+            "out, or give the 16-bit model."
+        )
+    if forms:
+        return forms
+    return {
+        name: empty_like(table[name].shape, dtype or table[name].dtype, quantization)
+        for name in choose(named_parameters(model), names, quantization)
+    }
+
+
+def _check_scales(folder: Path, model: Decoder, forms: dict[str, QuantizedArray]) -> None:
+    """Refuse weights that are NaN, infinite, or too large for the kind: their scales show it."""
+    if not forms:
+        return
+    parameters = named_parameters(model)
+    named = {id(parameters[name].variable): name for name in forms}
+    fine = np.asarray(finite_scales(parameters[name].variable.get_value() for name in named.values()))
+    broken = [name for name, ok in zip(named.values(), fine, strict=True) if not ok]
+    if broken:
+        raise InputError(
+            f"{folder}: {_listed(broken)} has values that are not finite, or too large to be quantised; "
+            "download the weights again, or load them without quantization."
+        )
+
+
+class _LazyWeights(Mapping[str, Any]):
+    """`{our name: array or quantised weight}`, read (and quantised on the device) as each is asked for."""
+
+    def __init__(
+        self,
+        table: Mapping[str, Any],
+        dtype: str | None,
+        forms: Mapping[str, QuantizedArray],
+        quantization: QuantizationConfig | None,
+    ):
         self._table = table
+        self._forms = forms
+        self._quantization = quantization
         self._dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> Any:
         array = self._table[name].read()
-        return array if self._dtype is None else _cast(array, self._dtype, name)
+        if is_quantized(array):
+            return dataclasses.replace(array, dtype_name=self._forms[name].dtype_name)
+        array = array if self._dtype is None else _cast(array, self._dtype, name)
+        if name in self._forms and self._quantization is not None:
+            return quantize(jnp.asarray(array), self._quantization)
+        return array
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
         return name in self._table

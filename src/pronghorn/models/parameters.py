@@ -116,6 +116,9 @@ def _set_leaf(group: list[tuple[str, Parameter]], mapping: Mapping[str, Any]) ->
     """All the given slices of one variable (or its only value)."""
     variable = group[0][1].variable
     current = variable.get_value()
+    if hasattr(current, "dequantize"):
+        _set_quantized_leaf(group, mapping)
+        return
     abstract = isinstance(current, jax.ShapeDtypeStruct)
     sharding = getattr(current, "sharding", None)
     dtype = jnp.dtype(current.dtype)
@@ -136,6 +139,23 @@ def _set_leaf(group: list[tuple[str, Parameter]], mapping: Mapping[str, Any]) ->
     for name, parameter in group:
         stack[parameter.repeat] = np.asarray(_checked(mapping[name], name, parameter)).astype(dtype)
     variable.set_value(jax.device_put(stack, sharding))
+
+
+def _set_quantized_leaf(group: list[tuple[str, Parameter]], mapping: Mapping[str, Any]) -> None:
+    variable = group[0][1].variable
+    current = variable.get_value()
+    # The values are small: all of a stack are held while it is put together, on the host.
+    values = [_checked(mapping[name], name, parameter) for name, parameter in group]
+    structure: Any = jax.tree.structure(current)
+    if any(jax.tree.structure(value) != structure for value in values):
+        raise InputError(f"{group[0][0]} is quantised in another way in the weights than in the model.")
+    if group[0][1].repeat is None:
+        variable.set_value(jax.device_put(values[0]))
+        return
+    if len(group) != current.shape[0]:
+        raise InputError(f"{group[0][0]} is one slice of a quantised stack; give every layer.")
+    stacked = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *values)
+    variable.set_value(jax.device_put(stacked))
 
 
 def _checked(value: Any, name: str, parameter: Parameter) -> Any:

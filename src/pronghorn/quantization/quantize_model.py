@@ -84,12 +84,19 @@ def is_quantized(value: Any) -> bool:
     return hasattr(value, "dequantize")
 
 
-def choose(parameters: Mapping[str, Any], modules: Mapping[str, str], config: QuantizationConfig) -> set[str]:
+def choose(
+    parameters: Mapping[str, Any],
+    modules: Mapping[str, str],
+    config: QuantizationConfig,
+    *,
+    strict: bool = True,
+) -> set[str]:
     """Our names of the weights to quantise: the matrices inside of layers.
 
     Args:
       parameters: of the model, from `named_parameters`.
       modules: {our parameter name: Hugging Face tensor name} of the whole model.
+      strict: refuse to skip what the model lacks. Published lists name such things.
 
     Raises:
       InputError: nothing is left to quantise, or something is skipped that no module is called.
@@ -102,7 +109,7 @@ def choose(parameters: Mapping[str, Any], modules: Mapping[str, str], config: Qu
     others = [theirs.removesuffix(".weight") for theirs in modules.values()]
     for pattern in config.skip:
         one = QuantizationConfig(config.kind, config.nested, (pattern,))
-        if pattern != "lm_head" and not any(one.skips(module) for module in others):
+        if strict and pattern != "lm_head" and not any(one.skips(module) for module in others):
             raise InputError(f"quantization: skip names {pattern!r}, and the model has no such module.")
     chosen = {ours for ours, module in candidates.items() if not config.skips(module)}
     if not chosen:
