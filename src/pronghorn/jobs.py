@@ -87,7 +87,7 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
     if job.adapter is not None:
         tokenizer = adapter_tokenizer(job.adapter, tokenizer)
     train, held_out = read_data(job.data, tokenizer, architecture.vocab_size)
-    model = load_model(folder, dtype=job.dtype, layers=job.layers)
+    model = load_model(folder, dtype=job.dtype, layers=job.layers, quantization=job.quantization)
     if job.adapter is not None:
         model = load_adapter(model, job.adapter)
     elif job.lora is not None:
@@ -110,10 +110,12 @@ def require_free_folder(path: str | Path) -> None:
 
 def plan_job(job: JobConfig) -> "MemoryPlan":
     """Memory and FLOPs of the job's step, from the compiled program; no weight is read."""
-    from pronghorn.converters.huggingface import resolve_model_path
+    from pronghorn.converters.huggingface import resolve_model_path, stored_quantization
+    from pronghorn.quantization import read_quantization
     from pronghorn.training import plan_memory
 
-    architecture = read_architecture(resolve_model_path(job.model))
+    folder = resolve_model_path(job.model)
+    architecture = read_architecture(folder)
     return plan_memory(
         architecture,
         job.lora if job.adapter is None else shape_of_adapter(Path(job.adapter), architecture),
@@ -122,6 +124,7 @@ def plan_job(job: JobConfig) -> "MemoryPlan":
         max_length=job.data.max_length,
         layers=job.layers,
         packing=job.data.packing,
+        quantization=stored_quantization(folder) or read_quantization(job.quantization),
         evaluate=job.data.eval_path is not None or job.data.eval_fraction > 0,
     )
 

@@ -21,10 +21,13 @@ import numpy as np
 from pronghorn.converters.carried_files import load_tokenizer, write_manifest, written_by_us
 from pronghorn.converters.huggingface import load_model, write_model
 from pronghorn.converters.safetensors_files import DEFAULT_SHARD_BYTES
-from pronghorn.errors import RunError
+from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder, write_json
-from pronghorn.lora import merge, split
+from pronghorn.fingerprint import base_hash, same_base
+from pronghorn.lora import attach, merge, sites, split
 from pronghorn.models.decoder import Decoder
+from pronghorn.models.parameters import named_parameters
+from pronghorn.quantization import is_quantized
 
 CHECK_NAME = "merge_check.json"
 TOKENS = 500
@@ -69,10 +72,15 @@ def save_merged(
     out_dir: str | Path,
     *,
     dtype: str | None = None,
+    base: str | Path | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `model` with its adapter merged in as a Hugging Face folder, reload it, and compare.
+
+    A quantised base is dequantised: then the result is the very model that was trained. With `base`, the adapter is
+    merged into that 16-bit model instead, of which the quantised one was a copy: what is lost is what the adapter had
+    learned of the quantisation's errors. The report says which it was and gives the KL of both comparisons.
 
     The folder appears by one rename after the comparison; `merge_check.json` in it holds the returned numbers.
 
@@ -81,12 +89,15 @@ def save_merged(
       tokenizer: a transformers tokenizer, saved with the model; None takes the files of the model's source folder.
       out_dir: must not exist, or be empty, or hold nothing but what an earlier save wrote (which is then replaced).
       dtype: of the merged weights; None keeps each weight's own.
+      base: the 16-bit model to merge into, a folder or hub name; None takes the model's own weights.
       max_shard_bytes: largest file of weights.
       overwrite: replace `out_dir` whatever it holds.
 
     Returns:
       `kl_mean`, `kl_max` (nats; live model against reloaded model), `kl_mean_limit`, `kl_max_limit`, `adapter_kl_mean`
-      (live model against its base: what there was to lose), `top1_agreement`, `tokens`, `dtype`, `untied`.
+      (live model against its base: what there was to lose), `top1_agreement`, `tokens`, `dtype`, `untied`, `base`
+      ("own", "dequantised" or the folder given). With `base`, the live model of these is the adapter on that base, and
+      `live_kl_mean` and `live_kl_max` are against `model` itself.
 
     Raises:
       InputError: the folder is taken, or the dtype cannot hold the weights.
@@ -94,11 +105,19 @@ def save_merged(
         folder was moved.
     """
     out_dir = Path(out_dir)
+    trained = model
+    kind = "dequantised" if _is_quantized(model) else "own"
+    if base is not None:
+        model, kind = rebase(model, base), str(base)
     with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
         write_model(folder, model, tokenizer_from=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
         stacked = any(segment.stacked for segment in model.segments)
         reloaded = load_model(folder, layers="scanned" if stacked else "unrolled")
         report = compare_models(model, reloaded, fixture_ids(model, tokenizer))
+        report["base"] = kind
+        if base is not None:
+            live = compare_models(trained, reloaded, fixture_ids(model, tokenizer))
+            report |= {"live_kl_mean": live["kl_mean"], "live_kl_max": live["kl_max"]}
         report["untied"] = reloaded.config.tie_word_embeddings != model.config.tie_word_embeddings
         write_json(folder / CHECK_NAME, report)
         write_manifest(folder, "merged")
@@ -107,6 +126,29 @@ def save_merged(
             aside = _move_aside(folder, out_dir)
             raise RunError(f"{out_dir}: {fault}; nothing was published, and the rejected folder is {aside}.")
     return report
+
+
+def rebase(model: Decoder, base: str | Path) -> Decoder:
+    """The adapter of `model` on the model of another folder: the 16-bit one that a quantised base was made from.
+
+    Raises:
+      InputError: `model` has no adapter, or the folder holds another model.
+    """
+    info = model.adapter
+    if info is None:
+        raise InputError(f"{base}: there is no adapter to merge into it.")
+    stacked = any(segment.stacked for segment in model.segments)
+    other = load_model(base, dtype=model.dtype.name, layers="scanned" if stacked else "unrolled")
+    if _is_quantized(other):
+        raise InputError(f"{base}: is quantised; give the 16-bit model, or leave the base out.")
+    if not same_base(base_hash(model), base_hash(other)):
+        raise InputError(f"{base}: is not the model that the quantised base was made from.")
+    factors = {name: site.factors for name, site in sites(model).items()}
+    return attach(other, {name: f for name, f in factors.items() if f is not None}, info)
+
+
+def _is_quantized(model: Decoder) -> bool:
+    return any(is_quantized(p.variable.get_value()) for p in named_parameters(model).values())
 
 
 def fixture_ids(model: Decoder, tokenizer: Any, tokens: int = TOKENS) -> np.ndarray:

@@ -17,9 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig, add_lora, split
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, LayerLayout
+from pronghorn.models.families import family_named
+from pronghorn.models.parameters import named_parameters
+from pronghorn.quantization.quantize_model import QuantizationConfig, choose, empty_like, make_abstract
 from pronghorn.training.checkpoints import state_bytes
 from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
 from pronghorn.training.flops import count_flops, has_shape
@@ -108,6 +112,7 @@ def plan_memory(
     max_length: int,
     layers: LayerLayout = "unrolled",
     packing: bool = True,
+    quantization: QuantizationConfig | None = None,
     evaluate: bool = False,
 ) -> MemoryPlan:
     """Compile the training step on shapes alone, for the default device, and read its memory.
@@ -120,9 +125,18 @@ def plan_memory(
       max_length: tokens in a row.
       layers: "unrolled" or "scanned".
       packing: whether a row holds several documents.
+      quantization: of the frozen linear weights, or None.
       evaluate: whether the run has held-out rows.
     """
     model = Decoder.abstract(config, dtype=dtype, layers=layers)
+    if quantization is not None:
+        refuse_full_fine_tuning(lora_config is not None)
+        parameters = named_parameters(model)
+        names = family_named(config.family).tensor_names(config)
+        chosen = choose(parameters, names, quantization, strict=False)
+        make_abstract(
+            parameters, {name: empty_like(parameters[name].shape, dtype, quantization) for name in chosen}
+        )
     if lora_config is not None:
         model = add_lora(model, lora_config)
     graph, trainable, frozen = split(model)
@@ -150,6 +164,18 @@ def plan_memory(
         compile_seconds=compiled.seconds,
         evaluation=evaluation,
     )
+
+
+def refuse_full_fine_tuning(adapted: bool) -> None:
+    """A quantised model is trained through adapters alone.
+
+    Raises:
+      InputError: there are none.
+    """
+    if not adapted:
+        raise InputError(
+            "quantization: quantised weights cannot be trained; give lora, or leave the quantization out."
+        )
 
 
 def plan_policies(*arguments: Any, **options: Any) -> dict[str, MemoryPlan]:

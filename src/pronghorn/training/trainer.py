@@ -8,6 +8,8 @@ import numpy as np
 from pronghorn.data import DataConfig, Loader, TokenizedDataset, hold_out, load_rows, tokenize_rows
 from pronghorn.errors import InputError
 from pronghorn.lora import split
+from pronghorn.models.parameters import named_parameters
+from pronghorn.quantization import is_quantized
 from pronghorn.training import memory_plan
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.losses import step_batch
@@ -45,6 +47,8 @@ class Trainer:
         data: DataConfig | None = None,
         eval_dataset: Any = None,
     ):
+        if any(is_quantized(p.variable.get_value()) for p in named_parameters(model).values()):
+            memory_plan.refuse_full_fine_tuning(model.adapter is not None)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or TrainConfig()
