@@ -106,10 +106,10 @@ def save_merged(
     """
     out_dir = Path(out_dir)
     trained = model
-    kind = "dequantised" if _is_quantized(model) else "own"
-    if base is not None:
-        model, kind = rebase(model, base), str(base)
     with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
+        kind = "dequantised" if _is_quantized(model) else "own"
+        if base is not None:
+            model, kind = rebase(model, base), str(base)
         write_model(folder, model, tokenizer_from=tokenizer, dtype=dtype, max_shard_bytes=max_shard_bytes)
         stacked = any(segment.stacked for segment in model.segments)
         reloaded = load_model(folder, layers="scanned" if stacked else "unrolled")
