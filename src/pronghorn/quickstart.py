@@ -104,8 +104,8 @@ def run_quickstart(
 
     started = time.perf_counter()
     config = config or QuickstartConfig.for_this_machine()
-    clear_earlier(out)
     source = model or str(find_model())
+    clear_earlier(out)  # after the model is found: what an earlier run left is not given up for nothing
     say(f"1/6  model      {Path(source).name} -> Hugging Face folder")
     base_dir = _base_folder(source, out)
     tokenizer = load_tokenizer(base_dir)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.configuration import JobConfig, read_job
-from pronghorn.errors import InputError
 from pronghorn.files import write_json
 
 
@@ -59,11 +58,3 @@ def cache_folder() -> Path:
 
     base = os.environ.get("XDG_CACHE_HOME")
     return Path(base) / "pronghorn" if base else Path.home() / ".cache" / "pronghorn"
-
-
-def existing_folder(text: str) -> Path:
-    """An argument that must be an existing folder."""
-    path = Path(text)
-    if not path.is_dir():
-        raise InputError(f"{text}: no such folder; give the folder that holds the files.")
-    return path
