@@ -14,6 +14,7 @@ import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_weights
 import shapes
 
 import pronghorn as ph
@@ -48,7 +49,10 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     """One row of results/step-*.json, and more."""
     config = shapes.MODELS[options.model]
     dtype = jnp.dtype(options.dtype)
-    model = Decoder(config, dtype=dtype, layers=options.layers)
+    if options.weights is None:
+        model = Decoder(config, dtype=dtype, layers=options.layers)
+    else:
+        model = random_weights.quantized_model(config, options.weights, dtype=dtype, layers=options.layers)
     if options.adapter == "lora":
         model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank))
     train = TrainConfig(
@@ -105,7 +109,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     row = {
         "framework": "pronghorn",
         "model": options.model,
-        "weights": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype],
+        "weights": options.weights
+        or {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype],
         "adapter": options.adapter,
         "rank": options.rank,
         "batch": options.batch,
@@ -142,6 +147,9 @@ def main() -> None:
     common.add_arguments(parser, "step-pronghorn")
     parser.add_argument("--model", choices=sorted(shapes.MODELS), default="llama-3.1-8b")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument(
+        "--weights", default=None, help="kind of the frozen linears, such as nf4; --dtype if not given"
+    )
     parser.add_argument("--adapter", default="lora", choices=("lora", "full"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)

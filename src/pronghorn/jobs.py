@@ -110,7 +110,8 @@ def require_free_folder(path: str | Path) -> None:
 
 def plan_job(job: JobConfig) -> "MemoryPlan":
     """Memory and FLOPs of the job's step, from the compiled program; no weight is read."""
-    from pronghorn.converters.huggingface import resolve_model_path, stored_quantization
+    from pronghorn.converters.huggingface import resolve_model_path
+    from pronghorn.converters.quantized_weights import stored_quantization
     from pronghorn.quantization import read_quantization
     from pronghorn.training import plan_memory
 

@@ -18,6 +18,13 @@ import numpy as np
 
 from pronghorn.converters import bitsandbytes
 from pronghorn.converters.carried_files import carry_files, load_tokenizer, write_manifest, written_by_us
+from pronghorn.converters.quantized_weights import (
+    check_scales,
+    in_8_bits,
+    packed_weights,
+    quantized_forms,
+    stored_quantization,
+)
 from pronghorn.converters.safetensors_files import (
     DEFAULT_SHARD_BYTES,
     StoredTensor,
@@ -33,15 +40,8 @@ from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
 from pronghorn.models.families import family_for, family_named
 from pronghorn.models.parameters import assign, named_parameters
-from pronghorn.quantization import Int8Array, QuantizationConfig, quantize, read_quantization
-from pronghorn.quantization.quantize_model import (
-    QuantizedArray,
-    choose,
-    empty_like,
-    finite_scales,
-    is_quantized,
-    make_abstract,
-)
+from pronghorn.quantization import QuantizationConfig, is_quantized, quantize, read_quantization
+from pronghorn.quantization.quantize_model import QuantizedArray, choose, make_abstract
 
 __all__ = ["load", "load_model", "load_tokenizer", "read_config", "resolve_model_path", "save_model"]
 
@@ -119,7 +119,7 @@ def load_model(
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
-        if theirs in stored and not _in_8_bits(stored[theirs]):
+        if theirs in stored and not in_8_bits(stored[theirs]):
             sizes[stored[theirs].dtype.name] += stored[theirs].nbytes
     commonest = next((name for name, _ in sizes.most_common() if name in DTYPES), "float32")
     model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")
@@ -132,10 +132,13 @@ def load_model(
             )
     if dtype is None and len(sizes) > 1:
         _keep_dtypes(folder, model, table)
-    forms = _quantized_forms(folder, model, names, table, quantization, dtype, commonest)
+    ways: dict[str, QuantizationConfig] = {}
+    if quantization is not None and not any(isinstance(t, bitsandbytes.QuantizedTensor) for t in table.values()):
+        ways = choose(named_parameters(model), names, quantization)
+    forms = quantized_forms(folder, table, quantization, ways, dtype, commonest)
     make_abstract(named_parameters(model), forms)
-    assign(model, _LazyWeights(table, dtype, forms, quantization))
-    _check_scales(folder, model, forms)
+    assign(model, _LazyWeights(table, dtype, forms, ways))
+    check_scales(folder, model, forms)
     model.source = Source(path=str(folder), hf_config=text, dtype=commonest)
     return model
 
@@ -169,13 +172,6 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
         del config[bitsandbytes.CONFIG_KEY]
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return config, text
-
-
-def stored_quantization(folder: str | Path) -> QuantizationConfig | None:
-    """How bitsandbytes quantised the model in a folder, by its config.json, or None."""
-    path = Path(folder) / "config.json"
-    value = json.loads(path.read_bytes().decode("utf-8")).get(bitsandbytes.CONFIG_KEY)
-    return bitsandbytes.quantization_of(value) if bitsandbytes.is_quantization_config(value) else None
 
 
 def save_model(
@@ -274,7 +270,7 @@ def write_model(
         return np.concatenate([fetch(part) for part, _ in fused[name]]) if name in fused else fetch(name)
 
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
-    packed = _packed(model, {name: theirs for theirs, name in ours.items()}, quantization, keep_quantized)
+    packed = packed_weights(model, {name: theirs for theirs, name in ours.items()}, quantization, keep_quantized)
     if packed:
         clash = [theirs for theirs in packed if theirs in parts]
         if clash:
@@ -308,30 +304,6 @@ def write_model(
     )
 
 
-def _packed(
-    model: Decoder,
-    names: Mapping[str, str],
-    quantization: QuantizationConfig | None,
-    keep_quantized: bool,
-) -> dict[str, QuantizedArray]:
-    """{tensor name: quantised weight with numpy leaves} of what is to be written so."""
-    parameters, places = named_parameters(model), sites(model)
-    chosen = choose(parameters, names, quantization) if quantization is not None else set()
-    packed: dict[str, QuantizedArray] = {}
-    for name, theirs in names.items():
-        if name not in parameters:
-            continue
-        is_packed = is_quantized(parameters[name].variable.get_value())
-        if is_packed and keep_quantized:
-            value = parameters[name].get()
-        elif name in chosen and quantization is not None:
-            value = quantize(jnp.asarray(merged_weight(places[name.removesuffix(".weight")])), quantization)
-        else:
-            continue
-        packed[theirs] = jax.tree.map(np.asarray, value)
-    return packed
-
-
 def cut_tensors(
     stored: Mapping[str, StoredTensor], fused: Mapping[str, tuple[tuple[str, int], ...]]
 ) -> dict[str, StoredTensor]:
@@ -357,57 +329,6 @@ def cut_tensors(
     return cut
 
 
-def _in_8_bits(tensor: Any) -> bool:
-    """Whether a tensor is an 8-bit weight, whose file does not say what it was."""
-    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, Int8Array)
-
-
-def _quantized_forms(
-    folder: Path,
-    model: Decoder,
-    names: Mapping[str, str],
-    table: Mapping[str, Any],
-    quantization: QuantizationConfig | None,
-    dtype: str | None,
-    commonest: str,
-) -> dict[str, QuantizedArray]:
-    """{our name: what its weight will be, with abstract leaves} of the weights that are or will be quantised."""
-    forms: dict[str, QuantizedArray] = {}
-    for name, tensor in table.items():
-        if isinstance(tensor, bitsandbytes.QuantizedTensor):
-            chosen = dtype or (commonest if _in_8_bits(tensor) else tensor.dtype.name)
-            forms[name] = dataclasses.replace(tensor.form, dtype_name=chosen)
-    if quantization is None:
-        return forms
-    kinds = {getattr(form, "kind", "int8") for form in forms.values()}
-    if forms and kinds != {quantization.kind}:
-        raise InputError(
-            f"{folder}: is quantised as {', '.join(sorted(kinds))} already; leave quantization={quantization.kind!r} "
-            "out, or give the 16-bit model."
-        )
-    if forms:
-        return forms
-    return {
-        name: empty_like(table[name].shape, dtype or table[name].dtype, quantization)
-        for name in choose(named_parameters(model), names, quantization)
-    }
-
-
-def _check_scales(folder: Path, model: Decoder, forms: dict[str, QuantizedArray]) -> None:
-    """Refuse weights that are NaN, infinite, or too large for the kind: their scales show it."""
-    if not forms:
-        return
-    parameters = named_parameters(model)
-    named = {id(parameters[name].variable): name for name in forms}
-    fine = np.asarray(finite_scales(parameters[name].variable.get_value() for name in named.values()))
-    broken = [name for name, ok in zip(named.values(), fine, strict=True) if not ok]
-    if broken:
-        raise InputError(
-            f"{folder}: {_listed(broken)} has values that are not finite, or too large to be quantised; "
-            "download the weights again, or load them without quantization."
-        )
-
-
 class _LazyWeights(Mapping[str, Any]):
     """`{our name: array or quantised weight}`, read (and quantised on the device) as each is asked for."""
 
@@ -416,11 +337,11 @@ class _LazyWeights(Mapping[str, Any]):
         table: Mapping[str, Any],
         dtype: str | None,
         forms: Mapping[str, QuantizedArray],
-        quantization: QuantizationConfig | None,
+        ways: Mapping[str, QuantizationConfig],
     ):
         self._table = table
         self._forms = forms
-        self._quantization = quantization
+        self._ways = ways
         self._dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
     def __getitem__(self, name: str) -> Any:
@@ -428,8 +349,8 @@ class _LazyWeights(Mapping[str, Any]):
         if is_quantized(array):
             return dataclasses.replace(array, dtype_name=self._forms[name].dtype_name)
         array = array if self._dtype is None else _cast(array, self._dtype, name)
-        if name in self._forms and self._quantization is not None:
-            return quantize(jnp.asarray(array), self._quantization)
+        if name in self._ways:
+            return quantize(jnp.asarray(array), self._ways[name])
         return array
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor

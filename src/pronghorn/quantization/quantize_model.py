@@ -30,6 +30,8 @@ class QuantizationConfig:
       nested: keep the scales of 4-bit blocks in 8 bits: 4.13 bits a parameter instead of 4.5.
       skip: modules that stay in 16 bits, by name as in Hugging Face ("model.layers.3.mlp.down_proj"), by the start of a
         name up to a dot, by its end, or by a regular expression for its start: what `llm_int8_skip_modules` means.
+      modules: (module, kind) of single modules that are quantised in another way, by their whole name: what a recipe
+        of `pronghorn sensitivity` chooses.
 
     Raises:
       InputError: an unknown kind.
@@ -38,12 +40,14 @@ class QuantizationConfig:
     kind: Kind = "nf4"
     nested: bool = True
     skip: tuple[str, ...] = ()
+    modules: tuple[tuple[str, Kind], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise InputError(
-                f"quantization={self.kind!r} is not known; use one of {', '.join(get_args(Kind))}."
-            )
+        for kind in (self.kind, *(kind for _, kind in self.modules)):
+            if kind not in get_args(Kind):
+                raise InputError(
+                    f"quantization={kind!r} is not known; use one of {', '.join(get_args(Kind))}, or a recipe.json."
+                )
         for pattern in self.skip:
             try:
                 re.compile(pattern)
@@ -58,6 +62,12 @@ class QuantizationConfig:
             re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module) or module.endswith(pattern)
             for pattern in self.skip
         )
+
+    def of_module(self, module: str) -> "QuantizationConfig | None":
+        """How the module of this Hugging Face name is quantised, without any list; None where it stays in 16 bits."""
+        if self.skips(module):
+            return None
+        return QuantizationConfig(dict(self.modules).get(module, self.kind), self.nested)
 
 
 def read_quantization(value: str | QuantizationConfig | None) -> QuantizationConfig | None:
@@ -90,8 +100,8 @@ def choose(
     config: QuantizationConfig,
     *,
     strict: bool = True,
-) -> set[str]:
-    """Our names of the weights to quantise: the matrices inside of layers.
+) -> dict[str, QuantizationConfig]:
+    """{our name: how} of the weights to quantise: the matrices inside of layers.
 
     Args:
       parameters: of the model, from `named_parameters`.
@@ -107,11 +117,18 @@ def choose(
         if ours.startswith("layers.") and ours.endswith(".weight") and len(parameters[ours].shape) == 2
     }
     others = [theirs.removesuffix(".weight") for theirs in modules.values()]
+    unknown = [module for module, _ in config.modules if module not in candidates.values()]
+    if strict and unknown:
+        raise InputError(
+            f"quantization: {unknown[0]!r} is no linear module inside of a layer of this model; take the recipe that "
+            "was made for it."
+        )
     for pattern in config.skip:
         one = QuantizationConfig(config.kind, config.nested, (pattern,))
         if strict and pattern != "lm_head" and not any(one.skips(module) for module in others):
             raise InputError(f"quantization: skip names {pattern!r}, and the model has no such module.")
-    chosen = {ours for ours, module in candidates.items() if not config.skips(module)}
+    found = {ours: config.of_module(module) for ours, module in candidates.items()}
+    chosen = {ours: how for ours, how in found.items() if how is not None}
     if not chosen:
         raise InputError("quantization: skip leaves nothing to quantise; leave the quantization out instead.")
     return chosen

@@ -135,7 +135,7 @@ def plan_memory(
         names = family_named(config.family).tensor_names(config)
         chosen = choose(parameters, names, quantization, strict=False)
         make_abstract(
-            parameters, {name: empty_like(parameters[name].shape, dtype, quantization) for name in chosen}
+            parameters, {name: empty_like(parameters[name].shape, dtype, how) for name, how in chosen.items()}
         )
     if lora_config is not None:
         model = add_lora(model, lora_config)

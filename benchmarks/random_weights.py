@@ -1,0 +1,54 @@
+"""A quantised model of true shape with random weights: one weight at a time is on the device in 16 bits."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.decoder import Decoder, LayerLayout
+from pronghorn.models.families import family_named
+from pronghorn.models.layers import INITIALIZER_RANGE
+from pronghorn.models.parameters import assign, named_parameters
+from pronghorn.quantization import QuantizationConfig, quantize
+from pronghorn.quantization.quantize_model import choose, empty_like, make_abstract
+
+
+def quantized_model(config: DecoderConfig, kind: str, *, dtype: Any, layers: LayerLayout) -> Decoder:
+    """Linears inside of layers of one kind ("nf4"), everything else in `dtype`; norms are ones."""
+    model = Decoder.abstract(config, dtype=dtype, layers=layers)
+    parameters = named_parameters(model)
+    how = choose(parameters, family_named(config.family).tensor_names(config), QuantizationConfig(kind))  # type: ignore[arg-type]
+    make_abstract(parameters, {name: empty_like(parameters[name].shape, dtype, how[name]) for name in how})
+    assign(model, _Drawn({name: p.shape for name, p in parameters.items()}, how, dtype))
+    return model
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))  # compiled, so that no fp32 copy is ever made
+def _normal(seed: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (INITIALIZER_RANGE * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+class _Drawn(Mapping[str, Any]):
+    """Each weight drawn, and quantised, when it is asked for."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], how: Mapping[str, QuantizationConfig], dtype: Any):
+        self._shapes, self._how, self._dtype = shapes, how, dtype
+
+    def __getitem__(self, name: str) -> Any:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return jnp.ones(shape, self._dtype)
+        weight = _normal(list(self._shapes).index(name), shape, self._dtype)
+        return quantize(weight, self._how[name]) if name in self._how else weight
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)

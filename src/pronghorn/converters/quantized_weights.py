@@ -1,0 +1,123 @@
+"""The quantised weights of a Hugging Face folder: which there are, what each will be, and what is written of a model.
+
+Reading: tensors that bitsandbytes stored are taken as they are, and a 16-bit folder is quantised weight by weight as it
+is loaded. Writing: one such folder holds one kind, so 8-bit weights beside 4-bit ones are written in 16 bits, with the
+very values that they had.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.converters import bitsandbytes
+from pronghorn.errors import InputError
+from pronghorn.lora import merged_weight, sites
+from pronghorn.models.decoder import Decoder
+from pronghorn.models.parameters import named_parameters
+from pronghorn.quantization import Int8Array, QuantizationConfig, is_quantized, quantize
+from pronghorn.quantization.quantize_model import QuantizedArray, choose, empty_like, finite_scales
+
+_NAMED = 5
+
+
+def stored_quantization(folder: str | Path) -> QuantizationConfig | None:
+    """How bitsandbytes quantised the model in a folder, by its config.json, or None."""
+    path = Path(folder) / "config.json"
+    value = json.loads(path.read_bytes().decode("utf-8")).get(bitsandbytes.CONFIG_KEY)
+    return bitsandbytes.quantization_of(value) if bitsandbytes.is_quantization_config(value) else None
+
+
+def in_8_bits(tensor: Any) -> bool:
+    """Whether a tensor is an 8-bit weight, whose file does not say what it was."""
+    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, Int8Array)
+
+
+def quantized_forms(
+    folder: Path,
+    table: Mapping[str, Any],
+    quantization: QuantizationConfig | None,
+    ways: Mapping[str, QuantizationConfig],
+    dtype: str | None,
+    commonest: str,
+) -> dict[str, QuantizedArray]:
+    """{our name: what its weight will be, with abstract leaves} of the weights that are or will be quantised.
+
+    Args:
+      table: {our name: stored tensor}.
+      quantization: asked for, or None; `ways`: what it means for each weight.
+      dtype: asked for, or None; `commonest`: of the folder.
+
+    Raises:
+      InputError: the folder is quantised in another way already.
+    """
+    forms: dict[str, QuantizedArray] = {}
+    for name, tensor in table.items():
+        if isinstance(tensor, bitsandbytes.QuantizedTensor):
+            chosen = dtype or (commonest if in_8_bits(tensor) else tensor.dtype.name)
+            forms[name] = dataclasses.replace(tensor.form, dtype_name=chosen)
+    if quantization is None:
+        return forms
+    kinds = {getattr(form, "kind", "int8") for form in forms.values()}
+    if forms and (kinds != {quantization.kind} or quantization.modules):
+        raise InputError(
+            f"{folder}: is quantised as {', '.join(sorted(kinds))} already; leave quantization={quantization.kind!r} "
+            "out, or give the 16-bit model."
+        )
+    if forms:
+        return forms
+    return {
+        name: empty_like(table[name].shape, dtype or table[name].dtype, how) for name, how in ways.items()
+    }
+
+
+def check_scales(folder: Path, model: Decoder, forms: dict[str, QuantizedArray]) -> None:
+    """Refuse weights that are NaN, infinite, or too large for the kind: their scales show it."""
+    if not forms:
+        return
+    parameters = named_parameters(model)
+    named = {id(parameters[name].variable): name for name in forms}
+    fine = np.asarray(finite_scales(parameters[name].variable.get_value() for name in named.values()))
+    broken = [name for name, ok in zip(named.values(), fine, strict=True) if not ok]
+    if broken:
+        listed = ", ".join(broken[:_NAMED]) + (" and others" if len(broken) > _NAMED else "")
+        raise InputError(
+            f"{folder}: {listed} has values that are not finite, or too large to be quantised; "
+            "download the weights again, or load them without quantization."
+        )
+
+
+def packed_weights(
+    model: Decoder,
+    names: Mapping[str, str],
+    quantization: QuantizationConfig | None,
+    keep_quantized: bool,
+) -> dict[str, QuantizedArray]:
+    """{tensor name: quantised weight with numpy leaves} of what is to be written so.
+
+    Args:
+      names: {our name: tensor name} of the whole model.
+      quantization: quantise what the model has in 16 bits.
+      keep_quantized: write quantised weights as they are; otherwise they are dequantised.
+    """
+    parameters, places = named_parameters(model), sites(model)
+    ways = choose(parameters, names, quantization) if quantization is not None else {}
+    kinds = {name: way.kind for name, way in ways.items()}
+    for name in names:
+        value = parameters[name].variable.get_value() if keep_quantized and name in parameters else None
+        if is_quantized(value):
+            kinds[name] = getattr(value, "kind", "int8")
+    if set(kinds.values()) - {"int8"}:
+        kinds = {name: kind for name, kind in kinds.items() if kind != "int8"}
+    packed: dict[str, QuantizedArray] = {}
+    for name in kinds:
+        value = parameters[name].get()
+        if not keep_quantized or not is_quantized(value):
+            value = quantize(jnp.asarray(merged_weight(places[name.removesuffix(".weight")])), ways[name])
+        packed[names[name]] = jax.tree.map(np.asarray, value)
+    return packed
