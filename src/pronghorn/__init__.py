@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pronghorn.generation import generate
     from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
     from pronghorn.models import Decoder, DecoderConfig
+    from pronghorn.new_tokens import add_tokens
     from pronghorn.pallas_kernels.launch import kernels
     from pronghorn.training import TrainConfig, Trainer, losses
 
@@ -38,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "add_lora",
+    "add_tokens",
     "generate",
     "kernels",
     "load",
@@ -63,6 +65,7 @@ _HOME = {
     "pronghorn.generation": ("generate",),
     "pronghorn.lora": ("LoRAConfig", "add_lora", "merge", "merge_lora", "split"),
     "pronghorn.models": ("Decoder", "DecoderConfig"),
+    "pronghorn.new_tokens": ("add_tokens",),
     "pronghorn.pallas_kernels.launch": ("kernels",),
     "pronghorn.training": ("TrainConfig", "Trainer", "losses"),
 }

@@ -33,6 +33,8 @@ class JobConfig:
         that bitsandbytes quantised is used as it is.
       adapter: a PEFT folder to go on from, instead of a new adapter.
       lora: the adapter to add; `lora: null` trains every weight.
+      new_tokens: texts that become tokens of the model; with an adapter only their rows of embedding and head are
+        trained beside it.
       data: rows, template, masks, packing.
       train: optimiser, schedule, steps, checkpoints; `train.output_dir` is the run folder.
     """
@@ -43,6 +45,7 @@ class JobConfig:
     quantization: Literal["nf4", "fp4", "int8"] | None = None
     adapter: str | None = None
     lora: LoRAConfig | None = LoRAConfig()
+    new_tokens: tuple[str, ...] = ()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 

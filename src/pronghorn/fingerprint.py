@@ -26,8 +26,11 @@ def base_hash(model: Decoder) -> str:
 
     structure: names and shapes of the parameters and the architecture. common: sampled values of embeddings and
     norms. linear: sampled values of everything else, or "quantized" where any of it is quantised. A model without
-    values (`Decoder.abstract`) has "abstract" for the last two.
+    values (`Decoder.abstract`) has "abstract" for the last two. A model that was given new tokens has the fingerprint
+    it had before.
     """
+    if model.new_tokens is not None:
+        return model.new_tokens.base_hash
     structure: list[Any] = [_departures(model.config)]
     samples: dict[str, Any] = {}
     quantized = abstract = False

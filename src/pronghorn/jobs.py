@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from pronghorn.configuration import JobConfig
 from pronghorn.data import DataConfig, TokenizedDataset, load_rows, tokenize_rows
@@ -68,9 +69,10 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
     Args:
       merge_into: the folder that `save_results` will be given; that it can be written is checked now, not after hours.
     """
-    from pronghorn.converters.huggingface import load_model, load_tokenizer, resolve_model_path
-    from pronghorn.converters.peft import adapter_tokenizer, load_adapter
+    from pronghorn.converters.huggingface import load_model, resolve_model_path
+    from pronghorn.converters.peft import load_adapter
     from pronghorn.lora import add_lora
+    from pronghorn.new_tokens import with_tokens
     from pronghorn.training import Trainer
 
     adapted = job.adapter is not None or job.lora is not None
@@ -83,16 +85,47 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
         require_free_folder(merge_into)
     folder = resolve_model_path(job.model)
     architecture = read_architecture(folder)
-    tokenizer = load_tokenizer(folder)
-    if job.adapter is not None:
-        tokenizer = adapter_tokenizer(job.adapter, tokenizer)
-    train, held_out = read_data(job.data, tokenizer, architecture.vocab_size)
+    tokenizer, vocab_size, first_new = tokenizer_of(job, folder, architecture)
+    train, held_out = read_data(job.data, tokenizer, vocab_size)
+    if job.new_tokens and not np.any(train.tokens >= first_new):
+        raise InputError(
+            "new_tokens: not one of them occurs in the rows, so nothing could be learned about them; leave them out, "
+            "or look at the rows with pronghorn preview."
+        )
     model = load_model(folder, dtype=job.dtype, layers=job.layers, quantization=job.quantization)
+    if job.new_tokens:
+        model = with_tokens(model, first_new, len(job.new_tokens))
     if job.adapter is not None:
         model = load_adapter(model, job.adapter)
     elif job.lora is not None:
         model = add_lora(model, job.lora)
     return Trainer(model, tokenizer, train, job.train, data=job.data, eval_dataset=held_out)
+
+
+def tokenizer_of(job: JobConfig, folder: Path, architecture: DecoderConfig) -> tuple[Any, int, int]:
+    """(tokenizer, embedding rows, id of the first new token) of a job, before any weight is read.
+
+    Raises:
+      InputError: tokens that cannot be added.
+    """
+    from pronghorn.converters.huggingface import load_tokenizer
+    from pronghorn.converters.peft import adapter_tokenizer, adapter_vocab_size
+    from pronghorn.new_tokens import extended_tokenizer
+
+    tokenizer, vocab_size, first = load_tokenizer(folder), architecture.vocab_size, 0
+    if job.adapter is not None:
+        if job.new_tokens:
+            raise InputError(
+                "new_tokens: the job goes on with an adapter, whose vocabulary is fixed; give the tokens when the "
+                "adapter is first trained."
+            )
+        tokenizer = adapter_tokenizer(job.adapter, tokenizer)
+        vocab_size = adapter_vocab_size(job.adapter, architecture)
+    if job.new_tokens and tokenizer is not None:
+        tokenizer = extended_tokenizer(tokenizer, job.new_tokens)
+        first = min(tokenizer.convert_tokens_to_ids(list(job.new_tokens)))
+        vocab_size = max(vocab_size, first + len(job.new_tokens))
+    return tokenizer, vocab_size, first
 
 
 def require_free_folder(path: str | Path) -> None:
@@ -117,6 +150,9 @@ def plan_job(job: JobConfig) -> "MemoryPlan":
 
     folder = resolve_model_path(job.model)
     architecture = read_architecture(folder)
+    if job.new_tokens or job.adapter is not None:
+        vocab_size = tokenizer_of(job, folder, architecture)[1]
+        architecture = dataclasses.replace(architecture, vocab_size=vocab_size)
     return plan_memory(
         architecture,
         job.lora if job.adapter is None else shape_of_adapter(Path(job.adapter), architecture),
@@ -150,18 +186,14 @@ def shape_of_adapter(folder: Path, architecture: DecoderConfig) -> LoRAConfig:
 
 def preview_job(job: JobConfig, *, rows: int, html: Path | None) -> dict[str, Any]:
     """Print (and write as HTML) the first rows with their loss mask; returns the statistics."""
-    from pronghorn.converters.huggingface import load_tokenizer, resolve_model_path
-    from pronghorn.converters.peft import adapter_tokenizer
+    from pronghorn.converters.huggingface import resolve_model_path
     from pronghorn.data import Loader, preview_html, preview_rows
 
     if rows < 0:
         raise InputError(f"--rows {rows}: give 0 or more.")
     folder = resolve_model_path(job.model)
-    architecture = read_architecture(folder)
-    tokenizer = load_tokenizer(folder)
-    if job.adapter is not None:
-        tokenizer = adapter_tokenizer(job.adapter, tokenizer)
-    train, held_out = read_data(job.data, tokenizer, architecture.vocab_size)
+    tokenizer, vocab_size, _ = tokenizer_of(job, folder, read_architecture(folder))
+    train, held_out = read_data(job.data, tokenizer, vocab_size)
     loader = Loader(
         train,
         batch_size=job.train.batch_size,

@@ -84,6 +84,20 @@ class LoRAConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """Tokens that a model was given (`new_tokens.add_tokens`), one run of ids. Static and hashable.
+
+    Attributes:
+      first, count: their ids are first .. first + count - 1.
+      base_hash: of the model before.
+    """
+
+    first: int
+    count: int
+    base_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
 class AdapterInfo:
     """What an adapter carries with it, so that nobody has to type it again at export. Static and hashable.
 
@@ -121,12 +135,16 @@ class Site:
       module: the module that holds the weight; several sites share one where layers are stacked.
       index: position in the stack, or None.
       layer: index of the layer, or None for head and embedding.
+      new_rows, first_new: of the head and the embedding, the variable of the trained rows of new tokens, or None, and
+        the first row they stand in for.
     """
 
     name: str
     module: Linear | Embedding
     index: int | None = None
     layer: int | None = None
+    new_rows: Any = None
+    first_new: int = 0
 
     @property
     def adapted(self) -> bool:
@@ -164,7 +182,8 @@ def factor_names(module: Linear | Embedding) -> tuple[str, str]:
 
 def sites(model: Decoder) -> dict[str, Site]:
     """Every place of the model where an adapter can sit, by name; in a tied model the head is one as well."""
-    found = [Site(EMBEDDING, model.embed_tokens)]
+    embedding, first = model.embed_tokens, model.embed_tokens.first_new
+    found = [Site(EMBEDDING, embedding, new_rows=embedding.lora_new_rows, first_new=first)]
     by_layer: dict[int, list[Site]] = {}
     for segment in model.segments:
         for position, layer in enumerate(segment.layers):
@@ -179,7 +198,9 @@ def sites(model: Decoder) -> dict[str, Site]:
                     by_layer.setdefault(number, []).append(Site(name, module, index, number))
     for number in sorted(by_layer):
         found.extend(by_layer[number])
-    found.append(Site(HEAD, tied_head(model) if model.lm_head is None else model.lm_head))
+    head = tied_head(model) if model.lm_head is None else model.lm_head
+    rows = (embedding if model.config.tie_word_embeddings else head).lora_new_rows
+    found.append(Site(HEAD, head, new_rows=rows, first_new=first))
     return {site.name: site for site in found}
 
 
@@ -299,15 +320,29 @@ def is_abstract(site: Site) -> bool:
     )
 
 
-def attach(model: Decoder, factors: Mapping[str, Factors], info: AdapterInfo) -> Decoder:
+def attach(
+    model: Decoder,
+    factors: Mapping[str, Factors],
+    info: AdapterInfo,
+    new_rows: Mapping[str, jax.Array] | None = None,
+) -> Decoder:
     """A new model that shares `model`'s base arrays and has the given factors at the given sites.
+
+    Where the model was given new tokens, their rows of embedding and head are trained too: they start at `new_rows`
+    (fp32 `[count, d]` for "embed_tokens" and "lm_head"), or as they are in the weights.
 
     Where layers are stacked, layers of the stack without factors get zeros for both A and B. Both gradients are zero
     then (each is a product with the other factor), so such a layer stays exactly as it was.
 
     Raises:
-      InputError: layers of one stack with different ranks or scales, which a stack cannot hold.
+      InputError: layers of one stack with different ranks or scales, which a stack cannot hold; an adapter on an
+        embedding or head that has new tokens.
     """
+    if model.new_tokens is not None and (HEAD in factors or EMBEDDING in factors):
+        raise InputError(
+            f"lora.targets: {HEAD} and {EMBEDDING} cannot have an adapter beside the trained rows of new tokens; leave "
+            "them out, or train every weight with lora: null."
+        )
     model = shallow_copy(model)
     groups: dict[int, list[Site]] = {}
     for site in sites(model).values():
@@ -340,8 +375,30 @@ def attach(model: Decoder, factors: Mapping[str, Factors], info: AdapterInfo) ->
         module.lora_dropout = info.dropout
         if isinstance(module, Linear) and present[0].name == HEAD:
             model.lm_head = module  # in a tied model the head was made by `tied_head`
+    if model.new_tokens is not None:
+        attach_new_rows(model, new_rows)
     model.adapter = info
     return model
+
+
+def attach_new_rows(model: Decoder, new_rows: Mapping[str, jax.Array] | None = None) -> None:
+    """Make the rows of the model's new tokens trainable, in place; see `attach`."""
+    tokens: NewTokens = model.new_tokens
+    model.embed_tokens.first_new = tokens.first
+    modules: dict[str, Linear | Embedding] = {EMBEDDING: model.embed_tokens}
+    if not model.config.tie_word_embeddings and model.lm_head is not None:
+        modules[HEAD] = model.lm_head
+    for name, module in modules.items():
+        if new_rows is not None and name not in new_rows:
+            continue
+        weight = module.weight.get_value()
+        shape = (tokens.count, weight.shape[1])
+        rows: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
+        if new_rows is not None:
+            rows = new_rows[name]
+        elif not isinstance(weight, jax.ShapeDtypeStruct):
+            rows = weight[tokens.first : tokens.first + tokens.count].astype(jnp.float32)
+        setattr(module, "lora_new_rows", LoRAParam(rows, logical_axes=("new_tokens", "hidden")))  # noqa: B010
 
 
 def _stack(parts: Sequence[Any], like: Any) -> Any:
@@ -390,6 +447,9 @@ def merged_weight(site: Site) -> jax.Array:
         weight = jax.tree.map(lambda leaf: leaf[site.index], weight)
     if hasattr(weight, "dequantize"):
         weight = weight.dequantize()
+    if site.new_rows is not None:
+        rows = site.new_rows.get_value().astype(weight.dtype)
+        weight = jax.lax.dynamic_update_slice_in_dim(weight, rows, site.first_new, axis=0)
     factors = site.factors
     if factors is None:
         return weight
@@ -422,7 +482,9 @@ def merge_lora(model: Decoder) -> Decoder:
     weights = {
         key: [merged_weight(site) for site in group]
         for key, group in groups.items()
-        if group[0].adapted or (group[0].name == HEAD and config != model.config)
+        if group[0].adapted
+        or (group[0].name == HEAD and config != model.config)
+        or (group[0].new_rows is not None and not (group[0].name == HEAD and config.tie_word_embeddings))
     }
     for key, values in weights.items():
         site = groups[key][0]
@@ -430,13 +492,13 @@ def merge_lora(model: Decoder) -> Decoder:
         value = jnp.stack(values) if site.index is not None else values[0]
         metadata = {"logical_axes": module.weight.get_metadata()["logical_axes"]}
         module.weight = nnx.Param(value, **metadata)
-        for name in factor_names(module):
+        for name in (*factor_names(module), "lora_new_rows"):
             setattr(module, name, nnx.data(None))
         module.lora_scale, module.lora_dropout = 1.0, 0.0
         if isinstance(module, Linear) and site.name == HEAD:
             merged.lm_head = module
     merged.config = config
-    merged.adapter = None
+    merged.adapter = merged.new_tokens = None
     return merged
 
 
@@ -444,7 +506,7 @@ def remove_lora(model: Decoder) -> Decoder:
     """The base of an adapted model: a new model without adapters, nothing merged, sharing `model`'s arrays."""
     base = shallow_copy(model)
     for site in sites(base).values():
-        for name in factor_names(site.module):
+        for name in (*factor_names(site.module), "lora_new_rows"):
             setattr(site.module, name, nnx.data(None))
         site.module.lora_scale, site.module.lora_dropout = 1.0, 0.0
     if base.config.tie_word_embeddings:

@@ -27,6 +27,7 @@ from pronghorn.fingerprint import base_hash, same_base
 from pronghorn.lora import attach, merge, sites, split
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
+from pronghorn.new_tokens import with_tokens
 from pronghorn.quantization import is_quantized
 
 CHECK_NAME = "merge_check.json"
@@ -144,7 +145,10 @@ def rebase(model: Decoder, base: str | Path) -> Decoder:
     if not same_base(base_hash(model), base_hash(other)):
         raise InputError(f"{base}: is not the model that the quantised base was made from.")
     factors = {name: site.factors for name, site in sites(model).items()}
-    return attach(other, {name: f for name, f in factors.items() if f is not None}, info)
+    rows = {name: site.new_rows.get_value() for name, site in sites(model).items() if site.new_rows is not None}
+    if model.new_tokens is not None:
+        other = with_tokens(other, model.new_tokens.first, model.new_tokens.count)
+    return attach(other, {name: f for name, f in factors.items() if f is not None}, info, rows)
 
 
 def _is_quantized(model: Decoder) -> bool:
@@ -182,7 +186,7 @@ def compare_models(live: Decoder, other: Decoder, input_ids: np.ndarray) -> dict
     effect = 0.0
     if live.adapter is not None:
         graph, adapter, frozen = p
-        base = (graph, jax.tree.map(jnp.zeros_like, adapter), frozen)
+        base = (graph, jax.tree_util.tree_map_with_path(_without_effect, adapter), frozen)
         effect = float(np.mean(_kl(p, p_hidden, base, _hidden_states(*base, ids))[0]))
     dtype = max(live.dtype.name, other.dtype.name, key=lambda name: KL_LIMITS[name])
     floor, ceiling, max_limit = KL_LIMITS[dtype]
@@ -196,6 +200,12 @@ def compare_models(live: Decoder, other: Decoder, input_ids: np.ndarray) -> dict
         "tokens": int(input_ids.size),
         "dtype": dtype,
     }
+
+
+def _without_effect(path: Any, leaf: jax.Array) -> jax.Array:
+    """Zero, but for the rows of new tokens: without these there would be no such token at all."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return leaf if "lora_new_rows" in name else jnp.zeros_like(leaf)
 
 
 @functools.partial(jax.jit, static_argnums=0)

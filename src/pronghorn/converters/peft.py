@@ -2,8 +2,9 @@
 
 `adapter_model.safetensors` holds `base_model.model.<module>.lora_A.weight` `[r, in]` and `lora_B.weight` `[out, r]`; an
 embedding's are `lora_embedding_A` `[r, vocab]` and `lora_embedding_B` `[d, r]`, without `.weight`. The scale is not
-stored: it follows from `r`, `lora_alpha`, `use_rslora` and the two patterns of `adapter_config.json`. What LoRA is not
-(DoRA, biases, whole modules, starts that changed the base) is refused in words.
+stored: it follows from `r`, `lora_alpha`, `use_rslora` and the two patterns of `adapter_config.json`. The trained rows
+of new tokens are `...embed_tokens.token_adapter.trainable_tokens_delta` `[n, d]`: the rows themselves, whatever the
+name says. What LoRA is not (DoRA, biases, whole modules, starts that changed the base) is refused in words.
 
 Beside PEFT's two files stands `pronghorn.json`: rank, alpha, targets, the fingerprint of the base model, a hash of the
 chat template and of the weights, so that an adapter cannot quietly meet another model.
@@ -32,6 +33,7 @@ from pronghorn.converters.peft_config import (
     config_of,
     expected_modules,
     listed,
+    new_token_range,
     pattern_value,
     read_config,
     targets_of,
@@ -48,6 +50,7 @@ from pronghorn.files import new_folder
 from pronghorn.fingerprint import base_hash, same_base
 from pronghorn.lora import (
     EMBEDDING,
+    HEAD,
     AdapterInfo,
     Factors,
     Site,
@@ -55,9 +58,11 @@ from pronghorn.lora import (
     attach,
     sites,
 )
+from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.families import family_named
 from pronghorn.models.layers import Embedding
+from pronghorn.new_tokens import with_tokens
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -66,6 +71,8 @@ _SUFFIXES = {
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
     ".lora_embedding_B": "b",
+    ".token_adapter.trainable_tokens_delta": "rows",
+    ".token_adapter.base_layer.weight": "base",
     ".base_layer.weight": "base",
     ".weight": "base",
 }
@@ -99,6 +106,12 @@ def save_adapter(
             suffix = f".lora_embedding_{letter}" if embedding else f".lora_{letter}.weight"
             spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
             arrays[PREFIX + modules[name] + suffix] = (spec, array)
+    for name, site in sites(model).items():
+        tied_copy = name == HEAD and model.config.tie_word_embeddings
+        if site.new_rows is not None and not tied_copy:
+            rows = site.new_rows.get_value()
+            spec = TensorSpec(np.dtype(rows.dtype), tuple(rows.shape))
+            arrays[PREFIX + modules[name] + ".token_adapter.trainable_tokens_delta"] = (spec, rows)
     own_tokenizer = tokenizer is not None and not same_tokenizer(tokenizer, source_tokenizer(model.source))
     with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
         write_file(
@@ -150,7 +163,8 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     tensors = _read_tensors(folder, manifest)
     places, modules = sites(model), module_names(model)
     found = _group(folder, tensors, {module: name for name, module in modules.items()})
-    _check_base_copies(folder, model, places, found)
+    _check_base_copies(folder, model, places, found, new_token_range(folder, config, modules)[:2])
+    rows = {name: parts["rows"] for name, parts in found.items() if "rows" in parts}
     found = {name: parts for name, parts in found.items() if "a" in parts or "b" in parts}
     expected = expected_modules(folder, config, modules, places)
     if expected != set(found):
@@ -165,6 +179,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             f"{folder}: was trained on another base model than this one ({there} there, {here} here); "
             "load the base it belongs to."
         )
+    model, new_rows = _with_new_tokens(folder, model, config, modules, rows)
     factors: dict[str, Factors] = {}
     alphas: dict[str, float] = {}
     for name, parts in found.items():
@@ -189,7 +204,47 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             base_hash=here,
             alpha_pattern=tuple(alphas.items()),
         ),
+        new_rows,
     )
+
+
+def _with_new_tokens(
+    folder: Path,
+    model: Decoder,
+    config: Mapping[str, Any],
+    modules: Mapping[str, str],
+    stored: Mapping[str, StoredTensor],
+) -> tuple[Decoder, dict[str, Any] | None]:
+    """The model with the vocabulary that the adapter has trained rows for, and those rows; as it is without any."""
+    first, count, names = new_token_range(folder, config, modules)
+    tied = model.config.tie_word_embeddings
+    if tied and HEAD in stored and EMBEDDING in stored and HEAD not in names:  # PEFT may write the one rows twice
+        if stored[HEAD].read().tobytes() != stored[EMBEDDING].read().tobytes():
+            raise InputError(f"{folder}: has two versions of new tokens that the model ties; merge it with PEFT.")
+        stored = {EMBEDDING: stored[EMBEDDING]}
+    if set(names) != set(stored) or (HEAD in names and tied):
+        raise InputError(
+            f"{folder}: {CONFIG_NAME} and {WEIGHTS_NAME} disagree about the trained tokens of "
+            f"{listed(sorted(set(names) ^ set(stored)) or [HEAD])}; the adapter was made for another model, or was edited."
+        )
+    if not names:
+        return model, None
+    shape = (count, model.config.hidden_size)
+    rows = {name: _finite_array(folder, f"the rows of new tokens of {name}", stored[name], shape) for name in names}
+    if model.new_tokens is None:
+        model = with_tokens(model, first, count)
+    elif (model.new_tokens.first, model.new_tokens.count) != (first, count):
+        raise InputError(
+            f"{folder}: trains tokens {first} to {first + count - 1}, and the model was given others; load the base anew."
+        )
+    return model, rows
+
+
+def adapter_vocab_size(path: str | Path, config: DecoderConfig) -> int:
+    """Rows of the embedding once the adapter in a folder is loaded on a model of this architecture."""
+    names = module_names(Decoder.abstract(config))
+    first, count, _ = new_token_range(Path(path), read_config(Path(path)), names)
+    return max(config.vocab_size, first + count)
 
 
 def adapter_tokenizer(path: str | Path, base: Any) -> Any:
@@ -282,7 +337,12 @@ def _group(
         suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
         name = names.get(key.removeprefix(PREFIX).removesuffix(suffix)) if suffix else None
         embedding = "lora_embedding" in suffix
-        if name is None or (suffix.startswith(".lora") and embedding != (name == EMBEDDING)):
+        rows = suffix.startswith(".token_adapter")
+        if (
+            name is None
+            or (rows and name not in (EMBEDDING, HEAD))
+            or (suffix.startswith(".lora") and embedding != (name == EMBEDDING))
+        ):
             unknown.append(key)
         else:
             found.setdefault(name, {})[_SUFFIXES[suffix]] = tensor
@@ -295,19 +355,30 @@ def _group(
 
 
 def _check_base_copies(
-    folder: Path, model: Decoder, places: Mapping[str, Site], found: Mapping[str, Mapping[str, StoredTensor]]
+    folder: Path,
+    model: Decoder,
+    places: Mapping[str, Site],
+    found: Mapping[str, Mapping[str, StoredTensor]],
+    new: tuple[int, int],
 ) -> None:
-    """PEFT stores the base weight of an adapted embedding or head as well; it has to be the model's own."""
+    """PEFT stores the base weight of an adapted embedding or head as well; it has to be the model's own.
+
+    Rows of trained tokens may differ and be more: the trained ones stand in for them.
+    """
+    first, count = new
     for name, parts in found.items():
         if "base" not in parts:
             continue
         weight = places[name].module.weight.get_value()
         if hasattr(weight, "dequantize"):
             continue  # only embeddings and heads are stored, and a quantised one is not the stored one anyway
-        stored = parts["base"]
-        if stored.shape != tuple(weight.shape) or not np.array_equal(
-            stored.read().astype(weight.dtype), np.asarray(weight)
-        ):
+        own, stored = np.asarray(weight), parts["base"]
+        same = stored.shape == (max(len(own), first + count), *own.shape[1:])
+        if same:
+            copy = stored.read().astype(own.dtype)[: len(own)]
+            kept = (np.arange(len(own)) < first) | (np.arange(len(own)) >= first + count)
+            same = np.array_equal(copy[kept], own[kept])
+        if not same:
             raise InputError(
                 f"{folder}: stores a weight of {name} that is not this model's; it belongs to another model, or its "
                 "vocabulary was resized (merge it with PEFT)."
@@ -320,19 +391,23 @@ def _factors(folder: Path, site: Site, parts: Mapping[str, StoredTensor], rank: 
     fan_out, fan_in = site.shape
     arrays = []
     for letter, shape in (("a", (rank, fan_in)), ("b", (fan_out, rank))):
-        stored = parts[letter]
-        if stored.shape != shape:
-            raise InputError(
-                f"{folder}: {letter.upper()} of {site.name} has shape {list(stored.shape)} where rank {rank} and the "
-                f"model ask for {list(shape)}; the adapter belongs to another model, or {CONFIG_NAME} was edited."
-            )
-        array = stored.read().astype(np.float32)
-        if not np.isfinite(array).all():
-            raise InputError(
-                f"{folder}: {letter.upper()} of {site.name} has values that are not finite; train it again."
-            )
-        arrays.append(jnp.asarray(array))
+        what, asked = f"{letter.upper()} of {site.name}", f"rank {rank} and the model ask"
+        arrays.append(_finite_array(folder, what, parts[letter], shape, asked))
     return Factors(arrays[0], arrays[1], scale)
+
+
+def _finite_array(
+    folder: Path, what: str, stored: StoredTensor, shape: tuple[int, ...], asked: str = "the model asks"
+) -> Any:
+    if stored.shape != shape:
+        raise InputError(
+            f"{folder}: {what} has shape {list(stored.shape)} where {asked} for {list(shape)}; the adapter "
+            f"belongs to another model, or {CONFIG_NAME} was edited."
+        )
+    array = stored.read().astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{folder}: {what} has values that are not finite; train it again.")
+    return jnp.asarray(array)
 
 
 def _sha256(path: Path) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.errors import InputError
-from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo, Factors, Site
+from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo, Factors, Site, sites
 from pronghorn.models.decoder import Decoder
 
 CONFIG_NAME = "adapter_config.json"
@@ -42,6 +42,7 @@ _KNOWN = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "trainable_token_indices",
         "use_rslora",
     ]
 )
@@ -49,7 +50,6 @@ _REFUSED = {
     "use_dora": "is DoRA, which is not LoRA",
     "modules_to_save": "stores whole modules",
     "lora_bias": "has a bias in B",
-    "trainable_token_indices": "trains single tokens",
     "layer_replication": "repeats layers",
     "target_parameters": "targets bare parameters",
     "fan_in_fan_out": "is for transposed weights",
@@ -95,7 +95,38 @@ def config_of(
         "init_lora_weights": True,
         "modules_to_save": None,
         "use_dora": False,
+        "trainable_token_indices": _token_indices(model, modules),
     }
+
+
+def _token_indices(model: Decoder, modules: Mapping[str, str]) -> dict[str, list[int]] | None:
+    trained = [name for name, site in sites(model).items() if site.new_rows is not None]
+    if model.config.tie_word_embeddings:  # PEFT knows that the head is the embedding
+        trained = [name for name in trained if name == EMBEDDING]
+    tokens = model.new_tokens
+    return {_last(modules[name]): list(range(tokens.first, tokens.first + tokens.count)) for name in trained} or None
+
+
+def new_token_range(folder: Path, config: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[int, int, list[str]]:
+    """(first id, how many, names of the modules whose rows are trained) of `trainable_token_indices`; (0, 0, [])
+    where there are none."""
+    given = config["trainable_token_indices"]
+    if not given:
+        return 0, 0, []
+    ours = {_last(modules[name]): name for name in (EMBEDDING, HEAD)}
+    if isinstance(given, list):
+        given = {_last(modules[EMBEDDING]): given}
+    path = folder / CONFIG_NAME
+    unknown = [name for name in given if name not in ours]
+    if unknown:
+        raise InputError(f"{path}: trains tokens of {unknown[0]!r}, and the model has them in {', '.join(ours)}.")
+    runs = {tuple(sorted(ids)) for ids in given.values()}
+    ids = runs.pop()
+    if runs or not ids or ids != tuple(range(ids[0], ids[0] + len(ids))) or ids[-1] >= 2**24:
+        raise InputError(
+            f"{path}: trains tokens that are not one run of ids, the same in every module; merge the adapter with PEFT."
+        )
+    return ids[0], len(ids), [ours[name] for name in given]
 
 
 def _shortest_targets(
@@ -197,6 +228,7 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,
+        "trainable_token_indices": None,
     }
     config = defaults | {key: value for key, value in config.items() if value is not None}
     if isinstance(config["layers_to_transform"], int):
@@ -213,7 +245,11 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     def pattern(value: Any, kinds: tuple[type, ...] = (int, float)) -> bool:
         return isinstance(value, dict) and all(positive(item, kinds) for item in value.values())
 
+    def token_ids(value: Any) -> bool:
+        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
     layers, dropout = config["layers_to_transform"], config["lora_dropout"]
+    tokens = config["trainable_token_indices"]
     checks = {
         "r": positive(config.get("r"), (int,)),
         "lora_alpha": positive(config.get("lora_alpha")),
@@ -226,6 +262,9 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         "layers_pattern": config["layers_pattern"] is None or names(config["layers_pattern"]),
         "exclude_modules": config["exclude_modules"] is None or names(config["exclude_modules"]),
         "target_modules": names(config.get("target_modules")),
+        "trainable_token_indices": tokens is None
+        or token_ids(tokens)
+        or (isinstance(tokens, dict) and all(token_ids(ids) for ids in tokens.values())),
     }
     for key, fine in checks.items():
         if not fine:

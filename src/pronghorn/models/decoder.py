@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
     Attributes:
       embed_tokens, segments, norm, lm_head: parameters; lm_head is None where the embedding is the head.
       config, dtype: as given.
-      source: `Source` or None, static. adapter: `AdapterInfo` or None, static.
+      source: `Source` or None, static. adapter: `AdapterInfo` or None, static. new_tokens: `NewTokens` or None, static.
     """
 
     def __init__(
@@ -141,6 +141,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(dtype)
         self.source: Source | None = nnx.static(None)
         self.adapter: Any = nnx.static(None)
+        self.new_tokens: Any = nnx.static(None)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=self.dtype, rngs=rngs)
         scanned = layers == "scanned"
         plan = plan_segments(config.layer_pattern) if scanned else ((0, config.num_layers, 1),)
@@ -226,17 +227,20 @@ class Decoder(nnx.Module):
         """(weight `[vocab, d]`, bias, lora_A, lora_B, lora_scale) of the head, as linear_cross_entropy takes them.
 
         A tied head is the embedding's weight alone: an adapter of the embedding changes the lookup only, as in PEFT.
+        Trained rows of new tokens are an adapter of theirs: A is what they have beyond the weight's, B chooses them.
         """
+        owner = self.embed_tokens if self.lm_head is None else self.lm_head
+        weight, bias = owner.weight.get_value(), value_or_none(getattr(owner, "bias", None))
+        if owner.lora_new_rows is not None:
+            rows, first = owner.lora_new_rows.get_value(), self.embed_tokens.first_new
+            old = jax.lax.slice_in_dim(weight, first, first + rows.shape[0]).astype(rows.dtype)
+            place = jnp.arange(weight.shape[0])[:, None] - first
+            chosen = (place == jnp.arange(rows.shape[0])).astype(rows.dtype)
+            return weight, bias, rows - jax.lax.stop_gradient(old), chosen, 1.0
         if self.lm_head is None:
-            return self.embed_tokens.weight.get_value(), None, None, None, 1.0
+            return weight, None, None, None, 1.0
         head = self.lm_head
-        return (
-            head.weight.get_value(),
-            value_or_none(head.bias),
-            value_or_none(head.lora_A),
-            value_or_none(head.lora_B),
-            head.lora_scale,
-        )
+        return weight, bias, value_or_none(head.lora_A), value_or_none(head.lora_B), head.lora_scale
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """fp32 `[..., vocab]` from hidden states `[..., d]`: never rounded to the model's dtype."""

@@ -42,6 +42,7 @@ class Linear(nnx.Module):
       lora_A, lora_B: fp32 `[r, in]` and `[out, r]`, or None.
       lora_scale: s, static.
       lora_dropout: share of x that is dropped in front of A, static; only with a dropout key.
+      lora_new_rows: of a head: see `Embedding`. `Decoder.head` applies them.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Linear(nnx.Module):
         )
         self.lora_A = nnx.data(None)  # nnx.data: a parameter may take the place of None later
         self.lora_B = nnx.data(None)
+        self.lora_new_rows = nnx.data(None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
 
@@ -85,12 +87,15 @@ class Embedding(nnx.Module):
       weight: `[vocab, d]` in the model's dtype.
       lora_embedding_A, lora_embedding_B: fp32 `[r, vocab]` and `[d, r]` (the names PEFT uses), or None.
       lora_scale: s, static.
+      lora_new_rows: fp32 `[n, d]`, trained rows that stand in the place of rows `first_new` and following, or None.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, *, dtype: Any, rngs: nnx.Rngs):
         self.weight = _param(_normal(rngs, (vocab_size, hidden_size), dtype), ("vocab", "hidden"), ())
         self.lora_embedding_A = nnx.data(None)
         self.lora_embedding_B = nnx.data(None)
+        self.lora_new_rows = nnx.data(None)
+        self.first_new = 0
         self.lora_scale = 1.0
         self.lora_dropout = (
             0.0  # PEFT drops nothing in front of an embedding; kept so that every target has it
@@ -100,6 +105,11 @@ class Embedding(nnx.Module):
         """int `[batch, seq]` -> `[batch, seq, d]`. An id outside of the vocabulary gives NaN, not its neighbour."""
         weight = self.weight.get_value()
         x = jnp.take(weight, ids, axis=0, mode="fill", fill_value=jnp.nan)
+        if self.lora_new_rows is not None:
+            rows = self.lora_new_rows.get_value().astype(x.dtype)
+            place = ids - self.first_new
+            is_new = (place >= 0) & (place < rows.shape[0])
+            x = jnp.where(is_new[..., None], jnp.take(rows, place, axis=0, mode="clip"), x)
         if self.lora_embedding_A is not None:
             a = jnp.take(self.lora_embedding_A.get_value().astype(x.dtype), ids, axis=1, mode="fill")
             b = self.lora_embedding_B.get_value().astype(x.dtype)

@@ -57,11 +57,14 @@ def _largest_magnitudes(trainable: Any) -> jax.Array:
 
 
 def excused_leaves(trainable: Any, names: Sequence[str]) -> set[str]:
-    """Adapter leaves whose gradient is exactly zero by the maths, because the other factor is all zero now."""
+    """Adapter leaves whose gradient is exactly zero by the maths, because the other factor is all zero now.
+
+    And the embedding's rows of new tokens: a batch need not have any. That the data has them is looked at before.
+    """
+    excused = {name for name in names if name.endswith("embed_tokens.lora_new_rows")}
     if not any(name.rpartition(".")[2] in _PARTNERS for name in names):
-        return set()
+        return excused
     is_zero = dict(zip(names, np.asarray(_largest_magnitudes(trainable)) == 0, strict=True))
-    excused = set()
     for name in names:
         module, dot, leaf = name.rpartition(".")
         leaf, bracket, index = leaf.partition("[")
