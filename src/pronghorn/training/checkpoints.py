@@ -6,7 +6,8 @@ file is fsynced, and a rename publishes it; older ones are removed only after th
 of a save, the newest complete checkpoint is intact, and what has no manifest, or differs from it, is skipped aloud.
 
 Orbax copies the state to the host and writes on its own threads while training goes on; a thread here waits for it
-and publishes.
+and publishes. One save is in flight at most. What `Retention` gives up is removed after the new checkpoint is there,
+or, where the disk would not hold both, before it; the newest complete one never is.
 """
 
 import dataclasses
@@ -26,6 +27,38 @@ from pronghorn.errors import InputError, RunError
 from pronghorn.files import fsync_folder, fsync_tree, write_json
 
 _FREE_SPACE_MARGIN = 64 << 20
+_ASIDE = ".passed-over"
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay.
+
+    Attributes:
+      last: so many of the newest.
+      every: those of steps that are multiples of this, for good; None keeps none for that.
+      best: the one with the smallest `heldout_loss` in its metadata.
+    """
+
+    last: int = 2
+    every: int | None = None
+    best: bool = False
+
+    def given_up(self, complete: list["Checkpoint"]) -> list["Checkpoint"]:
+        """Those of the complete checkpoints, in order of their steps, that need not stay."""
+        kept = {c.step for c in complete[-self.last :]}
+        if self.every is not None:
+            kept |= {c.step for c in complete if c.step % self.every == 0}
+        judged = [c for c in complete if isinstance(c.metadata.get("heldout_loss"), float)]
+        if self.best and judged:
+            kept.add(min(judged, key=lambda c: c.metadata["heldout_loss"]).step)
+        return [c for c in complete if c.step not in kept]
+
+    def most(self, save_every: int | None, total_steps: int) -> int:
+        """How many are on disk at a time in a run of so many steps, the one that is being written included."""
+        saves = 1 if save_every is None else -(-total_steps // save_every)
+        forever = 0 if self.every is None else total_steps // self.every
+        return min(saves, self.last + 1 + forever) + self.best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +85,13 @@ class CheckpointWriter:
     """Writes checkpoints in the background, one at a time.
 
     Example:
-      >>> with CheckpointWriter(folder, keep=2) as writer:
+      >>> with CheckpointWriter(folder, Retention(last=2)) as writer:
       ...     writer.save(state, step=60, metadata={"settings": settings})
     """
 
-    def __init__(self, folder: str | Path, *, keep: int = 2):
+    def __init__(self, folder: str | Path, retention: Retention | None = None):
         self.folder = Path(folder).absolute()
-        self.keep = keep
+        self.retention = retention or Retention()
         self._checkpointer: Any = None
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -74,25 +107,30 @@ class CheckpointWriter:
 
         The arrays of `state` may be donated or changed as soon as this returns.
 
+        Args:
+          metadata: JSON values; `heldout_loss` is what `Retention.best` goes by.
+
         Raises:
           RunError: the disk has no room, or the save before this one failed.
         """
         import orbax.checkpoint as ocp
 
         self.wait()
-        check_free_space(self.folder, state_bytes(state))
         final = self.folder / f"step_{step:08d}"
         partial = self.folder / f"{final.name}.partial"
+        for leftover in self.folder.glob("step_*.partial"):  # of a run that was killed while it saved
+            shutil.rmtree(leftover, ignore_errors=True)
+        self._make_room(state_bytes(state), step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in (partial, final):
-                if leftover.exists():
-                    shutil.rmtree(leftover)
+            if final.exists():
+                _remove(final)
             partial.mkdir()
             if self._checkpointer is None:
                 self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
             self._checkpointer.save(partial / "state", args=ocp.args.PyTreeSave(state_arrays(state)))
         except (OSError, ValueError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise RunError(
                 f"{partial}: the checkpoint could not be written ({error}); free space."
             ) from error
@@ -112,13 +150,34 @@ class CheckpointWriter:
             self._remove_old()
         except BaseException as error:  # handed to the thread that trains, which raises it
             self._failure = error
+            shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint only takes the next one's room
+
+    def continue_from(self, step: int) -> None:
+        """Put aside what is newer than the checkpoint that a run resumes from, since it was passed over as damaged:
+        it must not count as one of those that are kept. It goes when the next checkpoint is there."""
+        for path in self.folder.glob("step_*"):
+            if _step_of(path) > step:
+                aside = path.with_name(path.name + _ASIDE)
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
 
     def _remove_old(self) -> None:
-        complete = sorted(path for path in self.folder.glob("step_*") if (path / "manifest.json").is_file())
-        for path in complete[: -self.keep]:
-            # The manifest first: a removal that is cut short must not leave something that looks complete.
-            (path / "manifest.json").unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob("step_*"):
+            if path.name.endswith(_ASIDE) or not (path / "manifest.json").is_file():
+                _remove(path)
+        for checkpoint in self.retention.given_up(_complete(self.folder)):
+            _remove(checkpoint.path)
+
+    def _make_room(self, needed: int, step: int) -> None:
+        """Give up now what would be given up anyway once `step` is there, if that is what the disk needs."""
+        complete = [c for c in _complete(self.folder) if c.step < step] if self.folder.is_dir() else []
+        given_up = self.retention.given_up([*complete, Checkpoint(self.folder, step, {})])
+        spare = [c for c in given_up if c.step != complete[-1].step]
+        freed = sum(path.stat().st_size for c in spare for path in c.path.rglob("*") if path.is_file())
+        if _free_bytes(self.folder) < needed + _FREE_SPACE_MARGIN <= _free_bytes(self.folder) + freed:
+            for checkpoint in spare:
+                _remove(checkpoint.path)
+        check_free_space(self.folder, needed)
 
     def wait(self) -> None:
         """Until the last save is on disk.
@@ -146,16 +205,45 @@ class CheckpointWriter:
                 self._checkpointer = None
 
 
+def _complete(folder: Path) -> list[Checkpoint]:
+    """Checkpoints that have a manifest, by step; their files are not read."""
+    found = []
+    for path in folder.glob("step_*"):
+        if _step_of(path) >= 0 and (path / "manifest.json").is_file():
+            try:
+                metadata = json.loads((path / "metadata.json").read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                metadata = {}
+            found.append(Checkpoint(path, _step_of(path), metadata if isinstance(metadata, dict) else {}))
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def _step_of(path: Path) -> int:
+    """The step of a checkpoint's folder; -1 for one that is unfinished or put aside."""
+    digits = path.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _remove(path: Path) -> None:
+    # The manifest first: a removal that is cut short must not leave something that looks complete.
+    (path / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
 def check_free_space(folder: Path, needed: int) -> None:
     """Refuse when the disk of `folder` cannot take `needed` more bytes.
 
     Raises:
       RunError: with both figures.
     """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free = _free_bytes(folder)
     if free < needed + _FREE_SPACE_MARGIN:
         raise RunError(
             f"{folder}: a checkpoint takes {needed / 2**20:,.0f} MiB and the disk has {free / 2**20:,.0f} MiB left; "
@@ -170,9 +258,29 @@ def newest_checkpoint(folder: str | Path, say: Callable[[str], None]) -> Checkpo
       folder: the `checkpoints` folder of a run.
       say: told, one sentence each, which newer ones were skipped and why.
     """
+    return _first_whole(folder, None, say)
+
+
+def best_checkpoint(folder: str | Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The complete checkpoint with the smallest held-out loss, checked as in `newest_checkpoint`, or None."""
+    judged = {
+        c.path: c.metadata["heldout_loss"]
+        for c in (_complete(Path(folder)) if Path(folder).is_dir() else ())
+        if isinstance(c.metadata.get("heldout_loss"), float)
+    }
+    return _first_whole(folder, judged, say)
+
+
+def _first_whole(
+    folder: str | Path, judged: Mapping[Path, float] | None, say: Callable[[str], None]
+) -> Checkpoint | None:
+    """The first undamaged one: newest first, or, of those that are judged, smallest first."""
     folder = Path(folder)
-    entries = (path for path in folder.glob("step_*") if path.is_dir()) if folder.is_dir() else ()
-    for path in sorted(entries, key=lambda path: path.name.partition(".")[0], reverse=True):
+    entries = [path for path in folder.glob("step_[0-9]*") if path.is_dir()] if folder.is_dir() else []
+    entries.sort(key=lambda path: path.name, reverse=True)
+    if judged is not None:
+        entries = sorted((path for path in entries if path in judged), key=lambda path: judged[path])
+    for path in entries:
         problem = damage(path)
         if problem is not None:
             say(f"{path}: skipped, {problem}.")
@@ -184,10 +292,12 @@ def newest_checkpoint(folder: str | Path, say: Callable[[str], None]) -> Checkpo
 
 def damage(path: Path) -> str | None:
     """What makes a checkpoint folder unusable, in words, or None when every file is as the manifest says."""
+    if path.name.endswith(_ASIDE):
+        return "it was passed over before"
     if path.name.endswith(".partial") or not (path / "manifest.json").is_file():
         return "its save was never finished"
     try:
-        expected = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        expected = dict(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"])
         actual = _file_table(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it cannot be read ({error})"

@@ -39,6 +39,12 @@ class TrainConfig:
       save_every: write a checkpoint every so many steps, and at the end; None writes one only when the run is
         interrupted (SIGTERM or Ctrl-C).
       keep_checkpoints: how many of the newest checkpoints stay on disk.
+      keep_every: checkpoints of steps that are multiples of this stay for good; None keeps none for that.
+      keep_best: also save a checkpoint after every evaluation with a new smallest held-out loss, and keep it until a
+        better one is there.
+      best_at_end: end with the weights of the evaluation with the smallest held-out loss (implies `keep_best`).
+      early_stopping: stop after so many evaluations in a row whose held-out loss is no new best; None never does.
+      early_stopping_delta: how much smaller, in nats a token, a held-out loss has to be to be a new best.
       log_every: steps between two printed lines where there is no terminal; metrics.jsonl has every step.
       seed: dropout's random stream (rows are shuffled by `data.seed`).
       output_dir: folder of the run: config.json, metrics.jsonl, checkpoints.
@@ -71,6 +77,11 @@ class TrainConfig:
     eval_batch_size: int | None = None
     save_every: int | None = 500
     keep_checkpoints: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+    best_at_end: bool = False
+    early_stopping: int | None = None
+    early_stopping_delta: float = 0.0
     log_every: int = 10
     seed: int = 0
     output_dir: str = "runs/train"
@@ -90,12 +101,19 @@ class TrainConfig:
             "max_skipped_streak",
         ):
             self._at_least_one(name)
-        for name in ("max_steps", "eval_every", "eval_batch_size", "save_every"):
+        for name in (
+            "max_steps",
+            "eval_every",
+            "eval_batch_size",
+            "save_every",
+            "keep_every",
+            "early_stopping",
+        ):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
         for name in ("learning_rate", "epochs", "eps"):
             self._check(name, getattr(self, name) > 0, "give a number over 0")
-        for name in ("weight_decay", "warmup_steps"):
+        for name in ("weight_decay", "warmup_steps", "early_stopping_delta"):
             self._check(name, getattr(self, name) >= 0, "give 0 or more")
         for name in ("beta1", "beta2", "label_smoothing"):
             self._check(name, 0 <= getattr(self, name) < 1, "give a number in [0, 1)")
@@ -113,6 +131,14 @@ class TrainConfig:
         self._check("seed", 0 <= self.seed < 2**32, "give a whole number from 0 to 2**32 - 1")
         if self.max_steps is not None:
             self._check("warmup_steps", self.warmup_steps < self.max_steps, "give fewer than max_steps")
+
+        for name in ("early_stopping", "keep_best", "best_at_end"):
+            if getattr(self, name):
+                self._check(
+                    name, self.eval_every is not None, "set train.eval_every, since it goes by evaluations"
+                )
+        if self.keep_every is not None:
+            self._check("keep_every", self.save_every is not None, "set train.save_every as well")
 
     def _at_least_one(self, name: str) -> None:
         value = getattr(self, name)

@@ -16,11 +16,20 @@ import jax
 import numpy as np
 from flax import nnx
 
+from pronghorn.errors import RunError
 from pronghorn.lora import split
 from pronghorn.training import memory_plan, report, run_folder
-from pronghorn.training.checkpoints import CheckpointWriter, check_free_space, check_settings, restore
+from pronghorn.training.checkpoints import (
+    CheckpointWriter,
+    Retention,
+    best_checkpoint,
+    check_free_space,
+    check_settings,
+    restore,
+)
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
+from pronghorn.training.held_out import HeldOutHistory
 from pronghorn.training.interruption import Interruption
 from pronghorn.training.losses import step_batch
 from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, peak_device_bytes
@@ -57,6 +66,10 @@ class TrainResult:
       output_dir: the run's folder.
       interrupted: stopped by a signal or `stop_after`, with a checkpoint to resume from.
       resumed_from: step that this call began at; 0 for a new run.
+      stopped_early: `train.early_stopping` ended the run before its last step.
+      best_step: step of the smallest held-out loss of the whole run; None without evaluations. With
+        `train.best_at_end` the model has the weights of that step.
+      failed_saves: checkpoints of this call that the disk did not take; training went on.
     """
 
     steps: int
@@ -74,6 +87,9 @@ class TrainResult:
     output_dir: str
     interrupted: bool
     resumed_from: int
+    stopped_early: bool
+    best_step: int | None
+    failed_saves: int
 
 
 class Run:
@@ -88,6 +104,17 @@ class Run:
         self.grad_norms: list[float] = []
         self.evaluations: list[Evaluation] = []
         self.skipped = 0
+        self.failed_saves = 0
+        self.stopped_early = False
+        self.saved_at: int | None = None
+        self.trusted = False  # whether the gradients of this call's first step were as they should be
+        self.held_out = HeldOutHistory(self.config.early_stopping, self.config.early_stopping_delta)
+        self.retention = Retention(
+            self.config.keep_checkpoints,
+            self.config.keep_every,
+            self.config.keep_best or self.config.best_at_end,
+        )
+        self.buffer = MetricsBuffer(self.config.log_every)
         self.streak = SkippedStreak(self.config.max_skipped_streak, self._rows_of)
         self.step_seconds = self.step_tokens = 0.0
         self.lap = time.perf_counter()
@@ -137,7 +164,9 @@ class Run:
         )
         if config.save_every is not None:
             # The newest is written before the oldest goes.
-            check_free_space(self.folder, self.plan.checkpoint * min(config.keep_checkpoints + 1, self.total))
+            check_free_space(
+                self.folder, self.plan.checkpoint * self.retention.most(config.save_every, self.total)
+            )
         self.flops = count_flops(model.config, trainable, self.frozen)
         self.trainable, self.prepared, self.checkpoint = trainable, prepared, checkpoint
         self.start = self.step = 0 if checkpoint is None else checkpoint.step
@@ -147,6 +176,7 @@ class Run:
         """Make or read the state. From here to `_return_leaves` the model has no trainable leaves of its own."""
         if self.checkpoint is not None:
             state = restore(self.checkpoint, self.prepared.state)
+            self.held_out.restore(self.checkpoint.metadata.get("held_out", {}))
         elif jax.tree.leaves(self.frozen):
             # An adapter is small: copied, so that nobody else's reference to its arrays dies with the donation.
             trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
@@ -190,17 +220,23 @@ class Run:
                 self.board = TensorBoard(self.folder / run_folder.TENSORBOARD, purge_step=self.start + 1)
                 stack.callback(self.board.close)
             self.writer = stack.enter_context(
-                CheckpointWriter(self.folder / run_folder.CHECKPOINTS, keep=config.keep_checkpoints)
+                CheckpointWriter(self.folder / run_folder.CHECKPOINTS, self.retention)
             )
+            if self.checkpoint is not None:
+                self.writer.continue_from(self.start)
             stop = stack.enter_context(Interruption())
-            interrupted = self._loop(stop)
+            try:
+                interrupted = self._loop(stop)
+            except Exception as error:
+                self._save_after_failure(error)
+                raise
         return self._summary(interrupted)
 
     def _loop(self, stop: Interruption) -> bool:
         """Steps until the end or an interruption; returns whether it was interrupted."""
         config = self.config
         last = self.total if self.stop_after is None else min(self.total, self.start + self.stop_after)
-        buffer = MetricsBuffer(config.log_every)
+        buffer = self.buffer
         self.lap = time.perf_counter()
         for host, device in self._steps(last, stop):
             buffer.add(host, device)
@@ -213,16 +249,24 @@ class Run:
             self._record(buffer.ready(everything=evaluate or save or at_end or step == self.start + 1))
             if step == self.start + 1 and step < last:
                 self.step_seconds = self.step_tokens = 0.0  # the first step warms libraries up
-            if evaluate:
-                self._evaluate()
-            if save:
-                self._save()
+            heldout_loss = self._evaluate() if evaluate else None
+            better = heldout_loss is not None and self.held_out.see(step, heldout_loss)
+            if save or (better and self.retention.best):
+                self._try_to_save(heldout_loss)
+            if evaluate and self.held_out.exhausted and not at_end:
+                self.progress.say(
+                    f"stopped early after step {step} of {self.total}: {self.held_out.stale} evaluations in a row "
+                    f"were no better than step {self.held_out.best_step}'s {self.held_out.best_loss:.4f}."
+                )
+                self.stopped_early = True
+                break
         self._record(buffer.ready(everything=True))
-        interrupted = self.step < self.total
+        interrupted = self.step < self.total and not self.stopped_early
         if interrupted:
             why = stop.requested or f"stop_after={self.stop_after}"
             if self.step > self.start:
-                self._save()
+                if self.saved_at != self.step:
+                    self._save()
                 self.writer.wait()
                 saved = f"saved in {self.folder / run_folder.CHECKPOINTS}; go on with train.resume=true"
             else:
@@ -232,6 +276,10 @@ class Run:
             self.progress.say(f"stopped by {why} after step {self.step} of {self.total}, {saved}.")
         elif self.step == self.start:
             self.progress.say(f"the run had all its {self.total} steps already; nothing is left to train.")
+        if not interrupted:
+            self._finish_saves()
+            if config.best_at_end:
+                self._take_best()
         return interrupted
 
     def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -251,6 +299,7 @@ class Run:
                 if guarded:
                     check_leaf_gradients(self.names, leaf_grad_norms, excused, step=self.step)
                     guarded = bool(excused) and self.step - self.start < _GUARDED_STEPS
+                self.trusted = True
                 real = np.asarray(batch["segment_ids"]) > 0
                 host = {
                     "step": self.step,
@@ -267,8 +316,8 @@ class Run:
     def _state(self) -> TrainState:
         return self.compiled.state(self.leaves)
 
-    def _record(self, records: list[dict[str, Any]]) -> None:
-        """Write, show and check the records of finished steps."""
+    def _record(self, records: list[dict[str, Any]], *, judge: bool = True) -> None:
+        """Write, show and (`judge`) check the records of finished steps."""
         if not records:
             return
         now = time.perf_counter()
@@ -287,8 +336,8 @@ class Run:
         in_use = peak_device_bytes()
         if in_use is not None:
             speed["peak_device_bytes"] = in_use
+        applied = [record.pop("applied") for record in records]
         for record in records:
-            applied = record.pop("applied")
             record |= speed
             self.losses.append(record["loss"])
             self.grad_norms.append(record["grad_norm"])
@@ -297,10 +346,11 @@ class Run:
             if self.board is not None:
                 self.board.write(record, "train")
             self.progress.step(record)
-            self.streak.see(record["step"], applied=applied, token_count=record["token_count"])
         self.records.flush()
+        for record, fine in zip(records, applied, strict=True) if judge else ():
+            self.streak.see(record["step"], applied=fine, token_count=record["token_count"])
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> float:
         trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
         evaluation = self.trainer._evaluate(trainable, self.frozen, step=self.step)
         self.evaluations.append(evaluation)
@@ -313,10 +363,63 @@ class Run:
             f"step {self.step}: held-out loss {evaluation.loss:.4f} ({evaluation.token_count:,} tokens)"
         )
         self.lap = time.perf_counter()
+        return evaluation.loss
 
-    def _save(self) -> None:
-        self.writer.save(self._state(), step=self.step, metadata={"settings": self.settings})
+    def _save(self, heldout_loss: float | None = None) -> None:
+        metadata: dict[str, Any] = {"settings": self.settings, "held_out": self.held_out.metadata()}
+        if heldout_loss is not None:
+            metadata["heldout_loss"] = heldout_loss
+        self.writer.save(self._state(), step=self.step, metadata=metadata)
+        self.saved_at = self.step
         self.lap = time.perf_counter()
+
+    def _try_to_save(self, heldout_loss: float | None) -> None:
+        """Save, or say why not and train on: hours of work are not given up because a disk is full now."""
+        try:
+            self._save(heldout_loss)
+        except RunError as error:
+            self.failed_saves += 1
+            self.progress.say(f"step {self.step}: {error} Training goes on without this checkpoint.")
+
+    def _finish_saves(self) -> None:
+        """Wait for the last checkpoint. The weights are in memory and about to be exported: a failure is only told."""
+        try:
+            self.writer.wait()
+        except RunError as error:
+            self.failed_saves += 1
+            self.progress.say(f"step {self.step}: {error}")
+
+    def _save_after_failure(self, error: Exception) -> None:
+        """The steps that are done are not lost to what comes after them, such as a row that cannot be read."""
+        finished = self.step > self.start and self.trusted and self.saved_at != self.step
+        if not finished or any(leaf.is_deleted() for leaf in self.leaves):
+            return
+        try:
+            self._record(self.buffer.ready(everything=True), judge=False)
+            self._save()
+            self.writer.wait()
+        except Exception as second:  # the first error is the one to tell
+            self.progress.say(f"after step {self.step} no checkpoint could be saved either: {second}")
+            return
+        self.progress.say(
+            f"stopped after step {self.step} of {self.total} by {type(error).__name__}; what was trained is saved in "
+            f"{self.folder / run_folder.CHECKPOINTS}, go on with train.resume=true."
+        )
+
+    def _take_best(self) -> None:
+        """Replace the state by the best checkpoint's."""
+        best = best_checkpoint(self.folder / run_folder.CHECKPOINTS, self.progress.say)
+        if best is None:
+            self.progress.say(
+                "train.best_at_end: no checkpoint with a held-out loss is left; these are the last weights."
+            )
+            return
+        if best.step != self.step:
+            self.leaves = jax.tree.leaves(restore(best, self.prepared.state))
+        self.progress.say(
+            f"the weights are those of step {best.step}, whose held-out loss {best.metadata['heldout_loss']:.4f} is "
+            "the smallest"
+        )
 
     def _return_leaves(self) -> None:
         """Give the model the trained leaves, in the dtypes it had."""
@@ -374,4 +477,7 @@ class Run:
             output_dir=str(self.folder),
             interrupted=interrupted,
             resumed_from=self.start,
+            stopped_early=self.stopped_early,
+            best_step=self.held_out.best_step,
+            failed_saves=self.failed_saves,
         )

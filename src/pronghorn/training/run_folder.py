@@ -25,12 +25,17 @@ CONFIG = "config.json"
 # memory is used, not which numbers are computed.
 _FREE_SETTINGS = frozenset(
     {
+        "best_at_end",
         "compile_cache",
         "deterministic",
+        "early_stopping",
+        "early_stopping_delta",
         "epochs",
         "eval_batch_size",
         "eval_every",
+        "keep_best",
         "keep_checkpoints",
+        "keep_every",
         "log_every",
         "max_skipped_streak",
         "max_steps",

@@ -61,6 +61,13 @@ class Trainer:
                 dataset, eval_dataset = hold_out(dataset, self.data.eval_fraction, self.data.seed)
         self.dataset = self._tokenized(dataset, "dataset")
         self.eval_dataset = None if eval_dataset is None else self._tokenized(eval_dataset, "eval_dataset")
+        if self.eval_dataset is None and (
+            self.config.early_stopping or self.config.keep_best or self.config.best_at_end
+        ):
+            raise InputError(
+                "train.early_stopping, train.keep_best and train.best_at_end go by held-out rows, and there are none; "
+                "give data.eval_path or data.eval_fraction."
+            )
         self.loader = Loader(
             self.dataset,
             batch_size=self.config.batch_size,
