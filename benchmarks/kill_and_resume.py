@@ -1,6 +1,6 @@
 """Kill a training run at random moments, resume it each time, and compare what comes out with a run left alone.
 
-Each process is the real command, `pronghorn train job.yaml train.resume=auto`, with a checkpoint every few steps. It gets
+Each process is the command `pronghorn train job.yaml train.resume=auto` with checkpoints every few steps. It gets
 SIGKILL after a random time; when a run reaches its end in spite of that, its adapter has to be the uninterrupted run's
 bit for bit and its metrics.jsonl has to hold every step once, with the same losses. Then the next run begins.
 
