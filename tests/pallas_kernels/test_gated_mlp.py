@@ -176,16 +176,23 @@ def test_training_b_of_down_alone_saves_its_rank_product():
     assert saved == [(ROWS, 5)]
 
 
-def test_h_is_rebuilt_in_the_launch_that_makes_both_gradients():
+def test_h_is_never_written_where_only_adapters_are_trained():
     function, arguments = adapters_trained(kernels)
     launched = kernel_outputs(gradient(function), *arguments)
-    assert launched["gated_activation_backward"] == [(ROWS, FFN)] * 3
+    assert launched["lowrank_gated_backward"] == [(ROWS, FFN)] * 2 + [(5, FFN)] * 3
+
+
+def test_h_is_rebuilt_for_a_trained_down_projection_in_the_launch_that_makes_both_gradients():
+    x, norm_weight = inputs()
+    flat, put = split(layers(ranks=(0, 0, 0)), FIELDS)
+    function = gradient(lambda x, *a: kernels(x, norm_weight, *put(a)))
+    assert kernel_outputs(function, x, *flat)["gated_activation_backward"] == [(ROWS, FFN)] * 3
 
 
 def test_h_is_not_rebuilt_for_a_frozen_down_projection():
     function, arguments = adapters_trained(kernels, ranks=(3, 2, 0))
     launched = kernel_outputs(gradient(function), *arguments)
-    assert launched["gated_activation_backward"] == [(ROWS, FFN)] * 2
+    assert launched["lowrank_gated_backward"] == [(ROWS, FFN)] * 2 + [(5, FFN)] * 2
 
 
 def test_rank_products_of_gate_and_up_are_one_product():
@@ -272,6 +279,13 @@ def test_lowers_for_an_h100():
     up, down = (LinearWeights(bf16(s)) for s in ((model.ffn, model.hidden), (model.hidden, model.ffn)))
     x, norm_weight = bf16((shapes.TOKENS, model.hidden)), bf16((model.hidden,))
     assert "gated_activation_backward" in lower_for_h100(gradient(kernels), x, norm_weight, up, up, down)
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    up, down = (
+        linear._replace(lora_a=f32((shapes.RANK, i)), lora_b=f32((o, shapes.RANK)))
+        for linear in (up, down)
+        for o, i in (linear.weight.shape,)
+    )
+    assert "lowrank_gated_backward" in lower_for_h100(gradient(kernels), x, norm_weight, up, up, down)
 
 
 @pytest.mark.gpu

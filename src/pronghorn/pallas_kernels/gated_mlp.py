@@ -11,6 +11,10 @@ its adapter as in `stacked_linears`:
 Saved: x (as it came in), r, e, u, and the T of the adapters, under the names that `rms_norm`, `gated_activation` and
 `lora_linear` give them; neither n nor h. Without `residual`, y = down(h) and dx lacks dY.
 
+Where kernels run and adapters are thin, the rank-r products of gate, up and dh are left to the kernels of
+`lowrank_gated_activation`: e and u are then saved without them, and neither h nor a second pass over de and du is needed
+for the gradients of the adapters.
+
 With dropout nothing is shared between adapters, so the op is then made of `rms_norm`, `lora_linear` and
 `gated_activation`. Implementations are chosen as in `norm_linears`.
 
@@ -33,7 +37,13 @@ from pronghorn.pallas_kernels.gated_activation import (
     gated_activation_backward,
     gated_activation_forward,
 )
-from pronghorn.pallas_kernels.lora_linear import over_tokens
+from pronghorn.pallas_kernels.lora_linear import over_tokens, times_transposed
+from pronghorn.pallas_kernels.lowrank_gated_activation import (
+    GatedFactors,
+    GatedGradients,
+    lowrank_gated_backward,
+    lowrank_gated_forward,
+)
 from pronghorn.pallas_kernels.norm_linears import (
     Dropout,
     NormOptions,
@@ -50,8 +60,12 @@ from pronghorn.pallas_kernels.stacked_linears import (
     apply_linears,
     check_linears,
     input_gradient,
+    own_rows,
     quantized_behind,
     rank_gradient,
+    share_rank_products,
+    shared_factors,
+    stacked_a,
     wanted_fields,
     weight_gradients,
 )
@@ -179,12 +193,38 @@ def _compute(x, norm_weight, linears, options) -> _Forward:
     n, inverse_rms = rms_norm_forward(
         x, norm_weight, eps=norm.eps, weight_offset=norm.weight_offset, with_kernel=norm.with_kernel
     )
-    (gate, up), t = apply_linears(n, linears[:2], norm.scales)
+    finished = _finished_by_kernels(linears, norm.with_kernel)
+    layers = _without_adapters(linears[:2]) if finished else linears[:2]
+    (gate, up), t = apply_linears(n, layers, norm.scales)
     gate = checkpoint_name(gate, "gated_activation_gate")
     up = checkpoint_name(up, "gated_activation_up")
-    h = gated_activation_forward(gate, up, activation=options.activation, with_kernel=norm.with_kernel)
+    factors = None
+    if finished:
+        t = times_transposed(n, stacked_a(linears[:2], n.dtype), n.dtype)
+        factors = GatedFactors(t, *shared_factors(linears[:2], norm.scales, n.dtype))
+    h = _activated(gate, up, factors, options)
     (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=x if options.residual else None)
     return _Forward(y, inverse_rms, gate, up, t, t_down)
+
+
+def _finished_by_kernels(linears, with_kernel) -> bool:
+    """Whether kernels add the rank-r products of gate and up (and of dh, where down has an adapter)."""
+    gate, up, down = linears
+    adapted = gate.lora_a is not None or up.lora_a is not None
+    return with_kernel and adapted and share_rank_products((gate, up)) and share_rank_products((down,))
+
+
+def _activated(gate, up, factors, options):
+    """h; `factors` are the rank-r products that gate and up lack, or None."""
+    if factors is not None:
+        return lowrank_gated_forward(gate, up, factors, activation=options.activation)
+    return gated_activation_forward(
+        gate, up, activation=options.activation, with_kernel=options.norm.with_kernel
+    )
+
+
+def _without_adapters(linears):
+    return tuple(linear._replace(lora_a=None, lora_b=None) for linear in linears)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -202,6 +242,8 @@ def _gated_mlp_forward(x, norm_weight, linears, options):
     saved["down"] = linears[2]
     if wanted.past_norm or any(wanted.linears) or wanted_down & {"lora_a", "weight"}:
         saved["gate"], saved["up"] = done.gate, done.up
+        if "t" not in saved and _finished_by_kernels(linears, options.norm.with_kernel):
+            saved["t"] = checkpoint_name(done.t, "lora_linear_rank")
     if "lora_b" in wanted_down:
         saved["t_down"] = checkpoint_name(done.t_down, "lora_linear_rank")
     return done.y, (saved, launch.Static((wanted, wanted_down)))
@@ -210,37 +252,70 @@ def _gated_mlp_forward(x, norm_weight, linears, options):
 def _gated_mlp_backward(options, residuals, dy):
     saved, static = residuals
     wanted, wanted_down = static.value
-    past_activation = wanted.past_norm or any(wanted.linears)
-    with_h = bool(wanted_down & {"lora_a", "weight"})
-    scale = (options.down_scale,)
-
+    norm, scale, dtype = options.norm, (options.down_scale,), dy.dtype
+    passing = dy if options.residual else None
     (dy,), down = quantized_behind((dy,), (saved["down"],))
+    past_activation = wanted.past_norm or any(wanted.linears)
     g: Any = rank_gradient((dy,), down, scale) if past_activation or "lora_a" in wanted_down else None
-    dgate: Any = None
-    dup: Any = None
-    h: Any = None
+    g = None if g is None else g.astype(dtype)
+    factors = None
+    if _finished_by_kernels((*saved["linears"], saved["down"]), norm.with_kernel) and "t" in saved:
+        factors = GatedFactors(saved["t"], *shared_factors(saved["linears"], norm.scales, dtype))
+    found = GatedGradients()
     if past_activation:
-        dh = input_gradient((dy,), g, down)
-        dgate, dup, h = gated_activation_backward(
-            dh,
-            saved["gate"],
-            saved["up"],
-            activation=options.activation,
-            with_h=with_h,
-            with_kernel=options.norm.with_kernel,
-        )
-    elif with_h:
+        found = _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options)
+    elif wanted_down & {"lora_a", "weight"}:
         gate, up, dy = jax.lax.optimization_barrier((saved["gate"], saved["up"], dy))
-        h = gated_activation_forward(
-            gate, up, activation=options.activation, with_kernel=options.norm.with_kernel
-        )
-    da = over_tokens(g.astype(dy.dtype), h, jnp.float32) if "lora_a" in wanted_down else None
-    of_down = weight_gradients((dy,), da, saved.get("t_down"), h, down, scale, (wanted_down,))
+        found = GatedGradients(h=_activated(gate, up, factors, options))
+    da = found.da_down
+    if da is None and "lora_a" in wanted_down:
+        da = over_tokens(g, found.h, jnp.float32)
+    of_down = weight_gradients((dy,), da, saved.get("t_down"), found.h, down, scale, (wanted_down,))
     if not past_activation:
         return None, None, (None, None, *of_down)
-    passing = dy if options.residual else None
-    dx, dnorm_weight, of_gate_and_up = backward_to_norm((dgate, dup), passing, saved, wanted, options.norm)
-    return dx, dnorm_weight, (*of_gate_and_up, *of_down)
+
+    dbs = found.db_gate, found.db_up
+    others = wanted._replace(
+        linears=tuple(
+            fields if db is None else fields - {"lora_b"}
+            for fields, db in zip(wanted.linears, dbs, strict=True)
+        )
+    )
+    dx, dnorm_weight, of_both = backward_to_norm((found.dgate, found.dup), passing, saved, others, norm)
+    of_both = tuple(
+        gradient if db is None else gradient._replace(lora_b=own_rows(db, index, saved["linears"], norm.scales))
+        for index, (gradient, db) in enumerate(zip(of_both, dbs, strict=True))
+    )
+    return dx, dnorm_weight, (*of_both, *of_down)
+
+
+def _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options) -> GatedGradients:
+    """dgate and dup, and h or what it is wanted for."""
+    gate, up = saved["gate"], saved["up"]
+    if factors is None:
+        with_h = bool(wanted_down & {"lora_a", "weight"})
+        dh = input_gradient((dy,), g, down)
+        return GatedGradients(
+            *gated_activation_backward(
+                dh, gate, up, activation=options.activation, with_h=with_h, with_kernel=options.norm.with_kernel
+            )
+        )
+    if g is not None:
+        factors = factors._replace(g=g, a_down=stacked_a(down, dy.dtype))
+    asked = {
+        "h": "weight" in wanted_down,
+        "da_down": "lora_a" in wanted_down,
+        "db_gate": "lora_b" in wanted.linears[0],
+        "db_up": "lora_b" in wanted.linears[1],
+    }
+    return lowrank_gated_backward(
+        input_gradient((dy,), None, down),
+        gate,
+        up,
+        factors,
+        activation=options.activation,
+        wanted=tuple(name for name, yes in asked.items() if yes),
+    )
 
 
 _gated_mlp.defvjp(_gated_mlp_forward, _gated_mlp_backward, symbolic_zeros=True)

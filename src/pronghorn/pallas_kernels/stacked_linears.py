@@ -93,14 +93,14 @@ def apply_linears(
     can add the sum to the large one.
     """
     dtype = n.dtype
-    a = _stacked_a(linears, dtype)
+    a = stacked_a(linears, dtype)
     t = None if a is None else times_transposed(n, a, dtype)
     outputs = []
     for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
         y = times_transposed(n, dense(linear.weight, dtype), dtype)
         other = add
         if columns is not None:
-            low = times_transposed(_read(t, columns), _placed_b(linear, scale, columns, dtype), dtype)
+            low = times_transposed(_read(t, columns), placed_b(linear, scale, columns, dtype), dtype)
             other = low if other is None else other + low
         if other is not None:
             # Large product first: XLA lets the first of two products take the second as cuBLAS's addend.
@@ -114,19 +114,19 @@ def apply_linears(
 def rank_gradient(dys: Sequence[jax.Array], linears: Sequence[LinearWeights], scales: Sequence[float]) -> Any:
     """G, fp32 [..., Σr], from dY_i [..., out_i]; None without any adapter."""
     parts = [
-        times(dy, _placed_b(linear, scale, columns, dy.dtype), jnp.float32)
+        times(dy, placed_b(linear, scale, columns, dy.dtype), jnp.float32)
         for dy, linear, scale, columns in zip(dys, linears, scales, _columns(linears), strict=True)
         if columns is not None
     ]
     if not parts:
         return None
-    return sum(parts[1:], parts[0]) if _shared(linears) else jnp.concatenate(parts, axis=-1)
+    return sum(parts[1:], parts[0]) if share_rank_products(linears) else jnp.concatenate(parts, axis=-1)
 
 
 def input_gradient(dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWeights]) -> jax.Array:
     """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter."""
     dtype = dys[0].dtype
-    parts = [] if g is None else [times(g.astype(dtype), _stacked_a(linears, dtype), dtype)]
+    parts = [] if g is None else [times(g.astype(dtype), stacked_a(linears, dtype), dtype)]
     parts += [times(dy, dense(linear.weight, dtype), dtype) for dy, linear in zip(dys, linears, strict=True)]
     # The product that is already there comes second, as in `apply_linears`.
     return functools.reduce(lambda total, product: product + total, parts)
@@ -198,12 +198,13 @@ def _ranks(linears):
     return [0 if linear.lora_a is None else linear.lora_a.shape[0] for linear in linears]
 
 
-def _shared(linears):
+def share_rank_products(linears: Sequence[LinearWeights]) -> bool:
+    """Whether every layer reads the whole of T."""
     return sum(_ranks(linears)) <= MOST_SHARED_RANK
 
 
 def _columns(linears) -> list[Any]:
-    ranks, shared = _ranks(linears), _shared(linears)
+    ranks, shared = _ranks(linears), share_rank_products(linears)
     places: list[_Columns | None] = []
     first = 0
     for rank in ranks:
@@ -218,12 +219,34 @@ def _read(t, columns):
     return t if whole else t[..., columns.start : columns.stop]
 
 
-def _stacked_a(linears, dtype):
+def stacked_a(linears: Sequence[LinearWeights], dtype: Any) -> Any:
+    """A [Σr, in]; None without any adapter."""
     parts = [linear.lora_a.astype(dtype) for linear in linears if linear.lora_a is not None]
     return jnp.concatenate(parts, axis=0) if parts else None
 
 
-def _placed_b(linear, scale, columns, dtype):
+def shared_factors(linears: Sequence[LinearWeights], scales: Sequence[float], dtype: Any) -> list[jax.Array]:
+    """B̂_i [out_i, Σr] of each layer, all zeros for one without an adapter; for layers that share T whole."""
+    rank = sum(_ranks(linears))
+    return [
+        jnp.zeros((linear.weight.shape[0], rank), dtype)
+        if columns is None
+        else placed_b(linear, scale, columns, dtype)
+        for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True)
+    ]
+
+
+def own_rows(
+    db: jax.Array, index: int, linears: Sequence[LinearWeights], scales: Sequence[float]
+) -> jax.Array:
+    """dB of layer `index` [out, r] in its dtype, from the gradient of B̂ᵀ, fp32 [Σr, out], without the scale."""
+    columns = _columns(linears)[index]
+    own = db[columns.offset : columns.offset + columns.rank]
+    lora_b: Any = linears[index].lora_b
+    return (scales[index] * own.T).astype(lora_b.dtype)
+
+
+def placed_b(linear, scale, columns, dtype):
     """s B̂ [out, stop - start]. The scale goes on the smallest matrix of the product, before the one rounding of B."""
     b = (scale * linear.lora_b).astype(dtype)
     before, after = columns.offset, columns.stop - columns.start - columns.offset - columns.rank
