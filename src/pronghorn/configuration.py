@@ -29,8 +29,8 @@ class JobConfig:
       model: a Hugging Face folder, a GGUF file, or a hub name that is cached or can be downloaded.
       dtype: dtype of the frozen weights and of the products.
       layers: "unrolled" (faster step) or "scanned" (faster compilation).
-      quantization: "nf4", "fp4" or "int8" for the frozen linear weights inside of layers; null keeps `dtype`. A folder
-        that bitsandbytes quantised is used as it is.
+      quantization: "nf4", "fp4", "int8" or "fp8" for the frozen linear weights inside of layers; null keeps `dtype`. A
+        folder that bitsandbytes quantised is used as it is.
       adapter: a PEFT folder to go on from, instead of a new adapter.
       lora: the adapter to add; `lora: null` trains every weight.
       new_tokens: texts that become tokens of the model; with an adapter only their rows of embedding and head are
@@ -42,7 +42,7 @@ class JobConfig:
     model: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     layers: Literal["unrolled", "scanned"] = "unrolled"
-    quantization: Literal["nf4", "fp4", "int8"] | None = None
+    quantization: Literal["nf4", "fp4", "int8", "fp8"] | None = None
     adapter: str | None = None
     lora: LoRAConfig | None = LoRAConfig()
     new_tokens: tuple[str, ...] = ()

@@ -35,7 +35,11 @@ from pronghorn.pallas_kernels import launch
 
 @runtime_checkable
 class QuantizedWeight(Protocol):
-    """A frozen weight kept in fewer bits: a registered pytree with a shape."""
+    """A frozen weight kept in fewer bits: a registered pytree with a shape.
+
+    One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype)`, x Wᵀ, and
+    `times(y, dtype)`, y W, besides.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -121,7 +125,7 @@ def lora_linear_reference(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """The oracle of `lora_linear`: the formula in jax.numpy, summed in fp32, rounded once."""
-    y = jnp.einsum("...i,oi->...o", x, dense(weight, x.dtype), preferred_element_type=jnp.float32)
+    y = project(x, weight, jnp.float32)
     if lora_a is not None and lora_b is not None:
         seen = _dropout(x, dropout_key, dropout_rate)
         t = jnp.einsum("...i,ri->...r", seen, lora_a.astype(x.dtype), preferred_element_type=jnp.float32)
@@ -167,9 +171,23 @@ def over_tokens(y: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.dot_general(y, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
 
 
+def project(x: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any) -> jax.Array:
+    """x [..., in] Wᵀ -> [..., out], by the weight's own product where it has one."""
+    if hasattr(weight, "times_transposed"):
+        return weight.times_transposed(x, dtype)
+    return times_transposed(x, dense(weight, x.dtype), dtype)
+
+
+def project_back(y: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any) -> jax.Array:
+    """y [..., out] W -> [..., in], by the weight's own product where it has one."""
+    if hasattr(weight, "times"):
+        return weight.times(y, dtype)
+    return times(y, dense(weight, y.dtype), dtype)
+
+
 def _compute(x, weight, lora_a, lora_b, bias, key, scale, rate):
     """(Y, T); T is None without an adapter."""
-    y, t = times_transposed(x, dense(weight, x.dtype), x.dtype), None
+    y, t = project(x, weight, x.dtype), None
     if lora_a is not None:
         t = times_transposed(_dropout(x, key, rate), lora_a.astype(x.dtype), x.dtype)
         # The scale goes on the smallest matrix of the product, before the one rounding of B.
@@ -217,7 +235,7 @@ def _lora_linear_backward(scale, rate, residuals, dy):
     if lora_a is not None and wanted & {"x", "lora_a"}:
         g = times(dy, (scale * lora_b).astype(dtype), dtype)
     if "x" in wanted:
-        dx = times(dy, dense(weight, dtype), dtype)
+        dx = project_back(dy, weight, dtype)
         if lora_a is not None:
             dx += _dropout(times(g, lora_a.astype(dtype), dtype), key, rate)
         gradients["x"] = dx

@@ -29,9 +29,10 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.lora_linear import (
     check_arguments,
-    dense,
     is_quantized,
     over_tokens,
+    project,
+    project_back,
     times,
     times_transposed,
 )
@@ -97,7 +98,7 @@ def apply_linears(
     t = None if a is None else times_transposed(n, a, dtype)
     outputs = []
     for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
-        y = times_transposed(n, dense(linear.weight, dtype), dtype)
+        y = project(n, linear.weight, dtype)
         other = add
         if columns is not None:
             low = times_transposed(_read(t, columns), placed_b(linear, scale, columns, dtype), dtype)
@@ -127,7 +128,7 @@ def input_gradient(dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWei
     """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter."""
     dtype = dys[0].dtype
     parts = [] if g is None else [times(g.astype(dtype), stacked_a(linears, dtype), dtype)]
-    parts += [times(dy, dense(linear.weight, dtype), dtype) for dy, linear in zip(dys, linears, strict=True)]
+    parts += [project_back(dy, linear.weight, dtype) for dy, linear in zip(dys, linears, strict=True)]
     # The product that is already there comes second, as in `apply_linears`.
     return functools.reduce(lambda total, product: product + total, parts)
 

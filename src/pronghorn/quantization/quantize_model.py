@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.errors import InputError
+from pronghorn.quantization.fp8 import FP8Array, Gradients, Scales, empty_like_fp8, quantize_fp8
 from pronghorn.quantization.int8 import Int8Array, empty_like_int8, quantize_int8
 from pronghorn.quantization.nf4 import NF4Array, empty_like_4bit, quantize_4bit
 
-Kind = Literal["nf4", "fp4", "int8"]
-QuantizedArray = NF4Array | Int8Array
+Kind = Literal["nf4", "fp4", "int8", "fp8"]
+QuantizedArray = NF4Array | Int8Array | FP8Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +27,15 @@ class QuantizationConfig:
     """How to quantise a model.
 
     Attributes:
-      kind: "nf4", "fp4" (4 bits and a scale every 64 elements) or "int8" (8 bits and a scale a row).
+      kind: "nf4", "fp4" (4 bits and a scale every 64 elements), "int8" (8 bits and a scale a row), or "fp8" (an 8-bit
+        float format, multiplied in FP8).
       nested: keep the scales of 4-bit blocks in 8 bits: 4.13 bits a parameter instead of 4.5.
       skip: modules that stay in 16 bits, by name as in Hugging Face ("model.layers.3.mlp.down_proj"), by the start of a
         name up to a dot, by its end, or by a regular expression for its start: what `llm_int8_skip_modules` means.
       modules: (module, kind) of single modules that are quantised in another way, by their whole name: what a recipe
         of `pronghorn sensitivity` chooses.
+      fp8_scales: one scale a "tensor" (the only one that costs no time), a "row", or a "block" of 128 x 128.
+      fp8_gradients: what gradients are rounded to in products with an FP8 weight: "e4m3", "e5m2", or "unrounded".
 
     Raises:
       InputError: an unknown kind.
@@ -41,12 +45,22 @@ class QuantizationConfig:
     nested: bool = True
     skip: tuple[str, ...] = ()
     modules: tuple[tuple[str, Kind], ...] = ()
+    fp8_scales: Scales = "tensor"
+    fp8_gradients: Gradients = "e4m3"
 
     def __post_init__(self) -> None:
         for kind in (self.kind, *(kind for _, kind in self.modules)):
             if kind not in get_args(Kind):
                 raise InputError(
                     f"quantization={kind!r} is not known; use one of {', '.join(get_args(Kind))}, or a recipe.json."
+                )
+        for name, value, known in (
+            ("fp8_scales", self.fp8_scales, Scales),
+            ("fp8_gradients", self.fp8_gradients, Gradients),
+        ):
+            if value not in get_args(known):
+                raise InputError(
+                    f"quantization: {name}={value!r} is not known; use one of {', '.join(get_args(known))}."
                 )
         for pattern in self.skip:
             try:
@@ -79,6 +93,8 @@ def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
     """A quantised copy of one matrix, on the host (numpy) or its device (jax)."""
     if config.kind == "int8":
         return quantize_int8(weight)
+    if config.kind == "fp8":
+        return quantize_fp8(weight, scales=config.fp8_scales, gradients=config.fp8_gradients)
     return quantize_4bit(weight, kind=config.kind, nested=config.nested)
 
 
@@ -86,6 +102,8 @@ def empty_like(shape: tuple[int, ...], dtype: Any, config: QuantizationConfig) -
     """What `quantize` returns for a matrix of this shape, with `jax.ShapeDtypeStruct` leaves."""
     if config.kind == "int8":
         return empty_like_int8(shape, dtype)
+    if config.kind == "fp8":
+        return empty_like_fp8(shape, dtype, scales=config.fp8_scales, gradients=config.fp8_gradients)
     return empty_like_4bit(shape, dtype, kind=config.kind, nested=config.nested)
 
 
@@ -170,7 +188,7 @@ def finite_scales(values: Iterable[Any]) -> jax.Array:
     """Whether every scale of the quantised weights is finite: none is where a weight is NaN, infinite or too large."""
     flags = []
     for value in values:
-        if isinstance(value, Int8Array):
+        if isinstance(value, Int8Array | FP8Array):
             flags.append(jnp.all(jnp.isfinite(value.scales)))
         elif isinstance(value, NF4Array):
             # The mean of the scales is not finite if one of them is not.

@@ -1,0 +1,134 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels.fp8_product import (
+    FORMATS,
+    dequantize,
+    fp8_times,
+    fp8_times_transposed,
+    power_of_two_scale,
+    round_to_fp8,
+)
+from tests.lowering import lower_for_h100
+from tests.pallas_kernels.comparison import normal
+from tests.tolerances import assert_close
+
+
+def weight(outputs, inputs, *, rows=False, seed=0):
+    codes, scale = round_to_fp8(normal(seed, (outputs, inputs), scale=inputs**-0.5))
+    scales = scale * 2.0 ** (jnp.arange(outputs) % 3) if rows else scale
+    return codes, scales
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_scale_is_the_smallest_power_of_two_that_fits(format):
+    largest_number = float(jnp.finfo(FORMATS[format].dtype).max)
+    values = np.concatenate(
+        [largest_number * 2.0 ** np.arange(-40, 40) * factor for factor in (0.51, 0.9999, 1.0, 1.0001)]
+    ).astype(np.float32)
+    scale, inverse = power_of_two_scale(values, format)
+    assert np.array_equal(scale * inverse, np.ones_like(scale)) and np.all(np.frexp(scale)[0] == 0.5)
+    assert np.all(values / scale <= largest_number) and np.all(values / scale > largest_number / 2)
+    assert np.array_equal(power_of_two_scale(jnp.asarray(values), format)[0], scale)
+
+
+def test_zeros_stay_zeros_and_what_is_not_finite_is_not_hidden():
+    codes, scale = round_to_fp8(jnp.zeros((3, 5), jnp.bfloat16))
+    assert not np.any(codes.astype(jnp.float32) * scale)
+    for value in (jnp.inf, -jnp.inf, jnp.nan):
+        assert np.isnan(round_to_fp8(jnp.zeros(4).at[1].set(value))[1])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_value_is_rounded_the_same_whatever_else_is_in_the_tensor(format):
+    x = normal(0, (40,))
+    alone = round_to_fp8(x, format)
+    beside = round_to_fp8(jnp.append(x, 150.0), format)
+    values = [codes[:40].astype(jnp.float32) * scale for codes, scale in (alone, beside)]
+    assert beside[1] > alone[1] and np.array_equal(*values)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_products_equal_those_of_the_rounded_arrays(rows, dtype):
+    codes, scales = weight(33, 70, rows=rows)
+    full = dequantize(codes, scales, jnp.float32)
+    x, dy = normal(1, (2, 5, 70), dtype), normal(2, (2, 5, 33), dtype)
+    for implementation in ("pallas", "xla"):
+        value, scale = round_to_fp8(x)
+        y = fp8_times_transposed(x, codes, scales, implementation=implementation)
+        assert y.dtype == x.dtype
+        assert_close(y, (value.astype(jnp.float32) * scale) @ full.T, what=implementation)
+        for format in FORMATS:
+            folded = dy.astype(jnp.float32) * scales if rows else dy
+            value, scale = round_to_fp8(folded, format)
+            dx = fp8_times(dy, codes, scales, format=format, implementation=implementation)
+            expected = (value.astype(jnp.float32) * scale) @ (codes.astype(jnp.float32))
+            assert_close(dx, expected * (1 if rows else scales), what=f"{implementation} {format}")
+        assert_close(
+            fp8_times(dy, codes, scales, format=None), dy.astype(jnp.float32) @ full, what=implementation
+        )
+
+
+@pytest.mark.parametrize("format", [*FORMATS, None])
+def test_the_gradient_of_one_product_is_the_other(format):
+    codes, scales = weight(24, 40)
+    x, dy = normal(1, (6, 40), "bfloat16"), normal(2, (6, 24), "bfloat16")
+    _, pullback = jax.vjp(lambda x: fp8_times_transposed(x, codes, scales, gradient_format=format), x)
+    assert np.array_equal(pullback(dy)[0], fp8_times(dy, codes, scales, format=format))
+
+
+def test_what_does_not_fit_is_refused():
+    codes, scales = weight(24, 40)
+    with pytest.raises(InputError, match="40 columns|39 columns"):
+        fp8_times_transposed(jnp.ones((3, 39)), codes, scales)
+    with pytest.raises(InputError, match="scales"):
+        fp8_times(jnp.ones((3, 24)), codes, jnp.ones(40))
+    with pytest.raises(InputError, match="format"):
+        fp8_times(jnp.ones((3, 24)), codes, scales, format="e3m4")
+
+
+def test_lowers_for_an_h100_to_a_product_of_fp8_operands():
+    codes, scales = weight(32, 48)
+    text = lower_for_h100(
+        lambda x, dy: (
+            fp8_times_transposed(x, codes, scales, implementation="pallas"),
+            fp8_times(dy, codes, scales, format="e5m2", implementation="pallas"),
+        ),
+        jnp.ones((16, 48), jnp.bfloat16),
+        jnp.ones((16, 32), jnp.bfloat16),
+    )
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) == 2 and all("f8E4M3FN" in line and "bf16" in line for line in products)
+    assert "f8E5M2" in products[1]
+
+
+def hlo(text):
+    """What the fast path has to become: both products in FP8, with the further product and the residual added inside."""
+    calls = [line for line in text.splitlines() if '"__cublas$lt$matmul$f8"' in line]
+    assert len(calls) == 2, text
+    assert all('"beta":1' in line for line in calls)
+    return calls
+
+
+def two_products(x, dy, low, residual, codes, scales):
+    y = fp8_times_transposed(x, codes, scales, implementation="pallas") + low
+    dx = fp8_times(dy, codes, scales, implementation="pallas") + residual
+    return y, dx
+
+
+@pytest.mark.gpu
+def test_xla_gives_the_products_to_cublas_in_fp8_with_what_is_added():
+    if float(jax.local_devices()[0].compute_capability) < 8.9:
+        pytest.skip("no FP8 products before Ada")
+    codes, scales = weight(256, 512)
+    x, dy = normal(1, (128, 512), "bfloat16"), normal(2, (128, 256), "bfloat16")
+    options = {"xla_gpu_enable_triton_gemm": False}
+    run = jax.jit(two_products, compiler_options=options).lower(x, dy, dy, x, codes, scales).compile()
+    hlo(run.as_text())
+    y, dx = run(x, dy, dy, x, codes, scales)
+    assert_close(y, fp8_times_transposed(x, codes, scales, dtype="float32", implementation="xla") + dy)
+    assert_close(dx, fp8_times(dy, codes, scales, dtype="float32", implementation="xla") + x)
