@@ -28,6 +28,7 @@ from pronghorn.pallas_kernels.fp8_product import (
 
 Scales = Literal["tensor", "row", "block"]
 Gradients = Literal["e4m3", "e5m2", "unrounded"]
+Activations = Literal["e4m3", "unrounded"]
 BLOCK = 128
 CODE_DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 
@@ -43,12 +44,14 @@ class FP8Array:
       dtype_name: of the matrix, such as "bfloat16".
       gradients: what a gradient is rounded to where it is multiplied with the matrix: "e4m3", "e5m2", or "unrounded"
         for a product in 16 bits with the dequantised matrix.
+      activations: the same of what is multiplied with it in forward: "e4m3" or "unrounded".
     """
 
     codes: Any
     scales: Any
     dtype_name: str = dataclasses.field(default="bfloat16", metadata={"static": True})
     gradients: Gradients = dataclasses.field(default="e4m3", metadata={"static": True})
+    activations: Activations = dataclasses.field(default="e4m3", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,44 +78,46 @@ class FP8Array:
 
     def times_transposed(self, x: jax.Array, dtype: Any) -> jax.Array:
         """x [..., in] Wᵀ -> [..., out] in `dtype`."""
-        if self.scales.ndim == 2:
-            weight = self.dequantize().astype(x.dtype)
-            return jax.lax.dot_general(
-                x, weight, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=dtype
-            )
+        if self.scales.ndim == 2 or self.activations == "unrounded":
+            return _dot(x, self.dequantize().astype(x.dtype), 1, dtype)
         return fp8_times_transposed(
             x, self.codes, self.scales, gradient_format=self._gradient_format, dtype=dtype
         )
 
     def times(self, y: jax.Array, dtype: Any) -> jax.Array:
         """y [..., out] W -> [..., in] in `dtype`: what a gradient is multiplied with."""
-        if self.scales.ndim == 2:
-            weight = self.dequantize().astype(y.dtype)
-            return jax.lax.dot_general(
-                y, weight, (((y.ndim - 1,), (0,)), ((), ())), preferred_element_type=dtype
-            )
-        return fp8_times(y, self.codes, self.scales, format=self._gradient_format, dtype=dtype)
+        if self.scales.ndim == 2 or self.gradients == "unrounded":
+            return _dot(y, self.dequantize().astype(y.dtype), 0, dtype)
+        return fp8_times(y, self.codes, self.scales, format=self.gradients, dtype=dtype)
 
     @property
     def _gradient_format(self) -> Any:
         return None if self.gradients == "unrounded" else self.gradients
 
 
-def quantize_fp8(weight: Any, *, scales: Scales = "tensor", gradients: Gradients = "e4m3") -> FP8Array:
+def unrounded(value: Any) -> Any:
+    """An FP8 weight whose products are those of its dequantised matrix; anything else as it is."""
+    if isinstance(value, FP8Array):
+        return dataclasses.replace(value, gradients="unrounded", activations="unrounded")
+    return value
+
+
+def quantize_fp8(weight: Any, *, scales: Scales = "tensor", **products: Any) -> FP8Array:
     """An FP8 copy of a matrix `[out, in]` in bf16, fp16 or fp32; numpy on the host, jax on its device.
 
-    A value that is not finite makes a scale NaN: check `scales`.
+    `products` are the `gradients` and `activations` of `FP8Array`. A value that is not finite makes a scale NaN: check
+    `scales`.
     """
     if isinstance(weight, np.ndarray):
         with np.errstate(invalid="ignore", over="ignore"):
             codes, factors = _quantize(np, weight, scales)
     else:
         codes, factors = _quantize_on_device(weight, scales)
-    return FP8Array(codes, factors, jnp.dtype(weight.dtype).name, gradients)
+    return FP8Array(codes, factors, jnp.dtype(weight.dtype).name, **products)
 
 
 def empty_like_fp8(
-    shape: tuple[int, ...], dtype: Any, *, scales: Scales = "tensor", gradients: Gradients = "e4m3"
+    shape: tuple[int, ...], dtype: Any, *, scales: Scales = "tensor", **products: Any
 ) -> FP8Array:
     """The `FP8Array` of a matrix of this shape with `jax.ShapeDtypeStruct` leaves: nothing is allocated."""
     blocks = tuple(-(-size // BLOCK) for size in shape)
@@ -121,7 +126,7 @@ def empty_like_fp8(
         jax.ShapeDtypeStruct(shape, CODE_DTYPE),
         jax.ShapeDtypeStruct(of_scales, jnp.float32),
         jnp.dtype(dtype).name,
-        gradients,
+        **products,
     )
 
 
@@ -153,3 +158,9 @@ def _spread(xp: Any, scales: Any, shape: tuple[int, ...]) -> Any:
 
 
 _quantize_on_device = jax.jit(lambda weight, scales: _quantize(jnp, weight, scales), static_argnums=1)
+
+
+def _dot(x: jax.Array, weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """x [..., k] times a matrix, contracted over one axis of it."""
+    dims = (((x.ndim - 1,), (axis,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.errors import InputError
-from pronghorn.quantization.fp8 import FP8Array, Gradients, Scales, empty_like_fp8, quantize_fp8
+from pronghorn.quantization.fp8 import Activations, FP8Array, Gradients, Scales, empty_like_fp8, quantize_fp8
 from pronghorn.quantization.int8 import Int8Array, empty_like_int8, quantize_int8
 from pronghorn.quantization.nf4 import NF4Array, empty_like_4bit, quantize_4bit
 
@@ -36,6 +36,7 @@ class QuantizationConfig:
         of `pronghorn sensitivity` chooses.
       fp8_scales: one scale a "tensor" (the only one that costs no time), a "row", or a "block" of 128 x 128.
       fp8_gradients: what gradients are rounded to in products with an FP8 weight: "e4m3", "e5m2", or "unrounded".
+      fp8_activations: the same of activations: "e4m3" or "unrounded".
 
     Raises:
       InputError: an unknown kind.
@@ -47,6 +48,7 @@ class QuantizationConfig:
     modules: tuple[tuple[str, Kind], ...] = ()
     fp8_scales: Scales = "tensor"
     fp8_gradients: Gradients = "e4m3"
+    fp8_activations: Activations = "e4m3"
 
     def __post_init__(self) -> None:
         for kind in (self.kind, *(kind for _, kind in self.modules)):
@@ -57,6 +59,7 @@ class QuantizationConfig:
         for name, value, known in (
             ("fp8_scales", self.fp8_scales, Scales),
             ("fp8_gradients", self.fp8_gradients, Gradients),
+            ("fp8_activations", self.fp8_activations, Activations),
         ):
             if value not in get_args(known):
                 raise InputError(
@@ -94,7 +97,7 @@ def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
     if config.kind == "int8":
         return quantize_int8(weight)
     if config.kind == "fp8":
-        return quantize_fp8(weight, scales=config.fp8_scales, gradients=config.fp8_gradients)
+        return quantize_fp8(weight, **_fp8_options(config))
     return quantize_4bit(weight, kind=config.kind, nested=config.nested)
 
 
@@ -103,8 +106,16 @@ def empty_like(shape: tuple[int, ...], dtype: Any, config: QuantizationConfig) -
     if config.kind == "int8":
         return empty_like_int8(shape, dtype)
     if config.kind == "fp8":
-        return empty_like_fp8(shape, dtype, scales=config.fp8_scales, gradients=config.fp8_gradients)
+        return empty_like_fp8(shape, dtype, **_fp8_options(config))
     return empty_like_4bit(shape, dtype, kind=config.kind, nested=config.nested)
+
+
+def _fp8_options(config: QuantizationConfig) -> dict[str, Any]:
+    return {
+        "scales": config.fp8_scales,
+        "gradients": config.fp8_gradients,
+        "activations": config.fp8_activations,
+    }
 
 
 def is_quantized(value: Any) -> bool:
