@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(shapes.MODELS), default="llama-3.1-8b")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
-        "--weights", default=None, help="kind of the frozen linears, such as nf4; --dtype if not given"
+        "--weights", default=None, help="kind of the frozen linears, such as nf4 or fp8; --dtype if not given"
     )
     parser.add_argument("--adapter", default="lora", choices=("lora", "full"))
     parser.add_argument("--rank", type=int, default=16)

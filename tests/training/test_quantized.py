@@ -128,6 +128,19 @@ def test_merging_says_which_base_it_took(folder, tmp_path):
         save_merged(model, None, tmp_path / "third", base=tmp_path / "other")
 
 
+def test_adapters_train_on_an_fp8_base(folder, tmp_path):
+    graph, trainable, frozen = split(adapted(folder, kind="fp8"))
+    batch = jax.tree.map(lambda x: x[0], small.random_batch(1, 2, 12))
+    run = jax.jit(jax.grad(losses.next_token(graph), has_aux=True))
+    (rounded, _), (exact, _) = run(trainable, frozen, batch), run(trainable, dequantized(frozen), batch)
+    for one, other in zip(jax.tree.leaves(rounded), jax.tree.leaves(exact), strict=True):
+        cosine = jnp.vdot(one, other) / (jnp.linalg.norm(one) * jnp.linalg.norm(other))
+        assert 0.98 < cosine < 1 - 1e-6
+    merged = save_merged(adapted(folder, kind="fp8"), None, tmp_path / "merged")
+    assert merged["base"] == "dequantised" and merged["kl_mean"] <= merged["kl_mean_limit"]
+    assert merged["live_kl_mean"] > merged["kl_mean"]
+
+
 def test_the_plan_of_a_quantised_model_counts_its_codes():
     config, train = small.small_config(**SIZES), TrainConfig(max_steps=2, batch_size=1)
     plans = [

@@ -29,9 +29,9 @@ from pronghorn.errors import InputError
 from pronghorn.quantization import Int8Array, NF4Array, QuantizationConfig
 from pronghorn.quantization.int8 import empty_like_int8
 from pronghorn.quantization.nf4 import BLOCK_SIZES, empty_like_4bit
-from pronghorn.quantization.quantize_model import QuantizedArray
 from pronghorn.quantization.tables import CODE_TABLES
 
+BitsAndBytesArray = NF4Array | Int8Array
 CONFIG_KEY = "quantization_config"
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
@@ -58,7 +58,7 @@ class QuantizedTensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     file: Path
-    form: QuantizedArray
+    form: BitsAndBytesArray
     parts: Mapping[str, StoredTensor]
     offset: float | None = None
 
@@ -67,7 +67,7 @@ class QuantizedTensor:
         """Bytes of the weight that it stands for."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def read(self) -> QuantizedArray:
+    def read(self) -> BitsAndBytesArray:
         """The weight with numpy leaves, every bit as stored."""
         arrays: dict[str, Any] = {field: tensor.read() for field, tensor in self.parts.items()}
         if isinstance(self.form, NF4Array):
@@ -166,7 +166,7 @@ def join_tensors(
     return joined
 
 
-def file_tensors(name: str, array: QuantizedArray) -> dict[str, np.ndarray]:
+def file_tensors(name: str, array: BitsAndBytesArray) -> dict[str, np.ndarray]:
     """{tensor name: array} of one quantised weight, as the file has them; not a stack."""
     if isinstance(array, Int8Array):
         return {
@@ -199,7 +199,7 @@ def file_tensors(name: str, array: QuantizedArray) -> dict[str, np.ndarray]:
     return tensors | {f"{name}{_STATE}{array.kind}": np.frombuffer(text, np.uint8)}
 
 
-def describe(arrays: Mapping[str, QuantizedArray], others: list[str], dtype: str) -> dict[str, Any]:
+def describe(arrays: Mapping[str, BitsAndBytesArray], others: list[str], dtype: str) -> dict[str, Any]:
     """The `quantization_config` of a model.
 
     Args:

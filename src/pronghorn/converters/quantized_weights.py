@@ -2,7 +2,7 @@
 
 Reading: tensors that bitsandbytes stored are taken as they are, and a 16-bit folder is quantised weight by weight as it
 is loaded. Writing: one such folder holds one kind, so 8-bit weights beside 4-bit ones are written in 16 bits, with the
-very values that they had.
+very values that they had, and so are FP8 weights.
 """
 
 import dataclasses
@@ -97,24 +97,32 @@ def packed_weights(
     names: Mapping[str, str],
     quantization: QuantizationConfig | None,
     keep_quantized: bool,
-) -> dict[str, QuantizedArray]:
+) -> dict[str, bitsandbytes.BitsAndBytesArray]:
     """{tensor name: quantised weight with numpy leaves} of what is to be written so.
 
     Args:
       names: {our name: tensor name} of the whole model.
       quantization: quantise what the model has in 16 bits.
       keep_quantized: write quantised weights as they are; otherwise they are dequantised.
+
+    Raises:
+      InputError: FP8 is asked for.
     """
     parameters, places = named_parameters(model), sites(model)
     ways = choose(parameters, names, quantization) if quantization is not None else {}
+    if any(way.kind == "fp8" for way in ways.values()):
+        raise InputError(
+            "quantization='fp8' is for loading: no folder is written in FP8; leave it out, and load the folder with it."
+        )
     kinds = {name: way.kind for name, way in ways.items()}
     for name in names:
         value = parameters[name].variable.get_value() if keep_quantized and name in parameters else None
         if is_quantized(value):
             kinds[name] = getattr(value, "kind", "int8")
+    kinds = {name: kind for name, kind in kinds.items() if kind != "fp8"}
     if set(kinds.values()) - {"int8"}:
         kinds = {name: kind for name, kind in kinds.items() if kind != "int8"}
-    packed: dict[str, QuantizedArray] = {}
+    packed: dict[str, Any] = {}
     for name in kinds:
         value = parameters[name].get()
         if not keep_quantized or not is_quantized(value):

@@ -54,6 +54,10 @@ class FP8Array:
     activations: Activations = dataclasses.field(default="e4m3", metadata={"static": True})
 
     @property
+    def kind(self) -> str:
+        return "fp8"
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of what `dequantize` returns."""
         return tuple(self.codes.shape)

@@ -84,7 +84,8 @@ class QuantizationConfig:
         """How the module of this Hugging Face name is quantised, without any list; None where it stays in 16 bits."""
         if self.skips(module):
             return None
-        return QuantizationConfig(dict(self.modules).get(module, self.kind), self.nested)
+        kind = dict(self.modules).get(module, self.kind)
+        return dataclasses.replace(self, kind=kind, skip=(), modules=())
 
 
 def read_quantization(value: str | QuantizationConfig | None) -> QuantizationConfig | None:
