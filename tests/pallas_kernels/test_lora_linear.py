@@ -194,13 +194,13 @@ def test_quantised_weight_is_saved_as_codes():
     assert [leaf.dtype for leaf in saved] == [jnp.int8]
 
 
-def test_quantised_weight_passes_a_barrier_before_backward():
-    """Without it the compiler would keep the forward's dense weight alive instead of dequantising again."""
+def test_quantised_weight_passes_a_barrier_in_front_of_each_product():
+    """Without, the compiler would dequantise a whole model first, and keep the dense weights alive until backward."""
     x, _, a, b, _ = arguments(ODD)
     weight = int8_weight(ODD)
     program = equations(gradient(lambda x: hand(x, weight, a, b)), x)
     barriers = [e for e in program if e.primitive.name == "optimization_barrier"]
-    assert [any(v.aval.dtype == jnp.int8 for v in e.invars) for e in barriers] == [True]
+    assert [any(v.aval.dtype == jnp.int8 for v in e.invars) for e in barriers] == [True, True]
 
 
 def test_training_a_quantised_weight_is_refused():

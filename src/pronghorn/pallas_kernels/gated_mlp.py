@@ -61,7 +61,6 @@ from pronghorn.pallas_kernels.stacked_linears import (
     check_linears,
     input_gradient,
     own_rows,
-    quantized_behind,
     rank_gradient,
     share_rank_products,
     shared_factors,
@@ -254,7 +253,7 @@ def _gated_mlp_backward(options, residuals, dy):
     wanted, wanted_down = static.value
     norm, scale, dtype = options.norm, (options.down_scale,), dy.dtype
     passing = dy if options.residual else None
-    (dy,), down = quantized_behind((dy,), (saved["down"],))
+    down = (saved["down"],)
     past_activation = wanted.past_norm or any(wanted.linears)
     g: Any = rank_gradient((dy,), down, scale) if past_activation or "lora_a" in wanted_down else None
     g = None if g is None else g.astype(dtype)

@@ -187,7 +187,11 @@ def project_back(y: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any) 
 
 def _compute(x, weight, lora_a, lora_b, bias, key, scale, rate):
     """(Y, T); T is None without an adapter."""
-    y, t = project(x, weight, x.dtype), None
+    read = x
+    if is_quantized(weight) and not hasattr(weight, "times"):
+        # Dequantised when x is there and not before, see `stacked_linears`.
+        read, weight = jax.lax.optimization_barrier((x, weight))
+    y, t = project(read, weight, x.dtype), None
     if lora_a is not None:
         t = times_transposed(_dropout(x, key, rate), lora_a.astype(x.dtype), x.dtype)
         # The scale goes on the smallest matrix of the product, before the one rounding of B.

@@ -38,7 +38,6 @@ from pronghorn.pallas_kernels.stacked_linears import (
     check_linears,
     input_gradient,
     instantiate,
-    quantized_behind,
     rank_gradient,
     wanted_fields,
     weight_gradients,
@@ -214,7 +213,7 @@ def backward_to_norm(
     x: Any = saved.get("x")
     inverse_rms: Any = saved.get("inverse_rms")
     norm_weight = saved["norm_weight"]
-    dys, linears = quantized_behind(dys, saved["linears"])
+    linears = saved["linears"]
     dtype = dys[0].dtype
     g: Any = rank_gradient(dys, linears, options.scales) if wanted.past_norm or wanted.has("lora_a") else None
 

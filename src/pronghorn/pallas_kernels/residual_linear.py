@@ -31,7 +31,6 @@ from pronghorn.pallas_kernels.stacked_linears import (
     apply_linears,
     check_linears,
     input_gradient,
-    quantized_behind,
     rank_gradient,
     wanted_fields,
     weight_gradients,
@@ -116,14 +115,13 @@ def _residual_linear_forward(residual, x, linear, scale):
 def _residual_linear_backward(scale, residuals, dy):
     saved, static = residuals
     wanted_x, wanted, shape = static.value
-    passing = dy
-    (dy,), linears = quantized_behind((dy,), (saved["linear"],))
+    linears = (saved["linear"],)
     g: Any = rank_gradient((dy,), linears, (scale,)) if wanted_x or "lora_a" in wanted else None
     dx = input_gradient((dy,), g, linears).reshape(shape) if wanted_x else None
     x: Any = _flat(dy, saved["x"]) if "x" in saved else None
     da = over_tokens(g.astype(dy.dtype), x, jnp.float32) if "lora_a" in wanted else None
     (gradient,) = weight_gradients((dy,), da, saved.get("t"), x, linears, (scale,), (wanted,))
-    return passing, dx, gradient
+    return dy, dx, gradient
 
 
 _residual_linear.defvjp(_residual_linear_forward, _residual_linear_backward, symbolic_zeros=True)

@@ -96,8 +96,10 @@ def apply_linears(
     dtype = n.dtype
     a = stacked_a(linears, dtype)
     t = None if a is None else times_transposed(n, a, dtype)
-    outputs = []
+    outputs: list[jax.Array] = []
     for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
+        if not hasattr(linear.weight, "times"):  # one that is dequantised
+            (n, t, outputs), linear = _in_turn((n, t, outputs), linear)
         y = project(n, linear.weight, dtype)
         other = add
         if columns is not None:
@@ -110,6 +112,18 @@ def apply_linears(
             y += linear.bias.astype(dtype)
         outputs.append(y)
     return tuple(outputs), t
+
+
+def _in_turn(before: Any, linear: LinearWeights) -> tuple[Any, LinearWeights]:
+    """The same, with a quantised weight that only exists once every array of `before` does.
+
+    Nothing else keeps XLA from dequantising the weights of a whole model ahead of the first product, from gluing those
+    of layers with one input together, and from holding forward's until backward needs the same.
+    """
+    if not is_quantized(linear.weight):
+        return before, linear
+    before, weight = jax.lax.optimization_barrier((before, linear.weight))
+    return before, linear._replace(weight=weight)
 
 
 def rank_gradient(dys: Sequence[jax.Array], linears: Sequence[LinearWeights], scales: Sequence[float]) -> Any:
@@ -127,10 +141,13 @@ def rank_gradient(dys: Sequence[jax.Array], linears: Sequence[LinearWeights], sc
 def input_gradient(dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWeights]) -> jax.Array:
     """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter."""
     dtype = dys[0].dtype
-    parts = [] if g is None else [times(g.astype(dtype), stacked_a(linears, dtype), dtype)]
-    parts += [project_back(dy, linear.weight, dtype) for dy, linear in zip(dys, linears, strict=True)]
-    # The product that is already there comes second, as in `apply_linears`.
-    return functools.reduce(lambda total, product: product + total, parts)
+    total: Any = None if g is None else times(g.astype(dtype), stacked_a(linears, dtype), dtype)
+    for dy, linear in zip(dys, linears, strict=True):
+        (dy, total), linear = _in_turn((dy, total), linear)
+        product = project_back(dy, linear.weight, dtype)
+        # The product that is already there comes second, as in `apply_linears`.
+        total = product if total is None else product + total
+    return total
 
 
 def weight_gradients(
@@ -169,23 +186,6 @@ def weight_gradients(
         gradients.append(LinearWeights(**found))
         row += rank
     return tuple(gradients)
-
-
-def quantized_behind(
-    dys: Sequence[jax.Array], linears: Sequence[LinearWeights]
-) -> tuple[Sequence[jax.Array], Sequence[LinearWeights]]:
-    """The same, with quantised weights that only exist once dY does.
-
-    Otherwise XLA would find forward's dequantised weight equal to the one that backward computes, and keep it alive.
-    """
-    codes = [linear.weight if is_quantized(linear.weight) else None for linear in linears]
-    if all(code is None for code in codes):
-        return dys, linears
-    codes, dys = jax.lax.optimization_barrier((codes, tuple(dys)))
-    return dys, [
-        linear if code is None else linear._replace(weight=code)
-        for linear, code in zip(linears, codes, strict=True)
-    ]
 
 
 def instantiate(cotangent: Any) -> jax.Array:
