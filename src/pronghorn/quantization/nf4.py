@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pronghorn.errors import InputError
+from pronghorn.pallas_kernels.exact_division import SMALLEST_NORMAL, over_scales
 from pronghorn.pallas_kernels.nf4_dequantize import NESTED_BLOCK, NestedScales, nf4_dequantize
 from pronghorn.quantization.tables import (
     CODE_MIDPOINTS,
@@ -38,7 +39,6 @@ from pronghorn.quantization.tables import (
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BLOCK = 64
-_SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 @jax.tree_util.register_dataclass
@@ -181,7 +181,7 @@ def _quantize(xp: Any, weight: Any, kind: str, nested: bool, block_size: int) ->
     if whole < flat.size:
         # A block of zeros at the end is the one whose scale bitsandbytes raises above zero.
         last = xp.maximum(xp.max(xp.abs(flat[whole:])), np.float32(1e-38))
-        quotients = xp.clip(xp.where(last < _SMALLEST_NORMAL, 0, flat[whole:] / last), -1, 1)
+        quotients = xp.clip(xp.where(last < SMALLEST_NORMAL, 0, flat[whole:] / last), -1, 1)
         absmax = xp.concatenate([absmax, last[None]])
         scaled = xp.concatenate([scaled, quotients.astype(np.float32)])
     if scaled.size % 2:
@@ -223,34 +223,10 @@ def _rank(xp: Any, bounds: np.ndarray, x: Any) -> Any:
 
 
 def _over_scales(xp: Any, blocks: Any, scales: Any) -> Any:
-    """`[blocks, b]` times the rounded reciprocals of `[blocks]`, which is how bitsandbytes divides, within [-1, 1].
-
-    A GPU's own quotient may be two units in the last place off. With a = m 2^e, m in [1, 2), Newton steps
-    r + r (1 - m r) mend that of m, where 1 - m r is exact: m and r are cut into halves of twelve bits, whose products
-    need no rounding, so no fused multiply-add changes them. The power of two goes on the block, exactly.
-    """
+    """`[blocks, b]` times the rounded reciprocals of `[blocks]`, which is how bitsandbytes divides, within [-1, 1]."""
     if xp is np:
         return np.clip(blocks * (np.float32(1) / np.maximum(scales, np.float32(1e-38)))[:, None], -1, 1)
-    bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
-    exponent = bits >> 23
-    m = jax.lax.bitcast_convert_type((bits & np.uint32(0x007FFFFF)) | np.uint32(0x3F800000), jnp.float32)
-    r = _mended_reciprocal(m, _mended_reciprocal(m, 1 / m))
-    # Of the largest exponent the power would fall below the normal numbers; a factor of two goes to r instead.
-    r = jnp.where(exponent == 254, r / 2, r)
-    power = jax.lax.bitcast_convert_type(jnp.maximum(254 - exponent, 1) << 23, jnp.float32)
-    power = jnp.where(scales < _SMALLEST_NORMAL, 0, power)
-    return jnp.clip(blocks * power[:, None] * r[:, None], -1, 1)
-
-
-def _mended_reciprocal(m: jax.Array, r: jax.Array) -> jax.Array:
-    (m1, m2), (r1, r2) = _halves(m), _halves(r)
-    return r + r * ((((1 - m1 * r1) - m1 * r2) - m2 * r1) - m2 * r2)
-
-
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFFF000)
-    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
-    return high, x - high
+    return over_scales(blocks, scales)
 
 
 def _mean(xp: Any, x: Any) -> Any:
