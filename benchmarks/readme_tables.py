@@ -30,7 +30,7 @@ def quickstart_block() -> str:
 
 
 def figures_block() -> str:
-    """GPU tests, and steps by run."""
+    """GPU tests, kernels by device, and steps by run."""
     parts = []
     tests = read("gpu-tests.json")
     if tests is not None:
@@ -40,10 +40,39 @@ def figures_block() -> str:
             f"{tests['device']} (jax {tests['versions']['jax']}, {tests['date'][:10]}, commit {tests['commit'][:8]}): "
             "`python benchmarks/record_gpu_tests.py`."
         )
+    parts += [kernel_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("kernels-*.json"))]
     rows = [row for path in sorted(RESULTS.glob("step-*.json")) for row in json.loads(path.read_text())]
     for run in dict.fromkeys(row["run"] for row in rows):
         parts.append(step_table([row for row in rows if row["run"] == run]))
     return "\n\n".join(parts)
+
+
+def kernel_table(record: dict) -> str:
+    """One run of benchmarks/kernels.py: our kernels, their share of the ceiling, and how they compare."""
+    ceiling = record["ceilings"]
+    lines = [
+        f"Each kernel alone on one {record['device']}, bf16. Ceilings measured in the same run: a product "
+        f"{ceiling['TFLOP/s']:,.0f} TFLOP/s, a copy {ceiling['TB/s']:.2f} TB/s. Attention counts the pairs that are "
+        "visible; speeds are ours over the other's:",
+        "",
+        "| kernel | case | | ms | rate | of the ceiling | against XLA | against cuDNN |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        if row["implementation"] != "pallas" or "milliseconds" not in row:
+            continue
+        against = row.get("speed_against", {})
+        ratio = [f"{against[other]:.2f}x" if other in against else "" for other in ("xla", "cudnn")]
+        rate = f"{row['rate']:,.0f}" if row["unit"] == "TFLOP/s" else f"{row['rate']:.2f}"
+        lines.append(
+            f"| {row['op']} | {row['case']} | {row['direction']} | {row['milliseconds']:.3f} | {rate} {row['unit']} | "
+            f"{row['share_of_ceiling']:.0%} | {ratio[0]} | {ratio[1]} |"
+        )
+    lines += [
+        "",
+        f"Commit {record['commit'][:8]}, jax {record['versions']['jax']}, {record['date'][:10]}: `{record['command']}`",
+    ]
+    return "\n".join(lines)
 
 
 def step_table(rows: list[dict]) -> str:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import jax
 import jax.extend
@@ -12,7 +11,7 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import attention_blocks, launch
+from pronghorn.pallas_kernels import attention_blocks, launch, tuned
 from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, KernelBlocks
 from pronghorn.pallas_kernels.attention_bounds import interval_bounds
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES
@@ -236,7 +235,7 @@ def test_small_problems_cut_a_group_and_large_ones_sum_it_in_the_kernel():
         return kernel_outputs(gradient(Case().op("pallas")), *arguments)["flash_attention_dkdv"]
 
     assert dk_shapes(1)[0] == (1, 64, 4, 32)
-    enough = attention_blocks.multiprocessors()  # at least one program each
+    enough = tuned.multiprocessors()  # at least one program each
     assert dk_shapes(enough)[0] == (enough, 64, 1, 32)
 
 
@@ -272,14 +271,12 @@ def test_blocks_by_rule_fit_every_listed_device():
                     assert tiles_bytes <= kib * 1024, (capability, padded, itemsize)
 
 
-def test_measured_blocks_of_the_device_are_preferred(tmp_path):
-    entry = {"forward": [32, 64, 8, 1], "dkdv": [16, 32, 4, 2], "dq": [64, 16, 2, 3]}
-    (tmp_path / "nvidia_h100_80gb_hbm3.json").write_text(
-        json.dumps({"flash_attention": {"bfloat16/64": entry}})
-    )
-    found = functools.partial(attention_blocks._tuned, "NVIDIA H100 80GB HBM3", folder=tmp_path)
-    assert found("bfloat16/64").dq == KernelBlocks(block_q=64, block_k=16, num_warps=2, num_stages=3)
-    assert found("float16/64") is None
+def test_measured_blocks_of_the_device_are_preferred():
+    by_rule = attention_blocks.attention_blocks(64, jnp.bfloat16, 4096)
+    with tuned.candidate("flash_attention_dq", (64, 16, 2, 3)):
+        found = attention_blocks.attention_blocks(64, jnp.bfloat16, 4096)
+    assert found.dq == KernelBlocks(block_q=64, block_k=16, num_warps=2, num_stages=3)
+    assert (found.forward, found.dkdv) == (by_rule.forward, by_rule.dkdv)
 
 
 def test_forcing_cudnn_leaves_calls_it_cannot_make_with_their_default():

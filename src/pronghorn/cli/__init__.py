@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "a model into a Hugging Face folder (from GGUF, another dtype, other shards)",
     "generate": "text from a model, with an adapter if given",
     "verify": "compare a model with transformers (and PEFT) in fp32, layer by layer",
+    "tune": "measure the kernels' block sizes on this GPU and keep the fastest",
     "doctor": "what this machine has, and whether the kernels are right on it",
 }
 

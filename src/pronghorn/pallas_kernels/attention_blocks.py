@@ -1,20 +1,18 @@
 """Block sizes of the three flash attention kernels: measured ones where a file has them, else a rule.
 
-`tuning/<device kind>.json` may hold {"flash_attention": {"bfloat16/128": {"forward": [block_q, block_k, num_warps,
-num_stages], "dkdv": [...], "dq": [...]}}}, keyed by dtype and head dim (padded to a power of two). The rule starts
-from what was measured on an H100 with head dim 128 and shrinks until the tiles fit the device's shared memory.
+Measured ones are looked up in `tuned` by the width of the data type and the head dim (padded to a power of two). The
+rule starts from what was measured on an H100 with head dim 128 and shrinks until the tiles fit the device's shared
+memory.
 """
 
 import dataclasses
-import functools
-import json
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from pronghorn.pallas_kernels.launch import next_power_of_2, on_gpu
+from pronghorn.pallas_kernels import tuned
+from pronghorn.pallas_kernels.launch import next_power_of_2
+from pronghorn.pallas_kernels.tuned import device_kind_and_capability
 
 # Shared memory one block may ask for, KiB, by compute capability (CUDA C++ programming guide, "Technical
 # specifications per compute capability"); some is left to the compiler's own scratch.
@@ -23,7 +21,6 @@ _SHARED_KIB = {
     "9.0": 227, "10.0": 227, "10.3": 227, "11.0": 227, "12.0": 99, "12.1": 99,
 }  # fmt: skip
 _SCRATCH_KIB = 4
-TUNING = Path(__file__).parent / "tuning"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,35 +53,23 @@ class AttentionBlocks:
         return AttentionBlocks(clip(self.forward), clip(self.dkdv), clip(self.dq))
 
 
+# The names under which `tuned` knows the kernels: what it holds is [block_q, block_k, num_warps, num_stages].
+TUNED = {
+    "forward": "flash_attention_forward",
+    "dkdv": "flash_attention_dkdv",
+    "dq": "flash_attention_dq",
+}
+
+
 def attention_blocks(head_dim: int, dtype: jax.typing.DTypeLike, seq_len: int) -> AttentionBlocks:
     """The blocks for one call on the default device: tuned, or by rule."""
     padded = max(16, next_power_of_2(head_dim))
-    name = jnp.dtype(dtype).name
-    kind, capability = device_kind_and_capability()
-    blocks = _tuned(kind, f"{name}/{padded}") or _rule(padded, jnp.dtype(dtype).itemsize, capability)
-    return blocks.clipped(seq_len)
-
-
-def multiprocessors() -> int:
-    """How many blocks run at once on the default GPU (an H100's 132 where the device does not say)."""
-    return int(getattr(jax.local_devices()[0], "core_count", None) or 132) if on_gpu() else 132
-
-
-def device_kind_and_capability() -> tuple[str, str]:
-    """The default device's name and compute capability; an H100's where a kernel is lowered without a GPU."""
-    if not on_gpu():
-        return "NVIDIA H100 80GB HBM3", "9.0"
-    device = jax.local_devices()[0]
-    return device.device_kind, str(getattr(device, "compute_capability", "9.0"))
-
-
-@functools.cache
-def _tuned(device_kind: str, key: str, folder: Path = TUNING) -> AttentionBlocks | None:
-    file = folder / (re.sub(r"[^a-z0-9]+", "_", device_kind.lower()) + ".json")
-    if not file.exists():
-        return None
-    entry = json.loads(file.read_text()).get("flash_attention", {}).get(key)
-    return entry and AttentionBlocks(*(KernelBlocks(*entry[kernel]) for kernel in ("forward", "dkdv", "dq")))
+    by_rule = _rule(padded, jnp.dtype(dtype).itemsize, device_kind_and_capability()[1])
+    chosen = {}
+    for kernel, op in TUNED.items():
+        measured = tuned.choice(op, dtype, padded, at_least=True)
+        chosen[kernel] = KernelBlocks(*measured) if measured else getattr(by_rule, kernel)
+    return AttentionBlocks(**chosen).clipped(seq_len)
 
 
 def _rule(padded: int, itemsize: int, capability: str) -> AttentionBlocks:
@@ -102,22 +87,32 @@ def _rule(padded: int, itemsize: int, capability: str) -> AttentionBlocks:
             KernelBlocks(128, 64, 8, 2), KernelBlocks(32, 64, 8, 2), KernelBlocks(64, 32, 8, 2)
         )
     limit = (_SHARED_KIB.get(capability, 99) - _SCRATCH_KIB) * 1024
-    # Measured on compiled kernels: two-byte tiles take their size, the halves of fp32 tiles half as much again.
-    row = padded * (itemsize if itemsize == 2 else 6)
     return AttentionBlocks(
-        _fit(blocks.forward, "block_q", "block_k", row, limit, resident=1),
-        _fit(blocks.dkdv, "block_k", "block_q", row, limit, resident=2),
-        _fit(blocks.dq, "block_q", "block_k", row, limit, resident=2),
+        **{kernel: _fit(kernel, getattr(blocks, kernel), padded, itemsize, limit) for kernel in TUNED}
     )
 
 
-def _fit(blocks: KernelBlocks, kept: str, streamed: str, row: int, limit: int, resident: int) -> KernelBlocks:
-    """Shrink until `resident` kept tiles and `num_stages` copies of two streamed tiles fit in `limit` bytes."""
+def shared_memory_limit() -> int:
+    """Bytes that one program may have on the default device."""
+    return _SHARED_KIB.get(device_kind_and_capability()[1], 99) * 1024
 
-    def size(b: KernelBlocks) -> int:
-        return row * (resident * getattr(b, kept) + 2 * b.num_stages * getattr(b, streamed))
 
-    while size(blocks) > limit:
+def shared_memory_bytes(kernel: str, b: KernelBlocks, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
+    """What a program's tiles take: those it keeps, and `num_stages` copies of the two it streams.
+
+    Measured on compiled kernels: two-byte tiles take their size, the halves of fp32 tiles half as much again.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    row = max(16, next_power_of_2(head_dim)) * (itemsize if itemsize == 2 else 6)
+    kept, streamed = (b.block_k, b.block_q) if kernel == "dkdv" else (b.block_q, b.block_k)
+    return row * ((1 if kernel == "forward" else 2) * kept + 2 * b.num_stages * streamed)
+
+
+def _fit(kernel: str, blocks: KernelBlocks, padded: int, itemsize: int, limit: int) -> KernelBlocks:
+    """Shrink until the tiles fit in `limit` bytes."""
+    kept, streamed = ("block_k", "block_q") if kernel == "dkdv" else ("block_q", "block_k")
+    dtype = jnp.float32 if itemsize == 4 else jnp.bfloat16
+    while shared_memory_bytes(kernel, blocks, padded, dtype) > limit:
         if blocks.num_stages > 2:
             blocks = dataclasses.replace(blocks, num_stages=blocks.num_stages - 1)
         elif getattr(blocks, streamed) > 32:

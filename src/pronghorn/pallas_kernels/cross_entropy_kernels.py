@@ -28,12 +28,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import launch, tuned
 
-# 4096 columns over 8 warps are 16 a thread: four 128-bit loads of fp32 in flight, and the running maximum and sum
-# of every lane stay in registers.
-BLOCK_COLUMNS = 4096
-NUM_WARPS = 8
+# What `tuned` may replace: columns a step, warps. 4096 columns over 8 warps are 16 a thread: four 128-bit loads of fp32
+# in flight, and the running maximum and sum of every lane stay in registers.
+BLOCK = (4096, 8)
 NUM_STAGES = 2
 
 LOWEST = -1e30  # A finite start for a running maximum: −inf would give inf − inf.
@@ -230,7 +229,8 @@ def _loss_and_gradient_kernel(
 def _launch(kernel, inputs, out_shape, out_specs, name, options, aliases=None):
     """One program a row; the first input is the logits [N, V], the others are [N]."""
     rows, vocab_size = inputs[0].shape
-    block = min(BLOCK_COLUMNS, max(128, launch.next_power_of_2(vocab_size)))
+    columns, num_warps = tuned.choice(name, inputs[0].dtype, vocab_size) or BLOCK
+    block = min(columns, max(128, launch.next_power_of_2(vocab_size)))
     return launch.pallas_call(
         functools.partial(kernel, options=options, block=block),
         name=name,
@@ -238,7 +238,7 @@ def _launch(kernel, inputs, out_shape, out_specs, name, options, aliases=None):
         in_specs=[_row_block(vocab_size)] + [_one_number()] * (len(inputs) - 1),
         out_specs=out_specs,
         out_shape=out_shape,
-        num_warps=min(NUM_WARPS, max(1, block // 128)),
+        num_warps=min(num_warps, max(1, block // 128)),
         num_stages=NUM_STAGES,
         input_output_aliases=aliases,
     )(*inputs)

@@ -16,14 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import flash_attention_kernels as kernels
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.attention_blocks import (
-    AttentionBlocks,
-    attention_blocks,
-    device_kind_and_capability,
-)
+from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks
 from pronghorn.pallas_kernels.attention_bounds import interval_bounds
 from pronghorn.pallas_kernels.attention_tiles import LOG2_E, AttentionSpec
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES, cudnn_attention, unsupported_reason
+from pronghorn.pallas_kernels.tuned import device_kind_and_capability
 
 MAX_KERNEL_HEAD_DIM = 256
 # What the gradient saves, by the name a memory policy knows it under.

@@ -23,7 +23,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pronghorn.pallas_kernels.attention_blocks import multiprocessors
 from pronghorn.pallas_kernels.attention_tiles import (
     LOG2_E,
     ROWS_BY_COLUMNS,
@@ -32,6 +31,7 @@ from pronghorn.pallas_kernels.attention_tiles import (
     BlockRange,
     KeyInterval,
     dot,
+    exp2,
     exponentials,
     load_tile,
     load_vector,
@@ -40,6 +40,7 @@ from pronghorn.pallas_kernels.attention_tiles import (
     walk,
 )
 from pronghorn.pallas_kernels.launch import cdiv, next_power_of_2, pallas_call
+from pronghorn.pallas_kernels.tuned import multiprocessors
 
 # Start of the running maximum: finite, so that (−inf) − (maximum) is never NaN in a row that saw no key yet.
 LOWEST = -1e30
@@ -81,7 +82,7 @@ def _forward_kernel(
         sink = sinks_ref[pl.program_id(0)].astype(jnp.float32) * LOG2_E
         highest = jnp.maximum(sink, LOWEST)
         maximum = jnp.zeros((b.block_q,), jnp.float32) + highest
-        total = jnp.zeros((b.block_q,), jnp.float32) + jnp.exp2(sink - highest)
+        total = jnp.zeros((b.block_q,), jnp.float32) + exp2(jnp.zeros((b.block_q,), jnp.float32) + (sink - highest), spec)
 
     def body(block, _, carry, edge):
         accumulator, maximum, total = carry
@@ -92,7 +93,7 @@ def _forward_kernel(
             s = jnp.where(keys.visible(k0, b.block_k), s, float("-inf"))
         new_maximum = jnp.maximum(maximum, jnp.max(s, axis=1) * spec.base2)
         p = exponentials(s, spec, new_maximum[:, None])
-        correction = jnp.exp2(maximum - new_maximum)
+        correction = exp2(maximum - new_maximum, spec)
         v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
         total = total * correction + jnp.sum(p, axis=1)
         accumulator = accumulator * correction[:, None] + dot(p.astype(v.dtype), v, ROWS_BY_COLUMNS, spec)

@@ -24,12 +24,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import launch, tuned
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
-BLOCK_ELEMENTS = 4096
-MOST_COLUMNS = 2048
+# What `tuned` may replace: elements a program, at most how many columns of them, elements a thread.
+BLOCK = (4096, 2048, 16)
 
 # exp(z²) erfc(z) = t Σ c_i tⁱ with t = 1 / (1 + 0.4 z) for 0 <= z <= 9.6, relative error 6.3e-8: least squares of the
 # relative error in Chebyshev nodes of t, against scipy.special.erfcx.
@@ -154,24 +154,25 @@ def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *h_ref, act
         triton.store(h_ref[0].at[tile], (value * up).astype(h_ref[0].dtype), mask=mask)
 
 
-def _block(rows: int, width: int) -> tuple[int, int]:
+def _block(rows: int, width: int, elements: int, most_columns: int) -> tuple[int, int]:
     """(rows, columns) of a program: columns that divide the width where a fair power of two does, else padded."""
     dividing = width & -width
-    columns = min(dividing if dividing >= 256 else launch.next_power_of_2(width), MOST_COLUMNS)
-    return min(max(1, BLOCK_ELEMENTS // columns), launch.next_power_of_2(rows)), columns
+    columns = min(dividing if dividing >= 256 else launch.next_power_of_2(width), most_columns)
+    return min(max(1, elements // columns), launch.next_power_of_2(rows)), columns
 
 
 def _launch(kernel, name, arguments, outputs, activation, aliases):
     shape = arguments[0].shape
     rows, width = math.prod(shape[:-1]), shape[-1]
-    block = _block(rows, width)
+    elements, most_columns, per_thread = tuned.choice(name, arguments[0].dtype, width) or BLOCK
+    block = _block(rows, width, elements, most_columns)
     results = launch.pallas_call(
         functools.partial(kernel, activation=activation, block=block),
         name=name,
         grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
         out_shape=(jax.ShapeDtypeStruct((rows, width), arguments[0].dtype),) * outputs,
         input_output_aliases=aliases,
-        num_warps=launch.warps_for(block[0] * block[1], per_thread=16),
+        num_warps=launch.warps_for(block[0] * block[1], per_thread=per_thread),
     )(*(a.reshape(rows, width) for a in arguments))
     return tuple(r.reshape(shape) for r in results)
 
@@ -186,14 +187,21 @@ def gated_activation_forward(
 
 
 def gated_activation_backward(
-    dh: jax.Array, gate: jax.Array, up: jax.Array, *, activation: Activation, with_h: bool, with_kernel: bool
+    dh: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    *,
+    activation: Activation,
+    with_h: bool,
+    with_kernel: bool,
+    in_place: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(dgate, dup, h), each [..., f]: both gradients and, where asked for, h again, in one pass over what was saved.
 
-    The kernel writes them over the memory of gate, up and dh.
+    The kernel writes them over the memory of gate, up and dh where it may: `in_place`.
     """
     if with_kernel and gate.size:
-        aliases = {1: 0, 2: 1, 0: 2} if with_h else {1: 0, 2: 1}
+        aliases = {} if not in_place else {1: 0, 2: 1, 0: 2} if with_h else {1: 0, 2: 1}
         arguments = dh, gate, up
         results = _launch(
             _backward_kernel, "gated_activation_backward", arguments, 2 + with_h, activation, aliases

@@ -23,10 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import launch, tuned
 
 NESTED_BLOCK = 256
-ELEMENTS_PER_PROGRAM = 4096
+# What `tuned` may replace: elements a program, elements a thread. With 8 a thread (4 bytes in, 16 bytes out) loads and
+# stores are coalesced in one layout; more a thread, and values take a detour through shared memory between the two.
+BLOCK = (2048, 8)
 
 
 class NestedScales(NamedTuple):
@@ -154,7 +156,8 @@ def _kernel(*refs, block_size, blocks_per_program, count, has_nested):
 
 def _launch(codes, absmax, code_table, nested, shape, dtype, block_size):
     count, blocks = math.prod(shape), absmax.shape[0]
-    blocks_per_program = min(max(1, ELEMENTS_PER_PROGRAM // block_size), launch.next_power_of_2(blocks))
+    elements, per_thread = tuned.choice("nf4_dequantize", dtype, block_size) or BLOCK
+    blocks_per_program = min(max(1, elements // block_size), launch.next_power_of_2(blocks))
     operands = [codes, absmax, code_table]
     if nested is not None:
         operands += [nested.absmax, nested.table, jnp.reshape(nested.offset, (1,))]
@@ -169,6 +172,6 @@ def _launch(codes, absmax, code_table, nested, shape, dtype, block_size):
         name="nf4_dequantize",
         grid=(launch.cdiv(blocks, blocks_per_program),),
         out_shape=jax.ShapeDtypeStruct((count,), dtype),
-        num_warps=launch.warps_for(blocks_per_program * block_size),
+        num_warps=launch.warps_for(blocks_per_program * block_size, per_thread=per_thread),
     )(*operands)
     return flat.reshape(shape)

@@ -25,14 +25,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import launch, tuned
 
-# Elements a program holds of one array. Backward holds x, dy and their products, so its block is half as large.
-FORWARD_ELEMENTS = 16384
-BACKWARD_ELEMENTS = 8192
+# What `tuned` may replace: elements of one array a program, elements a thread. Backward holds x, dy and their products,
+# so its block is half as large.
+FORWARD = (16384, 64)
+BACKWARD = (8192, 32)
 MOST_ROWS = 64
 # Programs, and so partial sums, of the weight gradient: about two a multiprocessor on the largest GPU. A constant, so
-# the order of the additions, and with it the last bit, is the same wherever the kernel runs.
+# the order of the additions, and with it the last bit, is the same on every device with the same block.
 WEIGHT_GRADIENT_PROGRAMS = 256
 
 
@@ -194,7 +195,8 @@ def _block(rows: int, width: int, elements: int) -> tuple[int, int]:
 
 def _forward(x, weight, eps, weight_offset, *, save_inverse_rms):
     rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    block = _block(rows, width, FORWARD_ELEMENTS)
+    elements, per_thread = tuned.choice("rms_norm_forward", x.dtype, width) or FORWARD
+    block = _block(rows, width, elements)
     y = jax.ShapeDtypeStruct((rows, width), x.dtype)
     inverse_rms = jax.ShapeDtypeStruct((rows,), jnp.float32)
     outputs = launch.pallas_call(
@@ -202,14 +204,15 @@ def _forward(x, weight, eps, weight_offset, *, save_inverse_rms):
         name="rms_norm_forward",
         grid=(launch.cdiv(rows, block[0]),),
         out_shape=(y, inverse_rms) if save_inverse_rms else (y,),
-        num_warps=launch.warps_for(block[0] * block[1], per_thread=64),
+        num_warps=launch.warps_for(block[0] * block[1], per_thread=per_thread),
     )(x.reshape(rows, width), weight)
     return outputs[0].reshape(x.shape), *outputs[1:]
 
 
 def _backward(dy, x, inverse_rms, weight, residual_gradient, wanted, weight_offset):
     rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    block = _block(rows, width, BACKWARD_ELEMENTS)
+    elements, per_thread = tuned.choice("rms_norm_backward", x.dtype, width) or BACKWARD
+    block = _block(rows, width, elements)
     programs = launch.cdiv(rows, block[0])
     if "weight" in wanted:
         programs = min(programs, WEIGHT_GRADIENT_PROGRAMS)
@@ -227,7 +230,7 @@ def _backward(dy, x, inverse_rms, weight, residual_gradient, wanted, weight_offs
         name="rms_norm_backward",
         grid=(programs,),
         out_shape=tuple(shapes[name] for name in wanted),
-        num_warps=launch.warps_for(block[0] * block[1]),
+        num_warps=launch.warps_for(block[0] * block[1], per_thread=per_thread),
     )(dy.reshape(rows, width), x.reshape(rows, width), inverse_rms.reshape(rows), weight, *added)
     gradients = dict(zip(wanted, outputs, strict=True))
     if "x" in gradients:

@@ -21,10 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import launch, tuned
 
-# Pairs of values a program holds: at least one whole token, more where tokens are small.
-BLOCK_PAIRS = 4096
+# What `tuned` may replace: pairs of values a program (at least one whole token, more where tokens are small), pairs a
+# thread.
+BLOCK = (4096, 32)
 MOST_TOKENS = 16
 
 
@@ -130,7 +131,8 @@ def _rotate(q, k, cos, sin, *, inverse):
     batch, seq, num_heads, head_dim = q.shape
     tokens, num_kv_heads, half = batch * seq, k.shape[2], cos.shape[-1]
     pairs = launch.next_power_of_2(max(num_heads, num_kv_heads)) * launch.next_power_of_2(half)
-    tokens_per_block = min(max(1, BLOCK_PAIRS // pairs), MOST_TOKENS, launch.next_power_of_2(tokens))
+    most_pairs, per_thread = tuned.choice("rope", q.dtype, pairs) or BLOCK
+    tokens_per_block = min(max(1, most_pairs // pairs), MOST_TOKENS, launch.next_power_of_2(tokens))
     q_out, k_out = launch.pallas_call(
         functools.partial(_kernel, tokens_per_block=tokens_per_block, inverse=inverse),
         name="rope_inverse" if inverse else "rope",
@@ -139,7 +141,7 @@ def _rotate(q, k, cos, sin, *, inverse):
             jax.ShapeDtypeStruct((tokens, num_heads, head_dim), q.dtype),
             jax.ShapeDtypeStruct((tokens, num_kv_heads, head_dim), k.dtype),
         ),
-        num_warps=launch.warps_for(tokens_per_block * pairs),
+        num_warps=launch.warps_for(tokens_per_block * pairs, per_thread=per_thread),
     )(
         q.reshape(tokens, num_heads, head_dim),
         k.reshape(tokens, num_kv_heads, head_dim),

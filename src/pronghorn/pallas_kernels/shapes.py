@@ -146,3 +146,34 @@ SMALL_CROSS_ENTROPY = (
     HeadShape("several blocks", 5, 6, 1031),
 )
 LARGE_CROSS_ENTROPY = tuple(HeadShape(m.name, TOKENS, m.hidden, m.vocab) for m in MODELS)
+
+
+# What the tuner and the kernel benchmarks measure: large enough to fill any one GPU. Attention by head dim, with a
+# model that has it; rows of the widths that follow.
+TUNED_FLASH_ATTENTION = (
+    AttentionShape("Llama-3.1-8B", 2, 4096, 32, 8, 128),
+    AttentionShape("Llama-3.2-1B", 2, 4096, 32, 8, 64),
+    AttentionShape("Gemma-2-9B", 2, 4096, 16, 8, 256),
+)
+TUNED_RMS_NORM = (
+    RowShape("Llama-3.1-8B", 32768, 4096),
+    RowShape("Qwen3-0.6B", 32768, 1024),
+    RowShape("Qwen3 query heads", 32 * 8192, 128),
+)
+TUNED_GATED_ACTIVATION = (RowShape("Llama-3.1-8B", 8192, 14336), RowShape("Qwen3-0.6B", 8192, 3072))
+TUNED_ROPE = (
+    RopeShape("Llama-3.1-8B", 2, 4096, 32, 8, 128, 128),
+    RopeShape("Llama-3.2-1B", 2, 4096, 32, 8, 64, 64),
+)
+TUNED_CROSS_ENTROPY = (HeadShape("Llama-3.1-8B", 1024, 4096, 128256),)
+
+
+class WeightShape(NamedTuple):
+    """nf4_dequantize: a weight [outputs, inputs]."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+TUNED_NF4 = (WeightShape("Llama-3.1-8B up_proj", 14336, 4096),)

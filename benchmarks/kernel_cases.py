@@ -1,0 +1,351 @@
+"""What benchmarks/kernels.py measures: one row a kernel, case, direction and implementation."""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.pallas_kernels import shapes
+from pronghorn.pallas_kernels.attention_blocks import attention_blocks
+from pronghorn.pallas_kernels.cross_entropy import cross_entropy
+from pronghorn.pallas_kernels.flash_attention import flash_attention
+from pronghorn.pallas_kernels.gated_activation import (
+    gated_activation,
+    gated_activation_backward,
+)
+from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize
+from pronghorn.pallas_kernels.rms_norm import rms_norm
+from pronghorn.pallas_kernels.rope import apply_rope
+
+BF16 = jnp.bfloat16
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+      function: of the arguments; differentiated in the first `wrt` of them where `gradient`.
+      work: FLOPs or bytes that the op needs, by `unit` ("TFLOP/s" or "TB/s").
+      extra: more fields for its row.
+    """
+
+    op: str
+    name: str
+    direction: str
+    implementation: str
+    function: Callable[..., Any]
+    arguments: Callable[[], tuple[Any, ...]]
+    work: float
+    unit: str
+    gradient: bool = False
+    wrt: int = 0
+    extra: tuple[tuple[str, Any], ...] = ()
+
+    def row(self) -> dict[str, Any]:
+        return {
+            "op": self.op,
+            "case": self.name,
+            "direction": self.direction,
+            "implementation": self.implementation,
+            "unit": self.unit,
+            **dict(self.extra),
+        }
+
+
+def cases() -> Iterator[Case]:
+    """Every case, attention first."""
+    yield from attention()
+    yield from rms_norms()
+    yield from gated_activations()
+    yield from ropes()
+    yield from heads()
+    yield from nf4()
+
+
+def normal(seed: int, shape, dtype=BF16, factor: float = 1.0) -> jax.Array:
+    return (factor * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+
+
+def tokamax_has(name: str) -> bool:
+    if importlib.util.find_spec("tokamax") is None:
+        return False
+    import tokamax
+
+    return hasattr(tokamax, name)
+
+
+# ---- attention ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """A case of attention: the shape and what is switched on."""
+
+    name: str
+    shape: shapes.AttentionShape
+    window: int | None = None
+    softcap: float | None = None
+    document: int | None = None  # mean length of the documents in a packed row
+
+    def segment_ids(self) -> np.ndarray | None:
+        if self.document is None:
+            return None
+        rng = np.random.default_rng(0)
+        rows = []
+        for _ in range(self.shape.batch):
+            cuts = (
+                np.sort(rng.choice(self.shape.seq - 1, self.shape.seq // self.document - 1, replace=False))
+                + 1
+            )
+            rows.append(np.searchsorted(cuts, np.arange(self.shape.seq), side="right"))
+        return np.stack(rows).astype(np.int32)
+
+    def first_keys(self) -> np.ndarray:
+        """[batch, seq]: the first key that each query sees."""
+        index = np.arange(self.shape.seq)[None]
+        first = np.zeros((self.shape.batch, self.shape.seq), np.int64)
+        ids = self.segment_ids()
+        if ids is not None:
+            first = np.stack([np.searchsorted(row, row) for row in ids])
+        return first if self.window is None else np.maximum(first, index - self.window + 1)
+
+    def visible_pairs(self) -> float:
+        return float((np.arange(self.shape.seq)[None] - self.first_keys() + 1).sum()) * self.shape.num_heads
+
+    def computed_pairs(self, block_q: int, block_k: int) -> float:
+        """Pairs inside the blocks that hold a visible one."""
+        first = self.first_keys()
+        starts = np.arange(0, self.shape.seq, block_q)
+        last = np.minimum(starts + block_q, self.shape.seq) - 1
+        blocks = last[None] // block_k - first[:, starts] // block_k + 1
+        return float(blocks.sum()) * block_q * block_k * self.shape.num_heads
+
+
+CAUSAL = {shape.head_dim: shape for shape in shapes.TUNED_FLASH_ATTENTION}
+LONG = shapes.AttentionShape("Llama-3.1-8B", 1, 32768, 32, 8, 128)
+ATTENTION = (
+    *(Attention(f"causal D{d}", shape) for d, shape in CAUSAL.items()),
+    Attention("packed, mean 512, D128", CAUSAL[128], document=512),
+    Attention("window 1024, D128", CAUSAL[128], window=1024),
+    Attention("window 4096 of 32768, D128", LONG, window=4096),
+    Attention("softcap 50, D128", CAUSAL[128], softcap=50.0),
+    Attention("softcap 50, D256", CAUSAL[256], softcap=50.0),
+)
+
+
+def attention() -> Iterator[Case]:
+    for one in ATTENTION:
+        shape = one.shape
+        query = (shape.batch, shape.seq, shape.num_heads, shape.head_dim)
+        key = (shape.batch, shape.seq, shape.num_kv_heads, shape.head_dim)
+        ids = one.segment_ids()
+
+        def arguments(query=query, key=key, ids=ids):
+            segments = () if ids is None else (jnp.asarray(ids),)
+            return normal(0, query), normal(1, key), normal(2, key), *segments
+
+        def call(q, k, v, segments=None, *, implementation, one=one):
+            return flash_attention(
+                q, k, v, segment_ids=segments, sliding_window=one.window, softcap=one.softcap,
+                implementation=implementation,
+            )  # fmt: skip
+
+        functions = {"pallas": functools.partial(call, implementation="pallas")}
+        if ids is None and one.softcap is None:
+            functions["cudnn"] = functools.partial(call, implementation="cudnn")
+        if shape.seq <= 4096:
+            functions["xla"] = functools.partial(call, implementation="xla")
+        if tokamax_has("dot_product_attention") and ids is None and one.softcap is None:
+            functions["tokamax"] = functools.partial(_tokamax_attention, window=one.window)
+        blocks = attention_blocks(shape.head_dim, BF16, shape.seq)
+        flops = 2 * one.visible_pairs() * shape.head_dim
+        computed = {
+            "forward": 2 * one.computed_pairs(blocks.forward.block_q, blocks.forward.block_k),
+            "backward": 4 * one.computed_pairs(blocks.dkdv.block_q, blocks.dkdv.block_k)
+            + 3 * one.computed_pairs(blocks.dq.block_q, blocks.dq.block_k),
+        }
+        for implementation, function in functions.items():
+            for direction, products in (("forward", 2), ("backward", 5)):
+                extra = ()
+                if implementation == "pallas":
+                    # FLOPs of whole blocks, recomputed products counted, over FLOPs that the op needs.
+                    extra = (
+                        (
+                            "computed_over_needed",
+                            computed[direction] * 2 * shape.head_dim / (products * flops),
+                        ),
+                    )
+                yield Case(
+                    "attention", one.name, direction, implementation, function, arguments, products * flops,
+                    "TFLOP/s", gradient=direction == "backward", wrt=3, extra=extra,
+                )  # fmt: skip
+
+
+def _tokamax_attention(q, k, v, *, window):
+    import tokamax
+
+    local = None if window is None else (window - 1, 0)
+    return tokamax.dot_product_attention(q, k, v, is_causal=True, local_window_size=local)
+
+
+# ---- what memory limits ----
+
+
+def rms_norms() -> Iterator[Case]:
+    rows, width = 32768, 4096
+    size = rows * width * 2
+
+    def arguments():
+        return normal(0, (rows, width)), normal(1, (width,))
+
+    functions = {
+        i: functools.partial(rms_norm, eps=EPS, implementation=i)  # type: ignore[arg-type]
+        for i in ("pallas", "xla")
+    }
+    if tokamax_has("layer_norm"):
+        functions["tokamax"] = _tokamax_rms_norm
+    name = f"[{rows}, {width}]"
+    for implementation, function in functions.items():
+        for direction, wrt, passes in (("forward", 0, 2), ("dx", 1, 3), ("dx, dw", 2, 3)):
+            yield Case(
+                "rms_norm", name, direction, implementation, function, arguments, passes * size, "TB/s",
+                gradient=bool(wrt), wrt=wrt,
+            )  # fmt: skip
+
+
+def _tokamax_rms_norm(x, weight):
+    import tokamax
+
+    return tokamax.layer_norm(x, weight, None, subtract_mean=False, epsilon=EPS)
+
+
+def gated_activations() -> Iterator[Case]:
+    for shape in shapes.TUNED_GATED_ACTIVATION[:1]:
+        size = shape.rows * shape.width * 2
+
+        def arguments(shape=shape):
+            return tuple(normal(i, shape[1:]) for i in range(3))
+
+        for implementation in ("pallas", "xla"):
+
+            def forward(dh, gate, up, implementation=implementation):
+                return gated_activation(gate, up, implementation=implementation)
+
+            def backward(dh, gate, up, implementation=implementation):
+                # As an op of its own: inside a step it writes over what was saved, here that would be copied first.
+                return gated_activation_backward(
+                    dh, gate, up, activation="silu", with_h=False, with_kernel=implementation == "pallas",
+                    in_place=False,
+                )[:2]  # fmt: skip
+
+            name = f"silu [{shape.rows}, {shape.width}]"
+            for direction, function, passes in (("forward", forward, 3), ("backward", backward, 5)):
+                yield Case(
+                    "gated_activation",
+                    name,
+                    direction,
+                    implementation,
+                    function,
+                    arguments,
+                    passes * size,
+                    "TB/s",
+                )
+
+
+def ropes() -> Iterator[Case]:
+    for shape in shapes.TUNED_ROPE:
+        half = shape.rotated // 2
+
+        def arguments(shape=shape, half=half):
+            angle = jnp.arange(shape.seq)[None, :, None] * 10000.0 ** (-jnp.arange(half) / half)
+            q = normal(0, (shape.batch, shape.seq, shape.num_heads, shape.head_dim))
+            k = normal(1, (shape.batch, shape.seq, shape.num_kv_heads, shape.head_dim))
+            cos, sin = (
+                jnp.broadcast_to(f(angle).astype(jnp.float32), (shape.batch, shape.seq, half))
+                for f in (jnp.cos, jnp.sin)
+            )
+            return q, k, cos, sin
+
+        tokens = shape.batch * shape.seq
+        size = tokens * (4 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 8 * half)
+        for implementation in ("pallas", "xla"):
+            function = functools.partial(apply_rope, implementation=implementation)
+            for direction in ("forward", "backward"):
+                yield Case(
+                    "rope", f"{tokens} tokens, {shape.num_heads}/{shape.num_kv_heads} heads, D{shape.head_dim}",
+                    direction, implementation, function, arguments, size, "TB/s",
+                    gradient=direction == "backward", wrt=2,
+                )  # fmt: skip
+
+
+def nf4() -> Iterator[Case]:
+    for shape in shapes.TUNED_NF4:
+        count = shape.outputs * shape.inputs
+
+        def arguments(count=count):
+            codes = jax.random.bits(jax.random.key(0), (count // 2,), jnp.uint8)
+            absmax = jax.random.bits(jax.random.key(1), (count // 64,), jnp.uint8)
+            scales = NestedScales(
+                jnp.ones((count // 64 // 256,), jnp.float32), jnp.linspace(0.0, 1.0, 256), jnp.float32(0.1)
+            )
+            return codes, absmax, jnp.linspace(-1.0, 1.0, 16), scales
+
+        for implementation in ("pallas", "xla"):
+            function = functools.partial(
+                nf4_dequantize, shape=shape[1:], dtype=BF16, implementation=implementation
+            )
+            yield Case(
+                "nf4_dequantize", f"[{shape.outputs}, {shape.inputs}], nested", "forward", implementation,
+                function, arguments, count * 2 + count // 2 + count // 64, "TB/s",
+            )  # fmt: skip
+
+
+# ---- the head ----
+
+
+def heads() -> Iterator[Case]:
+    rows, hidden, vocab = 32768, 2560, 128256
+
+    def arguments():
+        return (
+            normal(0, (rows, hidden)),
+            normal(1, (vocab, hidden), factor=hidden**-0.5),
+            jax.random.randint(jax.random.key(2), (rows,), 0, vocab),
+        )
+
+    def tiled(h, w, labels):
+        return linear_cross_entropy(h, w, labels, implementation="pallas")
+
+    def full(h, w, labels):
+        logits = jnp.einsum("td,vd->tv", h, w, preferred_element_type=jnp.float32)
+        return jnp.sum(cross_entropy(logits, labels, implementation="xla"))
+
+    functions = {"pallas": tiled, "xla": full}
+    if tokamax_has("linear_softmax_cross_entropy_loss"):
+        functions["tokamax"] = _tokamax_head
+    name = f"rows {rows}, d {hidden}, vocab {vocab}"
+    product = 2.0 * rows * hidden * vocab
+    for implementation, function in functions.items():
+        yield Case(
+            "linear_cross_entropy", name, "forward", implementation, function, arguments, product, "TFLOP/s"
+        )
+        for direction, argnums, products in (("with dh", (0,), 2), ("with dh, dw", (0, 1), 3)):
+            # Loss and gradient in one program: ours computes the gradient together with the loss.
+            yield Case(
+                "linear_cross_entropy", name, direction, implementation,
+                jax.value_and_grad(function, argnums), arguments, products * product, "TFLOP/s",
+            )  # fmt: skip
+
+
+def _tokamax_head(h, w, labels):
+    import tokamax
+
+    return tokamax.linear_softmax_cross_entropy_loss(h, labels, w.T, reduction="sum")
