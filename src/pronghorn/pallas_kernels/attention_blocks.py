@@ -25,12 +25,17 @@ _SCRATCH_KIB = 4
 
 @dataclasses.dataclass(frozen=True)
 class KernelBlocks:
-    """One kernel's tile and launch: powers of two, blocks of at least 16 rows (a Triton product's least size)."""
+    """One kernel's tile and launch: powers of two, blocks of at least 16 rows (a Triton product's least size).
+
+    lag: 1 where the loop's last product of one block is left to the next block's turn, so that the tensor cores work
+    while the exponentials are taken; it costs registers.
+    """
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    lag: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +103,15 @@ def shared_memory_limit() -> int:
 
 
 def shared_memory_bytes(kernel: str, b: KernelBlocks, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
-    """What a program's tiles take: those it keeps, and `num_stages` copies of the two it streams.
+    """What a program's tiles take: those it keeps, and `num_stages` copies of those it streams.
 
     Measured on compiled kernels: two-byte tiles take their size, the halves of fp32 tiles half as much again.
     """
     itemsize = jnp.dtype(dtype).itemsize
     row = max(16, next_power_of_2(head_dim)) * (itemsize if itemsize == 2 else 6)
     kept, streamed = (b.block_k, b.block_q) if kernel == "dkdv" else (b.block_q, b.block_k)
-    return row * ((1 if kernel == "forward" else 2) * kept + 2 * b.num_stages * streamed)
+    tiles = 3 if b.lag and kernel != "forward" else 2  # the operand of a product that lags is loaded once more
+    return row * ((1 if kernel == "forward" else 2) * kept + tiles * b.num_stages * streamed)
 
 
 def _fit(kernel: str, blocks: KernelBlocks, padded: int, itemsize: int, limit: int) -> KernelBlocks:
