@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 from pronghorn.data import DataConfig
 from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig
+from pronghorn.quantization import read_quantization
 from pronghorn.training import TrainConfig
 
 Config = TypeVar("Config")
@@ -29,8 +30,9 @@ class JobConfig:
       model: a Hugging Face folder, a GGUF file, or a hub name that is cached or can be downloaded.
       dtype: dtype of the frozen weights and of the products.
       layers: "unrolled" (faster step) or "scanned" (faster compilation).
-      quantization: "nf4", "fp4", "int8" or "fp8" for the frozen linear weights inside of layers; null keeps `dtype`. A
-        folder that bitsandbytes quantised is used as it is.
+      quantization: "nf4", "fp4", "int8" or "fp8" for the frozen linear weights inside of layers, or a recipe that
+        `pronghorn sensitivity` wrote (a .json file); null keeps `dtype`. A folder that bitsandbytes quantised is used
+        as it is.
       adapter: a PEFT folder to go on from, instead of a new adapter.
       lora: the adapter to add; `lora: null` trains every weight.
       new_tokens: texts that become tokens of the model; with an adapter only their rows of embedding and head are
@@ -42,12 +44,15 @@ class JobConfig:
     model: str
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     layers: Literal["unrolled", "scanned"] = "unrolled"
-    quantization: Literal["nf4", "fp4", "int8", "fp8"] | None = None
+    quantization: str | None = None
     adapter: str | None = None
     lora: LoRAConfig | None = LoRAConfig()
     new_tokens: tuple[str, ...] = ()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        read_quantization(self.quantization)
 
 
 def read_job(path: str | Path | None, overrides: Sequence[str] = ()) -> JobConfig:

@@ -21,6 +21,7 @@ from pronghorn.lora import LoRAConfig
 from pronghorn.models.config import DecoderConfig
 
 ADAPTER_KL_LIMIT = 1e-9
+HELDOUT_SHARE = 0.4  # of a text, where no other is given to judge on
 
 if TYPE_CHECKING:
     from pronghorn.training import MemoryPlan, Trainer
@@ -215,17 +216,64 @@ def preview_job(job: JobConfig, *, rows: int, html: Path | None) -> dict[str, An
     }
 
 
-def convert_model(source: str, out: Path, dtype: str | None, max_shard_bytes: int) -> dict[str, Any]:
-    """Write `source` as a Hugging Face folder; untouched weights keep their bits."""
+def convert_model(
+    source: str, out: Path, dtype: str | None, max_shard_bytes: int, quantization: str | None = None
+) -> dict[str, Any]:
+    """Write `source` as a Hugging Face folder; untouched weights keep their bits.
+
+    Args:
+      quantization: write the folder that bitsandbytes would: "nf4", "fp4", "int8" or a recipe.
+    """
     from pronghorn.converters.huggingface import load_model, resolve_model_path, save_model
     from pronghorn.models.parameters import named_parameters
 
     require_free_folder(out)
     folder = resolve_model_path(source)
-    model = load_model(folder)
+    model = load_model(folder, dtype=None if quantization is None else dtype, quantization=quantization)
     save_model(model, out, tokenizer_from=folder, dtype=dtype, max_shard_bytes=max_shard_bytes)
     count = sum(math.prod(parameter.shape) for parameter in named_parameters(model).values())
     return {"out": str(out), "parameters": count, "dtype": dtype or str(model.dtype)}
+
+
+def make_recipe(
+    source: str,
+    out: Path,
+    *,
+    text: Path,
+    heldout: Path | None = None,
+    config: Any = None,
+    costs: Path | None = None,
+    progress: Any = None,
+) -> dict[str, Any]:
+    """Search a recipe for 4-bit weights on a text, and write it; see `evaluation.recipe_search`."""
+    from pronghorn.converters.huggingface import load_tokenizer, resolve_model_path
+    from pronghorn.evaluation.recipe_search import search_recipe
+    from pronghorn.quantization.recipe import read_recipe
+
+    known = None if costs is None else read_recipe(costs).get("costs", {})
+    texts = [_read_text(path) for path in (text, heldout) if path is not None]
+    folder = resolve_model_path(source)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise InputError(
+            f"{source}: has no tokenizer, which the text needs; put tokenizer.json into the folder."
+        )
+    calibration, *rest = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in texts)
+    if not rest:
+        cut = int(len(calibration) * (1 - HELDOUT_SHARE))
+        calibration, rest = calibration[:cut], [calibration[cut:]]
+    recipe = search_recipe(folder, calibration, rest[0], config, known=known, progress=progress)
+    write_json(out, recipe)
+    return recipe
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: the text cannot be read ({error.strerror}); check the path.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text; give a text file.") from None
 
 
 def merge_model(base: str, adapter: str, out: Path, dtype: str | None) -> dict[str, Any]:

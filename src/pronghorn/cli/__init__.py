@@ -15,6 +15,7 @@ COMMANDS = {
     "preview": "rendered rows with their loss mask, and how well they pack",
     "merge": "merge an adapter into its base model, reload the result and prove it",
     "convert": "a model into a Hugging Face folder (from GGUF, another dtype, other shards)",
+    "sensitivity": "which layers stay in 8 or 16 bits beside 4-bit ones: measured KL within a memory budget",
     "generate": "text from a model, with an adapter if given",
     "verify": "compare a model with transformers (and PEFT) in fp32, layer by layer",
     "tune": "measure the kernels' block sizes on this GPU and keep the fastest",

@@ -203,7 +203,7 @@ class Decoder(nnx.Module):
             if segment_ids is not None:
                 positions = segment_positions(segment_ids)
         angles = rope.layer_angles(self.config, positions)
-        x = self._embed(input_ids)
+        x = self.embed(input_ids)
         outputs = [x]
         for segment in self.segments:
             x, segment_outputs = _run_segment(
@@ -219,7 +219,8 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         return (x, outputs) if return_layers else x
 
-    def _embed(self, input_ids: jax.Array) -> jax.Array:
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """What the first layer reads, `[batch, seq, d]`."""
         x, scale = self.embed_tokens(input_ids), self.config.embedding_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
@@ -292,7 +293,7 @@ class Decoder(nnx.Module):
                 "make it longer with init_cache(batch, max_length)."
             )
         angles = kv_cache.rotation(self.config, positions, max_length)
-        x = self._embed(input_ids)
+        x = self.embed(input_ids)
         filled = []
         for segment, segment_cache in zip(self.segments, cache, strict=True):
             x, segment_cache = _decode_segment(

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,6 +18,7 @@ from pronghorn.errors import InputError
 from pronghorn.quantization.fp8 import Activations, FP8Array, Gradients, Scales, empty_like_fp8, quantize_fp8
 from pronghorn.quantization.int8 import Int8Array, empty_like_int8, quantize_int8
 from pronghorn.quantization.nf4 import NF4Array, empty_like_4bit, quantize_4bit
+from pronghorn.quantization.recipe import KEPT, read_recipe
 
 Kind = Literal["nf4", "fp4", "int8", "fp8"]
 QuantizedArray = NF4Array | Int8Array | FP8Array
@@ -88,9 +90,27 @@ class QuantizationConfig:
         return dataclasses.replace(self, kind=kind, skip=(), modules=())
 
 
-def read_quantization(value: str | QuantizationConfig | None) -> QuantizationConfig | None:
-    """A `QuantizationConfig` from what users write: one, its kind, or None."""
-    return QuantizationConfig(kind=value) if isinstance(value, str) else value  # type: ignore[arg-type]
+def read_quantization(value: "str | Path | QuantizationConfig | None") -> QuantizationConfig | None:
+    """A `QuantizationConfig` from what users write: one, its kind, the path of a recipe (`.json`), or None.
+
+    Raises:
+      InputError: no such kind, or a file that is no recipe.
+    """
+    if value is None or isinstance(value, QuantizationConfig):
+        return value
+    if not str(value).endswith(".json"):
+        return QuantizationConfig(kind=str(value))  # type: ignore[arg-type]
+    recipe = read_recipe(value)
+    modules = dict(recipe.get("modules", {}))
+    try:
+        return QuantizationConfig(
+            recipe["kind"],
+            nested=recipe.get("nested", True),
+            skip=tuple(re.escape(module) for module, kind in modules.items() if kind == KEPT),
+            modules=tuple((module, kind) for module, kind in modules.items() if kind != KEPT),
+        )
+    except InputError as error:
+        raise InputError(f"{value}: {error}") from None
 
 
 def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
