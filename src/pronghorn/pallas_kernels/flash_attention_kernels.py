@@ -242,13 +242,14 @@ def _dkdv_kernel(
         do = load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
         lse = load_vector(lse_ref, head, q0, b.block_q, seq_len)
         delta = load_vector(delta_ref, head, q0, b.block_q, seq_len)
-        qk = dot(k, q, ROWS_BY_ROWS, spec)
+        # Both products before the exponentials, which the compiler then takes between the second one's instructions.
+        qk, dp = dot(k, q, ROWS_BY_ROWS, spec), dot(v, do, ROWS_BY_ROWS, spec)
         if lagging:
             ds, last_head, last = lagging
             dk = add_queries(dk, ds, load_queries(last_head, last, True))
         p, s = probabilities(qk, lse, q0, edge)
         dv = dv + dot(p.astype(do.dtype), do, ROWS_BY_COLUMNS, spec)
-        ds = p * (dot(v, do, ROWS_BY_ROWS, spec) - delta[None, :])
+        ds = p * (dp - delta[None, :])
         if spec.softcap is not None:
             ds = ds * (1.0 - s * s)
         return (dk, dv, ds, head, q0) if lagging else (add_queries(dk, ds, q), dv)
