@@ -20,6 +20,7 @@ from pronghorn.pallas_kernels.gated_activation import (
 )
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize
+from pronghorn.pallas_kernels.nf4_product import nf4_product
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
 
@@ -306,6 +307,21 @@ def nf4() -> Iterator[Case]:
                 "nf4_dequantize", f"[{shape.outputs}, {shape.inputs}], nested", "forward", implementation,
                 function, arguments, count * 2 + count // 2 + count // 64, "TB/s",
             )  # fmt: skip
+            # "xla": dequantised by its kernel, then multiplied by cuBLAS; bytes are those of the codes in either case.
+            for rows in (1, 4, 16, 64):
+
+                def product(x, *weight, shape=shape, fused=implementation == "pallas"):
+                    if fused:
+                        return nf4_product(x, *weight, shape=shape[1:], implementation="pallas")
+                    return x @ nf4_dequantize(*weight, shape=shape[1:], dtype=BF16, implementation="pallas").T
+
+                def with_rows(rows=rows, arguments=arguments, shape=shape):
+                    return (jax.random.normal(jax.random.key(2), (rows, shape.inputs), BF16), *arguments())
+
+                yield Case(
+                    "nf4_product", f"{rows} x [{shape.outputs}, {shape.inputs}], nested", "forward", implementation,
+                    product, with_rows, count // 2 + count // 64, "TB/s",
+                )  # fmt: skip
 
 
 # ---- the head ----

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.quantization.nf4 import NF4Array, _mended_reciprocal, empty_like_4bit, quantize_4bit
+from pronghorn.pallas_kernels.exact_division import _mended_reciprocal
+from pronghorn.pallas_kernels.launch import kernels
+from pronghorn.quantization.nf4 import NF4Array, empty_like_4bit, quantize_4bit
 from pronghorn.quantization.tables import CODE_TABLES, DYNAMIC_SIGNED, DYNAMIC_UNSIGNED
 from tests.quantization import reference
+from tests.tolerances import assert_close
 
 WHERE = {"host": np.asarray, "device": jnp.asarray}
 
@@ -140,6 +143,22 @@ def test_a_stack_dequantises_to_the_stack_of_its_matrices():
     assert np.array_equal(stack.dequantize(), np.stack([a.dequantize() for a in arrays]))
     _, scanned = jax.lax.scan(lambda carry, array: (carry, array.dequantize()), 0, stack)
     assert np.array_equal(scanned, stack.dequantize())
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+def test_products_equal_those_with_the_dequantised_weight(implementation):
+    for shape, rows, dtype in (
+        ((40, 128), 3, "float32"),
+        ((40, 128), 80, "float32"),
+        ((9, 30), 2, "bfloat16"),
+    ):
+        array = quantize_4bit(jnp.asarray(reference.weight(shape, dtype)))
+        x = jnp.asarray(reference.weight((rows, shape[1]), dtype, seed=1))
+        with kernels(implementation):
+            y = array.times_transposed(x, jnp.float32)
+        expected = jnp.einsum("ri,oi->ro", x, array.dequantize(), preferred_element_type=jnp.float32)
+        assert y.dtype == jnp.float32
+        assert_close(y, expected, dtype=dtype)
 
 
 @pytest.mark.parametrize("nested", [False, True])

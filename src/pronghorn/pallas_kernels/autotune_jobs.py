@@ -26,6 +26,7 @@ from pronghorn.pallas_kernels.flash_attention import flash_attention_reference
 from pronghorn.pallas_kernels.gated_activation import gated_activation_backward, gated_activation_forward
 from pronghorn.pallas_kernels.launch import next_power_of_2
 from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize
+from pronghorn.pallas_kernels.nf4_product import nf4_product
 from pronghorn.pallas_kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from pronghorn.pallas_kernels.rope import apply_rope
 
@@ -81,6 +82,10 @@ GATED_ACTIVATION = (
 )  # fmt: skip
 ROPE = ((4096, 32), (2048, 16), (2048, 32), (2048, 8), (4096, 16), (8192, 32))
 CROSS_ENTROPY = ((4096, 8), (4096, 4), (8192, 8), (8192, 16), (2048, 4), (4096, 16))
+NF4_PRODUCT = {
+    1: ((8, 1024, 4), (4, 2048, 4), (4, 1024, 2), (8, 2048, 8), (16, 1024, 4), (16, 512, 4), (8, 512, 2), (2, 4096, 4)),
+    16: ((16, 256, 4), (16, 512, 4), (32, 256, 4), (16, 128, 2), (32, 128, 4), (64, 128, 4), (64, 256, 4)),
+}
 NF4 = ((2048, 8), (1024, 8), (4096, 8), (512, 8), (4096, 16), (4096, 32))
 
 EPS = 1e-6
@@ -284,25 +289,39 @@ def cross_entropy_jobs(shape: shapes.HeadShape, dtype) -> list[Job]:
 
 
 def nf4_jobs(shape: shapes.WeightShape, dtype) -> list[Job]:
+    """Dequantising a weight, and its product with one row and with sixteen."""
     count, block = shape.outputs * shape.inputs, 64
     blocks = count // block
 
-    def inputs():
+    def inputs(*first):
         codes = jax.random.bits(jax.random.key(0), (count // 2,), jnp.uint8)
         absmax = jax.random.bits(jax.random.key(1), (blocks,), jnp.uint8)
         scales = NestedScales(
             jnp.ones((-(-blocks // 256),), jnp.float32), jnp.linspace(0, 1, 256), jnp.float32(0.1)
         )
-        return codes, absmax, jnp.linspace(-1, 1, 16), scales
+        return (*first, codes, absmax, jnp.linspace(-1, 1, 16), scales)
 
-    def run(with_kernel, codes, absmax, table, scales):
+    def run(with_kernel, *arguments):
+        implementation = "pallas" if with_kernel else "xla"
         return nf4_dequantize(
-            codes, absmax, table, scales, shape=shape[1:], dtype=dtype, block_size=block,
-            implementation="pallas" if with_kernel else "xla",
-        )  # fmt: skip
+            *arguments, shape=shape[1:], dtype=dtype, block_size=block, implementation=implementation
+        )
 
-    size = count * jnp.dtype(dtype).itemsize + count // 2 + blocks
-    return [_plain_job("nf4_dequantize", tuned.key(dtype, block), shape, inputs, run, NF4, size)]
+    def multiply(with_kernel, *arguments):
+        implementation = "pallas" if with_kernel else "xla"
+        return nf4_product(*arguments, shape=shape[1:], block_size=block, implementation=implementation)
+
+    read = count // 2 + blocks
+    size = count * jnp.dtype(dtype).itemsize + read
+    found = [_plain_job("nf4_dequantize", tuned.key(dtype, block), shape, inputs, run, NF4, size)]
+    for rows, candidates in NF4_PRODUCT.items():
+
+        def with_rows(rows=rows):
+            return inputs(_normal(2, (rows, shape.inputs), dtype))
+
+        key = tuned.key(dtype, rows)
+        found.append(_plain_job("nf4_product", key, shape, with_rows, multiply, candidates, read))
+    return found
 
 
 GROUPS: dict[str, tuple[Callable[..., list[Job]], tuple[Any, ...]]] = {

@@ -131,19 +131,20 @@ def _plus_offset(values, maxima, offset):
     return jax.lax.bitcast_convert_type(bits | sign, jnp.float32) + offset
 
 
-def _kernel(*refs, block_size, blocks_per_program, count, has_nested):
-    if has_nested:
-        codes_ref, absmax_ref, code_table_ref, maxima_ref, scale_table_ref, offset_ref, out_ref = refs
-    else:
-        codes_ref, absmax_ref, code_table_ref, out_ref = refs
+def load_scales(absmax_ref, nested_refs, blocks, exists):
+    """Inside of a kernel: a of these blocks, fp32; `nested_refs` are m, D and o, or nothing."""
+    if not nested_refs:
+        return triton.load(absmax_ref.at[blocks], mask=exists, other=0.0)
+    maxima_ref, scale_table_ref, offset_ref = nested_refs
+    codes = triton.load(absmax_ref.at[blocks], mask=exists, other=0).astype(jnp.int32)
+    maxima = triton.load(maxima_ref.at[blocks >> 8], mask=exists, other=0.0)
+    return _plus_offset(triton.load(scale_table_ref.at[codes]), maxima, offset_ref[0])
+
+
+def _kernel(codes_ref, absmax_ref, code_table_ref, *rest, block_size, blocks_per_program, count):
+    *nested_refs, out_ref = rest
     blocks = pl.program_id(0) * blocks_per_program + jnp.arange(blocks_per_program)
-    exists = blocks < absmax_ref.shape[0]
-    if has_nested:
-        scale_codes = triton.load(absmax_ref.at[blocks], mask=exists, other=0).astype(jnp.int32)
-        maxima = triton.load(maxima_ref.at[blocks >> 8], mask=exists, other=0.0)
-        scales = _plus_offset(triton.load(scale_table_ref.at[scale_codes]), maxima, offset_ref[0])
-    else:
-        scales = triton.load(absmax_ref.at[blocks], mask=exists, other=0.0)
+    scales = load_scales(absmax_ref, nested_refs, blocks, blocks < absmax_ref.shape[0])
 
     places = blocks[:, None] * (block_size // 2) + jnp.arange(block_size // 2)[None, :]
     packed = triton.load(codes_ref.at[places], mask=places < codes_ref.shape[0], other=0).astype(jnp.int32)
@@ -167,7 +168,6 @@ def _launch(codes, absmax, code_table, nested, shape, dtype, block_size):
             block_size=block_size,
             blocks_per_program=blocks_per_program,
             count=count,
-            has_nested=nested is not None,
         ),
         name="nf4_dequantize",
         grid=(launch.cdiv(blocks, blocks_per_program),),

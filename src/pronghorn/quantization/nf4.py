@@ -29,6 +29,7 @@ import numpy as np
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels.exact_division import SMALLEST_NORMAL, over_scales
 from pronghorn.pallas_kernels.nf4_dequantize import NESTED_BLOCK, NestedScales, nf4_dequantize
+from pronghorn.pallas_kernels.nf4_product import MOST_ROWS, nf4_product
 from pronghorn.quantization.tables import (
     CODE_MIDPOINTS,
     CODE_ORDER,
@@ -91,6 +92,22 @@ class NF4Array:
         """The matrix (or the stack of them), each value rounded once from fp32."""
         if self.codes.ndim > 1:
             return jax.vmap(NF4Array.dequantize)(self)
+        return nf4_dequantize(
+            *self._parts(), shape=self.matrix_shape, dtype=self.dtype, block_size=self.block_size
+        )
+
+    def times_transposed(self, x: jax.Array, dtype: Any) -> jax.Array:
+        """x [..., in] Wᵀ: few rows by a kernel that reads the codes, more by a matrix that is dequantised first."""
+        rows = math.prod(x.shape[:-1])
+        out, inner = self.matrix_shape
+        if not 0 < rows <= MOST_ROWS or inner % self.block_size or x.dtype != self.dtype:
+            weight = self.dequantize().astype(x.dtype)
+            dims = (((x.ndim - 1,), (1,)), ((), ()))
+            return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
+        return nf4_product(x, *self._parts(), shape=(out, inner), dtype=dtype, block_size=self.block_size)
+
+    def _parts(self) -> tuple[jax.Array, jax.Array, jax.Array, NestedScales | None]:
+        """codes, absmax, table and nested scales, as the kernels take them."""
         nested = None
         if self.nested:
             nested = NestedScales(
@@ -98,15 +115,8 @@ class NF4Array:
                 jnp.asarray(self.nested_table),
                 jnp.asarray(self.nested_offset),
             )
-        return nf4_dequantize(
-            jnp.asarray(self.codes),
-            jnp.asarray(self.absmax),
-            jnp.asarray(CODE_TABLES[self.kind]),
-            nested,
-            shape=self.matrix_shape,
-            dtype=self.dtype,
-            block_size=self.block_size,
-        )
+        table = jnp.asarray(CODE_TABLES[self.kind])
+        return jnp.asarray(self.codes), jnp.asarray(self.absmax), table, nested
 
 
 def quantize_4bit(
