@@ -302,13 +302,13 @@ def nf4_jobs(shape: shapes.WeightShape, dtype) -> list[Job]:
         return (*first, codes, absmax, jnp.linspace(-1, 1, 16), scales)
 
     def run(with_kernel, *arguments):
-        implementation = "pallas" if with_kernel else "xla"
+        implementation: launch.Implementation = "pallas" if with_kernel else "xla"
         return nf4_dequantize(
             *arguments, shape=shape[1:], dtype=dtype, block_size=block, implementation=implementation
         )
 
     def multiply(with_kernel, *arguments):
-        implementation = "pallas" if with_kernel else "xla"
+        implementation: launch.Implementation = "pallas" if with_kernel else "xla"
         return nf4_product(*arguments, shape=shape[1:], block_size=block, implementation=implementation)
 
     read = count // 2 + blocks
