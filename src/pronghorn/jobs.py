@@ -258,7 +258,9 @@ def make_recipe(
         raise InputError(
             f"{source}: has no tokenizer, which the text needs; put tokenizer.json into the folder."
         )
-    calibration, *rest = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in texts)
+    calibration, *rest = (
+        tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in texts
+    )
     if not rest:
         cut = int(len(calibration) * (1 - HELDOUT_SHARE))
         calibration, rest = calibration[:cut], [calibration[cut:]]
@@ -276,14 +278,29 @@ def _read_text(path: Path) -> str:
         raise InputError(f"{path}: is not UTF-8 text; give a text file.") from None
 
 
-def merge_model(base: str, adapter: str, out: Path, dtype: str | None) -> dict[str, Any]:
-    """Merge a PEFT adapter into its base, write, reload, compare; returns the comparison."""
+def merge_model(
+    base: str,
+    adapter: str,
+    out: Path,
+    dtype: str | None,
+    *,
+    quantization: str | None = None,
+    onto: str | None = None,
+    write: str | None = None,
+) -> dict[str, Any]:
+    """Merge a PEFT adapter into its base, write, reload, compare; returns the comparison.
+
+    Args:
+      quantization: how the base was quantised when the adapter was trained: the live model is the adapter on that.
+      onto: a 16-bit model to merge into, instead of the base as it is loaded (a quantised one is dequantised).
+      write: quantise what is written: "nf4", "fp4", "int8" or a recipe.
+    """
     from pronghorn.converters.huggingface import load
     from pronghorn.converters.merged import save_merged
 
     require_free_folder(out)
-    model, tokenizer = load(base, adapter=adapter, dtype=dtype)
-    return save_merged(model, tokenizer, out)
+    model, tokenizer = load(base, adapter=adapter, dtype=dtype, quantization=quantization)
+    return save_merged(model, tokenizer, out, base=onto, quantization=write)
 
 
 def save_results(trainer: "Trainer", folder: Path, *, merge_into: str | Path | None = None) -> dict[str, Any]:

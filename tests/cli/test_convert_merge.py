@@ -65,3 +65,23 @@ def test_merge_tells_the_divergence_that_it_wrote_beside_the_weights(merged):
     assert json.loads((out / "merge_check.json").read_text()) == numbers
     assert numbers["kl_mean"] <= 1e-6 < 1e-3 < numbers["adapter_kl_mean"]
     assert f"mean KL to the live model {numbers['kl_mean']:.3e}" in shown
+
+
+@pytest.mark.parametrize(
+    "options,base", [((), "dequantised"), (("--onto", "BASE", "--write", "nf4"), "BASE")]
+)
+def test_merge_offers_both_bases_of_a_quantised_model(run, model_dir, tmp_path, options, base):
+    chosen = [str(model_dir) if option == "BASE" else option for option in options]
+    arguments = [model_dir, run.folder / "adapter", tmp_path / "out", "--quantization", "nf4", *chosen]
+    finished = invoke("merge", *arguments, "--json", tmp_path / "out.json")
+    assert finished.code == 0, finished.err
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert numbers["base"] == (str(model_dir) if base == "BASE" else base)
+    assert numbers["kl_mean"] <= numbers["kl_mean_limit"] and "KL to the live model" in finished.out
+    quantized = [p.get() for p in named_parameters(load_model(tmp_path / "out")).values()]
+    assert any(hasattr(value, "dequantize") for value in quantized) == ("--write" in options)
+    if base == "BASE":
+        assert "merged into " + str(model_dir) in finished.out and "as written in nf4" in finished.out
+        # The trained adapter does not know the 16-bit base, and quantising it again costs more.
+        assert numbers["kl_mean"] < numbers["live_kl_mean"]
+        assert not (tmp_path / "out/quantized").exists()

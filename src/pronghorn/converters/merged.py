@@ -28,7 +28,7 @@ from pronghorn.lora import attach, merge, sites, split
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
 from pronghorn.new_tokens import with_tokens
-from pronghorn.quantization import FP8Array, is_quantized
+from pronghorn.quantization import FP8Array, QuantizationConfig, is_quantized, read_quantization
 from pronghorn.quantization.fp8 import unrounded
 
 CHECK_NAME = "merge_check.json"
@@ -75,6 +75,7 @@ def save_merged(
     *,
     dtype: str | None = None,
     base: str | Path | None = None,
+    quantization: str | QuantizationConfig | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -92,6 +93,8 @@ def save_merged(
       out_dir: must not exist, or be empty, or hold nothing but what an earlier save wrote (which is then replaced).
       dtype: of the merged weights; None keeps each weight's own.
       base: the 16-bit model to merge into, a folder or hub name; None takes the model's own weights.
+      quantization: write the merged model as bitsandbytes does, after it was proved in 16 bits: "nf4", "fp4", "int8" or
+        a recipe.
       max_shard_bytes: largest file of weights.
       overwrite: replace `out_dir` whatever it holds.
 
@@ -100,7 +103,8 @@ def save_merged(
       (live model against its base: what there was to lose), `top1_agreement`, `tokens`, `dtype`, `untied`, `base`
       ("own", "dequantised" or the folder given). With `base`, the live model of these is the adapter on that base; on an
       FP8 base, the one that does not round activations, as none does in 16 bits. `live_kl_mean` and `live_kl_max` are
-      then against `model` itself.
+      then against `model` itself. With `quantization`, `quantized_kl_mean` and `quantized_kl_max` are the distance of
+      what was written from `model`, which is what that kind costs.
 
     Raises:
       InputError: the folder is taken, or the dtype cannot hold the weights.
@@ -108,7 +112,7 @@ def save_merged(
         folder was moved.
     """
     out_dir = Path(out_dir)
-    trained = model
+    trained, quantization = model, read_quantization(quantization)
     with new_folder(out_dir, replace=overwrite or written_by_us(out_dir)) as folder:
         kind = "dequantised" if _is_quantized(model) else "own"
         if base is not None:
@@ -122,13 +126,39 @@ def save_merged(
             live = compare_models(trained, reloaded, fixture_ids(model, tokenizer))
             report |= {"live_kl_mean": live["kl_mean"], "live_kl_max": live["kl_max"]}
         report["untied"] = reloaded.config.tie_word_embeddings != model.config.tie_word_embeddings
+        fault = _fault(report) or _template_fault(tokenizer, folder)
+        if quantization is not None and not fault:
+            small = _written_quantized(folder, tokenizer, quantization, max_shard_bytes)
+            found = compare_models(trained, small, fixture_ids(model, tokenizer))
+            report |= {
+                "quantization": quantization.kind,
+                "quantized_kl_mean": found["kl_mean"],
+                "quantized_kl_max": found["kl_max"],
+            }
         write_json(folder / CHECK_NAME, report)
         write_manifest(folder, "merged")
-        fault = _fault(report) or _template_fault(tokenizer, folder)
         if fault:
             aside = _move_aside(folder, out_dir)
             raise RunError(f"{out_dir}: {fault}; nothing was published, and the rejected folder is {aside}.")
     return report
+
+
+def _written_quantized(
+    folder: Path, tokenizer: Any, quantization: QuantizationConfig, max_shard_bytes: int
+) -> Decoder:
+    """Replace the 16-bit model in `folder` by its quantised copy; returns that, read back."""
+    inner = folder / "quantized"
+    model = load_model(folder, quantization=quantization)
+    inner.mkdir()
+    write_model(
+        inner, model, tokenizer_from=tokenizer, max_shard_bytes=max_shard_bytes, keep_quantized=True
+    )
+    for file in [path for path in folder.iterdir() if path.is_file()]:
+        file.unlink()
+    for file in list(inner.iterdir()):
+        file.rename(folder / file.name)
+    inner.rmdir()
+    return load_model(folder)
 
 
 def rebase(model: Decoder, base: str | Path) -> Decoder:
