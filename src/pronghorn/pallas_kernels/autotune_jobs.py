@@ -83,9 +83,13 @@ GATED_ACTIVATION = (
 ROPE = ((4096, 32), (2048, 16), (2048, 32), (2048, 8), (4096, 16), (8192, 32))
 CROSS_ENTROPY = ((4096, 8), (4096, 4), (8192, 8), (8192, 16), (2048, 4), (4096, 16))
 NF4_PRODUCT = {
-    1: ((8, 1024, 4), (4, 2048, 4), (4, 1024, 2), (8, 2048, 8), (16, 1024, 4), (16, 512, 4), (8, 512, 2), (2, 4096, 4)),
-    16: ((16, 256, 4), (16, 512, 4), (32, 256, 4), (16, 128, 2), (32, 128, 4), (64, 128, 4), (64, 256, 4)),
-}
+    ("nf4_product", 1): (
+        (8, 1024, 4), (4, 2048, 4), (4, 1024, 2), (8, 2048, 8), (16, 1024, 4), (16, 512, 4), (8, 512, 2), (2, 4096, 4),
+    ),
+    ("nf4_product_together", 16): (
+        (16, 256, 4), (16, 512, 4), (32, 256, 4), (16, 128, 2), (32, 128, 4), (64, 128, 4), (64, 256, 4),
+    ),
+}  # fmt: skip
 NF4 = ((2048, 8), (1024, 8), (4096, 8), (512, 8), (4096, 16), (4096, 32))
 
 EPS = 1e-6
@@ -314,13 +318,13 @@ def nf4_jobs(shape: shapes.WeightShape, dtype) -> list[Job]:
     read = count // 2 + blocks
     size = count * jnp.dtype(dtype).itemsize + read
     found = [_plain_job("nf4_dequantize", tuned.key(dtype, block), shape, inputs, run, NF4, size)]
-    for rows, candidates in NF4_PRODUCT.items():
+    for (op, rows), candidates in NF4_PRODUCT.items():
 
         def with_rows(rows=rows):
             return inputs(_normal(2, (rows, shape.inputs), dtype))
 
         key = tuned.key(dtype, rows)
-        found.append(_plain_job("nf4_product", key, shape, with_rows, multiply, candidates, read))
+        found.append(_plain_job(op, key, shape, with_rows, multiply, candidates, read))
     return found
 
 

@@ -194,7 +194,8 @@ def _launch(x, weight, shape, block_size, out_dtype):
     codes, absmax, code_table, nested = weight
     rows = x.shape[0]
     separate = rows <= SEPARATE_ROWS
-    choice = tuned.choice("nf4_product", x.dtype, max(rows, 1 if separate else 2 * SEPARATE_ROWS))
+    op = "nf4_product" if separate else "nf4_product_together"
+    choice = tuned.choice(op, x.dtype, rows)
     out_rows, width, warps = choice or (SEPARATE_BLOCK if separate else TOGETHER_BLOCK)
     blocks_at_a_time = min(max(1, width // block_size), launch.next_power_of_2(shape[1] // block_size))
     if separate:  # no copy: the same bytes
