@@ -10,11 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pronghorn.data.shipped_templates import SHIPPED
 from pronghorn.data.template_limits import LimitError
 from pronghorn.data.template_sandbox import TemplateEnvironment
 from pronghorn.errors import InputError
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_USUAL_KEYS = {"role", "content", "name"}
 _MAX_INPUT_DEPTH = 60
 
 
@@ -39,6 +41,7 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self.special_tokens = plain(dict(special_tokens or {}))
+        self._characters = _characters(self.special_tokens)
         moment = now or datetime.now()
         self._environment = TemplateEnvironment(moment.strftime)
         self._lock = threading.Lock()  # the environment's meter belongs to one rendering
@@ -84,15 +87,20 @@ class ChatTemplate:
         environment = self._environment
         with self._lock:
             try:
+                others = {**plain(variables), "tools": plain(list(tools)) if tools is not None else None}
+                copies, characters = [], self._characters + _characters(others)
+                for message in messages:
+                    copy, size = _copied(message)
+                    copies.append(copy)
+                    characters += size
                 values = {
                     **self.special_tokens,
-                    **plain(variables),
-                    "messages": [_with_reasoning(plain(message)) for message in messages],
-                    "tools": plain(list(tools)) if tools is not None else None,
+                    **others,
+                    "messages": copies,
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }
-                environment.meter.start(_characters(values))
+                environment.meter.start(characters)
                 environment.emitted_chars = 0
                 environment.generation_spans = []
                 pieces = []
@@ -118,19 +126,22 @@ class ChatTemplate:
 
 
 def template_source(tokenizer: Any, chosen: str | None = None, *, tools: bool = False) -> str:
-    """The template text: `chosen` (Jinja text, or the path of a file that holds it), else the tokenizer's own.
+    """The template text: `chosen` (a shipped one's name, Jinja text, or a file that holds it), else the tokenizer's.
 
     Raises:
       InputError: there is none, or the file cannot be read.
     """
     if chosen is not None:
+        if chosen in SHIPPED:
+            return SHIPPED[chosen].source
         if "{" in chosen or "\n" in chosen:
             return chosen
         try:
             return Path(chosen).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"data.chat_template={chosen!r}: neither Jinja text nor a readable file ({error})"
+                f"data.chat_template={chosen!r}: neither Jinja text nor a readable file ({_told(error)}), nor one "
+                f"of {', '.join(SHIPPED)}"
             ) from error
     own = getattr(tokenizer, "chat_template", None)
     if isinstance(own, Mapping):
@@ -138,14 +149,38 @@ def template_source(tokenizer: Any, chosen: str | None = None, *, tools: bool = 
     if not own:
         raise InputError(
             "the tokenizer has no chat template and the rows are conversations; set data.chat_template to one "
-            "(Jinja text or a file), or give rows with prompt and completion"
+            f"({', '.join(SHIPPED)}, Jinja text or a file), or give rows with prompt and completion"
         )
     return own
 
 
 def template_for(tokenizer: Any, chosen: str | None = None, *, tools: bool = False) -> ChatTemplate:
-    """`template_source`, compiled, with the tokenizer's special tokens."""
+    """`template_source`, compiled, with the tokenizer's special tokens.
+
+    Raises:
+      InputError: there is none, it cannot be used, or it is a shipped one whose markers the tokenizer lacks.
+    """
+    if chosen is not None and chosen in SHIPPED:
+        known = tokenizer.get_vocab()
+        missing = [token for token in SHIPPED[chosen].markers if token not in known]
+        if missing:
+            raise InputError(
+                f"data.chat_template={chosen!r}: the tokenizer has no token {', '.join(missing)}; give them as "
+                "new_tokens, or choose a template that ends turns with the eos token (zephyr, vicuna, alpaca)"
+            )
+        named = tokenizer.special_tokens_map
+        lacking = [n for n in ("bos_token", "eos_token") if n in SHIPPED[chosen].source and n not in named]
+        if lacking == ["bos_token"]:  # a model without a start of text starts without one
+            return ChatTemplate(SHIPPED[chosen].source, {**named, "bos_token": ""})
+        if lacking:
+            raise InputError(
+                f"data.chat_template={chosen!r}: it ends turns with the eos token and the tokenizer names none"
+            )
     return ChatTemplate(template_source(tokenizer, chosen, tools=tools), tokenizer.special_tokens_map)
+
+
+def _told(error: Exception) -> str:
+    return getattr(error, "strerror", None) or type(error).__name__
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -186,6 +221,16 @@ def _with_reasoning(message: Any) -> dict[str, Any]:
     if reasoning is None:
         return message
     return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _copied(message: Any) -> tuple[dict[str, Any], int]:
+    """(a message as a template may see it, its characters). Most hold nothing but texts, which cannot change."""
+    if type(message) is dict and message.keys() <= _USUAL_KEYS:
+        values = message.values()
+        if all(type(value) is str for value in values):
+            return dict(message), sum(map(len, values)) + 20
+    copy = _with_reasoning(plain(message))
+    return copy, _characters(copy)
 
 
 def _characters(value: Any) -> int:

@@ -8,7 +8,8 @@ For turn i of messages m, with E = render(m[:i+1]) and P = render(m[:i], add_gen
   it takes the place of the content (white space in front of it belongs to the turn if nothing else does);
 * if the whole text does not start with E (templates that rewrite history, such as Qwen3's which drops old thoughts),
   the turn is what differs when the whole conversation is rendered with a placeholder in that turn; both sides must
-  agree to the byte, or the row is refused.
+  agree to the byte, or the row is refused. Turns of other roles are always found so: their text, and the end-of-turn
+  token if one follows at once.
 
 Content that holds the template's own markers changes nothing in this: no place is found by its text.
 """
@@ -42,6 +43,7 @@ class TurnFinder:
         any_special = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._turn_end = re.compile(rf"\s*(?:{any_special})")
         self._ends = tuple(longest_first)
+        self._shows_tools = False
         self._look_at_template()
 
     def _look_at_template(self) -> None:
@@ -78,10 +80,36 @@ class TurnFinder:
           InputError: the template refuses the messages, or the place of a turn cannot be told for certain.
         """
         text = self.template.render(messages, tools=tools)
+        if tools and not self._shows_tools:
+            if text == self.template.render(messages):
+                raise InputError(
+                    "chat template: it does not show the tools of the row, so the model would call what it cannot see; "
+                    "set data.chat_template to one that does (such as qwen)"
+                )
+            self._shows_tools = True
         spans = [self._turn(messages, i, text, tools) for i, wanted in enumerate(trained) if wanted]
+        if any(message.get("tool_calls") for message in messages):
+            self._check_calls(messages, tools, text)
         return text, spans
 
+    def _check_calls(self, messages: Messages, tools: Messages | None, text: str) -> None:
+        without = [
+            {"content": "", **{key: value for key, value in message.items() if key != "tool_calls"}}
+            for message in messages
+        ]
+        try:
+            same = self.template.render(without, tools=tools) == text
+        except TemplateRenderError:
+            return
+        if same:
+            raise InputError(
+                "chat template: it does not write the calls of functions, so nothing would be learned of them; set "
+                "data.chat_template to one that does (such as qwen)"
+            )
+
     def _turn(self, messages: Messages, i: int, text: str, tools: Messages | None) -> Span:
+        if messages[i]["role"] != "assistant":
+            return self._rewritten_turn(messages, i, text, tools)
         last = i == len(messages) - 1
         ended = text if last else self.template.render(messages[: i + 1], tools=tools)
         if not text.startswith(ended):
@@ -109,7 +137,13 @@ class TurnFinder:
 
     def _rewritten_turn(self, messages: Messages, i: int, text: str, tools: Messages | None) -> Span:
         placeholder = _placeholder(text)
-        others = [*messages[:i], {"role": "assistant", "content": placeholder}, *messages[i + 1 :]]
+        assistant = messages[i]["role"] == "assistant"
+        marked_message = {
+            **({} if assistant else messages[i]),
+            "role": messages[i]["role"],
+            "content": placeholder,
+        }
+        others = [*messages[:i], marked_message, *messages[i + 1 :]]
         problem = (
             f"chat template: it rewrites message {i + 1} once others follow and hides its place; {_CURE}"
         )
@@ -124,6 +158,8 @@ class TurnFinder:
         if not text.startswith(before) or not text.endswith(after) or content_end < len(before):
             raise InputError(problem)
         ending = self._turn_end.match(text, content_end)
+        if ending is None and not assistant:
+            return len(before), content_end  # as in "[INST] question [/INST]"
         if ending is None:
             raise InputError(f"chat template: it writes no end-of-turn token after message {i + 1}; {_CURE}")
         return len(before), ending.end()
