@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from pronghorn.configuration import JobConfig
-from pronghorn.data import DataConfig, TokenizedDataset, load_rows, tokenize_rows
+from pronghorn.data import DataConfig, Dataset
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import write_atomic, write_json
 from pronghorn.lora import LoRAConfig
@@ -29,30 +28,11 @@ if TYPE_CHECKING:
 
 def read_data(
     data: DataConfig, tokenizer: Any, vocab_size: int | None = None
-) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """(training set, held-out set or None) of `data.path`, `data.eval_path` and `data.eval_fraction`.
+) -> tuple[Dataset, Dataset | None]:
+    """See `data.reading.read_sets`."""
+    from pronghorn.data.reading import read_sets
 
-    Raises:
-      InputError: no path, or rows that cannot be used.
-    """
-    from pronghorn.data.sources import hold_out
-
-    if data.path is None:
-        raise InputError("data.path: missing; give a file, a folder or a hub name of rows to train on.")
-    if tokenizer is None:
-        raise InputError(
-            "model: its folder has no tokenizer, which rows need; put tokenizer.json into the folder."
-        )
-    rows = load_rows(data.path, data.split)
-    held_out = []
-    if data.eval_path is not None:
-        held_out = load_rows(data.eval_path)
-    else:
-        rows, held_out = hold_out(rows, data.eval_fraction, data.seed)
-    train = tokenize_rows(rows, tokenizer, data, vocab_size=vocab_size)
-    if not held_out:
-        return train, None
-    return train, tokenize_rows(held_out, tokenizer, data, vocab_size=vocab_size)
+    return read_sets(data, tokenizer, vocab_size)
 
 
 def read_architecture(folder: Path) -> DecoderConfig:
@@ -88,7 +68,7 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
     architecture = read_architecture(folder)
     tokenizer, vocab_size, first_new = tokenizer_of(job, folder, architecture)
     train, held_out = read_data(job.data, tokenizer, vocab_size)
-    if job.new_tokens and not np.any(train.tokens >= first_new):
+    if job.new_tokens and train.largest_token < first_new:
         raise InputError(
             "new_tokens: not one of them occurs in the rows, so nothing could be learned about them; leave them out, "
             "or look at the rows with pronghorn preview."
@@ -345,11 +325,21 @@ def save_results(trainer: "Trainer", folder: Path, *, merge_into: str | Path | N
 
 
 def tokenizer_as_trained(trainer: "Trainer") -> Any:
-    """The trainer's tokenizer, with `data.chat_template` as its template where the job gave one."""
+    """The trainer's tokenizer, with `data.chat_template` as its template where the job gave one.
+
+    Where a shipped template ends turns with a marker of its own, that is the eos token from now on: a model that ends
+    its answer would otherwise not be stopped.
+    """
     from pronghorn.data.chat_template import template_source
+    from pronghorn.data.shipped_templates import SHIPPED
 
     if trainer.tokenizer is None or trainer.data.chat_template is None:
         return trainer.tokenizer
     tokenizer = copy.deepcopy(trainer.tokenizer)
     tokenizer.chat_template = template_source(tokenizer, trainer.data.chat_template)
+    shipped = SHIPPED.get(trainer.data.chat_template)
+    if shipped is not None and shipped.end is not None:
+        tokenizer.eos_token = shipped.end
+    if shipped is not None and tokenizer.bos_token is None:  # it was rendered without one
+        tokenizer.chat_template = "{%- set bos_token = '' %}" + tokenizer.chat_template
     return tokenizer

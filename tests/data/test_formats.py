@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pronghorn.data.config import DataConfig
+from pronghorn.data.config import DataConfig, MixtureSource
 from pronghorn.data.formats import READERS, detect_format, read_row
 from pronghorn.data.sources import Row, load_rows
 from pronghorn.errors import InputError
@@ -40,8 +40,37 @@ def test_chosen_format_wins_over_detection():
 
 
 def test_unknown_columns_are_told_with_the_cure():
-    with pytest.raises(InputError, match=r"row 1: .*'answer', 'question'.*data\.columns"):
-        detect_format(load_rows([{"question": "q", "answer": "a"}]))
+    with pytest.raises(InputError, match=r"row 1: .*'back', 'front'.*data\.columns"):
+        detect_format(load_rows([{"front": "q", "back": "a"}]))
+
+
+def test_well_known_pairs_of_columns_are_one_turn_and_the_reason_says_so():
+    rows = load_rows([{"question": "q", "answer": "a", "id": 3}])
+    format = detect_format(rows)
+    assert format.name == "alpaca" and "'question' and 'answer'" in format.reason
+    example = read_row(rows[0], format.name, format.columns)
+    assert [m["content"] for m in example.messages] == ["q", "a"]
+
+
+def test_weights_of_rows_and_messages():
+    example = _read({"prompt": "p", "completion": "c", "weight": "0.5"})
+    assert example.weight == 0.5 and _read({"text": "t"}).weight == 1
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no", "weight": 0}]
+    example = _read(
+        {"messages": [*messages, messages[0], {"role": "assistant", "content": "yes", "weight": 1}]}
+    )
+    assert example.trained == (False, False, False, True) and "weight" not in example.messages[1]
+    for wrong in (-1, "much", True, float("nan"), [1]):
+        with pytest.raises(InputError, match="'weight' is"):
+            _read({"text": "t", "weight": wrong})
+
+
+def test_function_calls_of_sharegpt_become_tool_calls():
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    turns = [("human", "add"), ("function_call", call), ("observation", "1"), ("gpt", "one")]
+    example = _read({"conversations": [{"from": who, "value": value} for who, value in turns]})
+    assert example.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    assert [m["role"] for m in example.messages] == ["user", "assistant", "tool", "assistant"]
 
 
 def test_columns_are_mapped():
@@ -185,7 +214,12 @@ def test_any_json_row_is_read_or_refused_in_words(values, format):
     [
         {"format": "csv"},
         {"loss_on": "user"},
-        {"overlong": "split"},
+        {"overlong": "wrap"},
+        {"loss_on": ["robot"]},
+        {"loss_on": []},
+        {"mixture": ["a.jsonl"]},
+        {"mixture": [MixtureSource("a", 1.0), MixtureSource("b")]},
+        {"mixture": [MixtureSource("a")], "path": "b"},
         {"max_length": 1},
         {"max_length": True},
         {"max_length": "2048"},

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pronghorn.data.sources import Row, hold_out, load_rows
+from pronghorn.data.sources import Row, content_hash, hold_out, load_rows
 from pronghorn.errors import InputError
 
 ROWS = [
@@ -150,7 +150,8 @@ BAD = {
         "not Parquet": (b"PAR1 nothing of the kind PAR1", "not a readable Parquet file"),
         "short": (b"x", "not a readable Parquet file"),
     },
-    "a.txt": {"ending": (b"text", "the ending '.txt' is not one pronghorn reads")},
+    "a.xlsx": {"ending": (b"text", "the ending '.xlsx' is not one pronghorn reads")},
+    "a.txt": {"encoding": (b"caf\xe9", "not UTF-8 at byte 3")},
 }
 
 
@@ -179,7 +180,7 @@ def test_endless_line_is_refused(tmp_path, monkeypatch):
 
 def test_too_large_file_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("pronghorn.data.sources.MAX_FILE_BYTES", 10)
-    with pytest.raises(InputError, match="split the file"):
+    with pytest.raises(InputError, match=r"set data\.cache_dir"):
         load_rows(_write(tmp_path / "a.jsonl"))
 
 
@@ -215,3 +216,34 @@ def test_hold_out_is_a_partition_and_repeats():
     assert hold_out(rows, 0.0, seed=3) == (rows, [])
     with pytest.raises(InputError, match="eval_fraction"):
         hold_out(rows[:1], 0.5, seed=0)
+
+
+def test_texts_of_a_folder_are_rows_in_order_without_hidden_ones_and_links_out_are_refused(tmp_path):
+    folder, outside = tmp_path / "notes", tmp_path / "outside.md"
+    (folder / "deep").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    for name in ("b.txt", "deep/a.md", ".git/c.txt", ".hidden.md"):
+        (folder / name).write_text(name)
+    outside.write_text("secret")
+    assert [row.values["text"] for row in load_rows(folder)] == ["b.txt", "deep/a.md"]
+    assert [row.origin for row in load_rows(folder)][1] == str(folder / "deep/a.md")
+    (folder / "link.md").symlink_to(outside)
+    with pytest.raises(InputError, match="a link that leaves the folder"):
+        load_rows(folder)
+
+
+def test_hub_cache_whose_files_are_links_to_its_own_blobs_is_read(tmp_path):
+    snapshot, blobs = tmp_path / "snapshots/0123/data", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "abc").write_text('{"text": "t"}\n')
+    (snapshot / "train.jsonl").symlink_to(blobs / "abc")
+    assert len(load_rows(snapshot)) == 1
+
+
+def test_content_hash_follows_the_bytes_and_not_the_place(tmp_path):
+    for place, text in (("one", "a"), ("two", "a"), ("three", "b")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "rows.jsonl").write_text(json.dumps({"text": text}))
+    one, two, three = (content_hash(str(tmp_path / place)) for place in ("one", "two", "three"))
+    assert one == two != three

@@ -1,6 +1,7 @@
 """Masks: what is in the loss is what the assistant says and its end-of-turn token, to the character."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -345,3 +346,77 @@ def test_fingerprint_follows_tokens_masks_and_boundaries(tokenizer):
     assert one.fingerprint != _tokenized(rows, tokenizer, loss_on="all").fingerprint
     moved = dataclasses.replace(one, offsets=one.offsets + np.asarray([0, 1, 0]))
     assert one.fingerprint != moved.fingerprint
+
+
+def test_loss_on_the_last_turn_or_on_chosen_roles(tokenizer):
+    row = _chat("q1", "a1", "q2", "a2", system="s")
+    last = _tokenized([row], tokenizer, loss_on="last")
+    assert _trained_texts(last, 0, tokenizer) == ["a2<|im_end|>"]
+    chosen = _tokenized([row], tokenizer, loss_on=("user", "system"))
+    assert _trained_texts(chosen, 0, tokenizer) == ["s<|im_end|>", "q1<|im_end|>", "q2<|im_end|>"]
+    both = _tokenized([row], tokenizer, loss_on=["assistant", "user"])
+    assert _trained_texts(both, 0, tokenizer) == [f"{t}<|im_end|>" for t in ("q1", "a1", "q2", "a2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoken"), [("mistral", "why not [/INST]"), ("gemma", "why not<end_of_turn>")]
+)
+def test_user_turn_is_its_text_and_the_special_token_that_ends_it(name, spoken):
+    tokenizer = tiny_tokenizer(name)
+    dataset = _tokenized([_chat("why not", "a")], tokenizer, loss_on=["user"])
+    assert _trained_texts(dataset, 0, tokenizer) == [spoken]
+
+
+def test_tool_results_are_in_the_loss_when_asked_for():
+    tokenizer = tiny_tokenizer("qwen3")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2 apples"},
+        {"role": "assistant", "content": "two"},
+    ]
+    dataset = _tokenized([{"messages": messages}], tokenizer, loss_on=["tool"])
+    assert _trained_texts(dataset, 0, tokenizer) == ["2 apples"]
+
+
+def test_messages_of_weight_zero_and_rows_of_weight_zero_are_not_in_the_loss(tokenizer):
+    row = _chat("q", "no", "q", "yes")
+    row["messages"][1]["weight"] = 0
+    dataset = _tokenized([row, _chat("q", "a") | {"weight": 0}, _chat("q", "b") | {"weight": 2.5}], tokenizer)
+    assert _trained_texts(dataset, 0, tokenizer) == ["yes<|im_end|>"]
+    assert dataset.weights.tolist() == [1, 2.5] and dataset.stats.untrained == 1
+
+
+@pytest.mark.parametrize("limit", [2, 5, 7, 100])
+def test_splitting_predicts_every_token_exactly_once(tokenizer, limit):
+    text = "The quick brown fox jumps over the lazy dog. " * 3
+    whole = _tokenized([{"text": text}], tokenizer)
+    pieces = _tokenized([{"text": text}, {"text": "a"}], tokenizer, max_length=limit, overlong="auto")
+    ids = whole.document(0)[0].tolist()
+    found = [pieces.document(i) for i in range(len(pieces) - 1)]
+    targets = [label for _, labels in found for label in labels.tolist() if label >= 0]
+    assert targets == ids[1:] and max(pieces.lengths) <= limit
+    assert all(labels[0] == -100 for _, labels in found)
+    assert pieces.stats.split == (len(ids) > limit) and pieces.stats.truncated == 0
+
+
+def test_quick_masks_are_those_of_all_offsets(monkeypatch):
+    from pronghorn.data import masks
+
+    rows = [_chat(c, d, d, c, system=c) for c, d in itertools.pairwise(CONTENTS) if c]
+    for name in TEMPLATES:
+        tokenizer = tiny_tokenizer(name)
+        usable = rows if TEMPLATES[name].system else [{"messages": row["messages"][1:]} for row in rows]
+        quick = _tokenized(usable, tokenizer)
+        with monkeypatch.context() as patch:
+            patch.setattr(masks, "_quick_mask", lambda *arguments: None)
+            slow = _tokenized(usable, tokenizer)
+        assert quick.fingerprint == slow.fingerprint
+
+
+def test_error_of_an_earlier_row_is_told_first(tokenizer, monkeypatch):
+    monkeypatch.setattr("pronghorn.data.tokenization._BATCH_ROWS", 1)
+    rows = [_chat("q", "a"), _chat("q", "long " * 50), {"messages": 3}]
+    with pytest.raises(InputError, match=r"row 2: .* tokens, over data\.max_length"):
+        _tokenized(rows, tokenizer, max_length=40, overlong="error")

@@ -50,6 +50,19 @@ def loss_by_hand(logits, batch):
     return total, count
 
 
+def test_weights_multiply_the_losses_of_their_tokens_and_not_the_count(loss_of):
+    batch = one(random_batch(1, 3, 11))
+    rows = []
+    for row in range(3):
+        alone = jnp.where(jnp.arange(3)[:, None] == row, batch["labels"], -100)
+        rows.append(float(loss_of(batch | {"labels": alone})[1]["loss_sum"]))
+    weights = np.asarray([0.5, 1.0, 3.0], np.float32)
+    weighted = batch | {"weights": jnp.broadcast_to(weights[:, None], batch["labels"].shape)}
+    aux = loss_of(weighted)[1]
+    assert_close(aux["loss_sum"], np.float64(np.dot(weights, rows)), dtype="float32")
+    assert int(aux["token_count"]) == int(loss_of(batch)[1]["token_count"])
+
+
 def test_loss_is_the_sum_over_trained_tokens_inside_of_a_document(loss_of, logits_of):
     batch = one(random_batch(1, 3, 11))
     loss, aux = loss_of(batch)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pronghorn.data import DataConfig
+from pronghorn.data import DataConfig, MixtureSource
 from pronghorn.errors import InputError, RunError
 from pronghorn.lora import merge, split
 from pronghorn.models import flat_arrays
@@ -267,3 +267,18 @@ def test_a_signal_before_the_first_step_saves_nothing(tmp_path, monkeypatch):
     result = trainer.train()
     assert (result.interrupted, result.steps, result.losses) == (True, 0, [])
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_mixture_of_weighted_rows_trains_and_evaluates_without_weights(tmp_path):
+    for name in ("a", "b"):
+        rows = [{"text": f"{name} " * (i + 2), "weight": 1 + i % 2} for i in range(6)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    mixture = [MixtureSource(str(tmp_path / f"{name}.jsonl"), 1.0) for name in ("a", "b")]
+    data = DataConfig(mixture=mixture, max_length=16, eval_fraction=0.3, cache_dir=str(tmp_path / "cache"))
+    model = small_model(vocab_size=len(tiny_tokenizer()))
+    config = TrainConfig(max_steps=2, batch_size=2, output_dir=str(tmp_path / "run"), save_every=None)
+    trainer = Trainer(model, tiny_tokenizer(), None, config, data=data)
+    assert "weights" in trainer.loader.batch_at(0)
+    result = trainer.train()
+    assert len(result.losses) == 2 and result.evaluations[-1].token_count > 0
+    assert "weights" not in trainer._eval_loader.batch_at(0)

@@ -7,17 +7,20 @@
 | alpaca | instruction, output; input, system |
 | prompt_completion | prompt and completion, both text or both lists of messages |
 | text | text |
+
+Any of them may have a number `weight`, a factor on the row's loss; 0 leaves the row out.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from pronghorn.data.config import ROLES
 from pronghorn.data.sources import Row
 from pronghorn.errors import InputError
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _SHAREGPT_ROLES = {
     "system": "system",
     "human": "user",
@@ -27,11 +30,22 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function_response": "tool",
 }
 _SAMPLED_ROWS = 100
+# Columns of sets that name one question and one answer in their own way.
+_PAIRS = (
+    ("instruction", "response"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("user", "assistant"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +55,11 @@ class Example:
     Attributes:
       kind: "chat" (messages), "completion" (prompt and completion text) or "text".
       origin: where the row came from.
-      messages, trained: of a chat, the messages and, for each, whether it may be in the loss.
+      messages, trained: of a chat, the messages and, for each, whether it is an assistant's that may be in the loss.
+      eligible: of a chat, for each message, whether it may be in the loss if its role is chosen.
       tools: of a chat, the JSON schemas of the functions it may call, or None.
       prompt, text: of a completion, the prompt and what follows it; of a text, "" and the text.
+      weight: factor on the loss.
     """
 
     kind: Literal["chat", "completion", "text"]
@@ -53,6 +69,8 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] | None = None
     prompt: str = ""
     text: str = ""
+    weight: float = 1.0
+    eligible: tuple[bool, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -64,10 +82,15 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class DetectedFormat:
-    """A format of `formats.READERS` and, in words, why it was taken."""
+    """A format of `formats.READERS` and, in words, why it was taken.
+
+    Attributes:
+      columns: canonical name -> name in the rows, where the columns themselves decided it.
+    """
 
     name: str
     reason: str
+    columns: Mapping[str, str] | None = None
 
 
 def detect_format(
@@ -100,6 +123,12 @@ def detect_format(
     ):
         if seen.issuperset(needed):
             return DetectedFormat(name, f"the rows have {' and '.join(map(repr, needed))}")
+    for question, answer in _PAIRS:
+        if not columns and seen.issuperset((question, answer)):
+            reason = (
+                f"the rows have {question!r} and {answer!r}, taken as what is asked and answered in one turn"
+            )
+            return DetectedFormat("alpaca", reason, {"instruction": question, "output": answer})
     origin = rows[0].origin if rows else "the dataset"
     raise InputError(
         f"{origin}: no known row format has the columns {', '.join(sorted(map(repr, seen))) or '(none)'}; name them "
@@ -114,7 +143,17 @@ def read_row(row: Row, format: str, columns: Mapping[str, str] | None = None) ->
     Raises:
       InputError: the row does not fit; names its origin and what is missing or wrong.
     """
-    return READERS[format](renamed(row, columns), row.origin)
+    values = renamed(row, columns)
+    example = READERS[format](values, row.origin)
+    weight = values.get("weight")
+    if weight is None:
+        return example
+    if isinstance(weight, str):  # CSV has no numbers
+        with contextlib.suppress(ValueError):
+            weight = float(weight)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+        raise InputError(f"{row.origin}: 'weight' is {weight!r}; it must be a number from 0 to a million")
+    return dataclasses.replace(example, weight=float(weight))
 
 
 def renamed(row: Row, columns: Mapping[str, str] | None) -> Mapping[str, Any]:
@@ -154,8 +193,26 @@ def _sharegpt_row(values: Mapping[str, Any], origin: str) -> Example:
             raise InputError(
                 f"{origin}: {place} is from {str(turn['from'])[:40]!r}; known are {', '.join(_SHAREGPT_ROLES)}"
             )
-        messages.append({"role": role, "content": _text(turn["value"], origin, place)})
+        text = _text(turn["value"], origin, place)
+        called = _function_call(text) if turn["from"] == "function_call" else None
+        messages.append({"role": role, "content": text} if called is None else called)
     return _chat(messages, origin, values.get("tools"))
+
+
+def _function_call(text: str) -> dict[str, Any] | None:
+    """A turn from "function_call" whose text is {"name": .., "arguments": {..}}, or a list of such."""
+    try:
+        calls = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(c, dict) and "name" in c and "arguments" in c for c in calls):
+        return None
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": c} for c in calls],
+    }
 
 
 def _alpaca_row(values: Mapping[str, Any], origin: str) -> Example:
@@ -205,8 +262,11 @@ READERS = {
 
 
 def _chat(messages: list[dict[str, Any]], origin: str, tools: Any, trained_from: int = 0) -> Example:
-    trained = tuple(i >= trained_from and m["role"] == "assistant" for i, m in enumerate(messages))
-    return Example("chat", origin, messages=tuple(messages), trained=trained, tools=_tools(tools, origin))
+    # OpenAI's `"weight": 0` on a message; no template reads it.
+    eligible = tuple(i >= trained_from and m.pop("weight", 1) != 0 for i, m in enumerate(messages))
+    trained = tuple(one and m["role"] == "assistant" for one, m in zip(eligible, messages, strict=True))
+    tools = _tools(tools, origin)
+    return Example("chat", origin, tuple(messages), trained, tools, eligible=eligible)
 
 
 def _message_list(value: Any, origin: str, name: str) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pronghorn.data import packing as packing_
-from pronghorn.data.tokenization import IGNORED_LABEL, TokenizedDataset
+from pronghorn.data.dataset import IGNORED_LABEL, Dataset, MixedDataset
+from pronghorn.data.mixture import Interleaving
+from pronghorn.data.permutation import derived_seed
 from pronghorn.errors import InputError, RunError
 
 Batch = dict[str, np.ndarray]
@@ -20,7 +22,11 @@ class Loader:
     A batch is {"input_ids", "labels", "segment_ids", "positions"}, each int32[micro_batches, batch_size, max_length].
     Labels are aligned with input_ids (-100: not in the loss); segment ids count documents from 1 in each row, 0 is
     padding; positions start at 0 in each document. Every document occurs once an epoch; the last batch of an epoch is
-    filled with empty rows (all padding), never with repeated or dropped ones.
+    filled with empty rows (all padding), never with repeated or dropped ones. Where documents have weights there is
+    "weights" too, float32 and aligned with the labels.
+
+    A mixture is an endless stream of rows, each of documents of one part; how often a part comes is its share, and each
+    part goes through its documents epoch after epoch. What is called an epoch has as many rows as all parts together.
 
     Args:
       dataset: from `tokenize_rows`, no document longer than `max_length`.
@@ -32,6 +38,7 @@ class Loader:
       shuffle: False keeps the order of the data set in every epoch (evaluation).
       length_buckets: for packing=False, shorter row lengths that a batch may have when its documents fit; each is one
         more compilation. The largest possible is `max_length`.
+      weighted: False leaves the weights of documents out (evaluation).
 
     Raises:
       InputError: a size out of range, or a document longer than `max_length`.
@@ -39,7 +46,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: TokenizedDataset,
+        dataset: Dataset,
         *,
         batch_size: int,
         micro_batches: int = 1,
@@ -48,6 +55,7 @@ class Loader:
         seed: int = 0,
         shuffle: bool = True,
         length_buckets: Sequence[int] = (),
+        weighted: bool = True,
     ) -> None:
         for name, value in (
             ("batch_size", batch_size),
@@ -74,14 +82,22 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.row_lengths = (max_length,) if packing else tuple(sorted({*length_buckets, max_length}))
-        lengths = dataset.lengths
-        self._base = packing_.pack(lengths, max_length) if packing else packing_.one_a_row(len(lengths))
-        # Two epochs, because a prefetching thread may be ahead of its reader by one.
-        self.epoch_plan = functools.lru_cache(maxsize=2)(self._epoch_plan)
+        self.weighted = weighted and dataset.weights is not None
+        self.streams: list[_Stream] = []
+        self._interleaving: Interleaving | None = None
+        if isinstance(dataset, MixedDataset) and shuffle:
+            for number, part in enumerate(dataset.parts):
+                first = int(dataset.bounds[number])
+                plan = _base_plan(part.lengths, max_length, packing)
+                self.streams.append(_Stream(plan, part.lengths, derived_seed(seed, number), True, first))
+            self._interleaving = Interleaving(dataset.shares, seed)
+        else:
+            plan = _base_plan(dataset.lengths, max_length, packing)
+            self.streams.append(_Stream(plan, dataset.lengths, seed, shuffle))
 
     def __len__(self) -> int:
         """Steps in an epoch, the same in every epoch."""
-        return -(-len(self._base) // self.rows_per_step)
+        return -(-sum(len(stream.base) for stream in self.streams) // self.rows_per_step)
 
     @property
     def rows_per_step(self) -> int:
@@ -90,7 +106,9 @@ class Loader:
     @property
     def efficiency(self) -> float:
         """Share of the tokens of an epoch's rows (of `max_length`) that are real."""
-        return packing_.efficiency(self._base, self.dataset.lengths, self.max_length)
+        shares = self.dataset.shares if self._interleaving is not None else (1.0,)  # type: ignore[union-attr]
+        full = [packing_.efficiency(stream.base, stream.lengths, self.max_length) for stream in self.streams]
+        return float(np.dot(shares, full))
 
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, counted from 0 over all epochs: a pure function of the step (and the arguments)."""
@@ -100,8 +118,14 @@ class Loader:
 
     def documents_at(self, step: int) -> list[np.ndarray]:
         """Document numbers in each of the step's rows; empty rows are empty. To name rows in messages."""
+        if self._interleaving is not None:
+            start = step * self.rows_per_step
+            return [
+                self.streams[part].endless_row(index)
+                for part, index in self._interleaving.rows(start, start + self.rows_per_step)
+            ]
         epoch, index = divmod(step, len(self))
-        plan = self.epoch_plan(epoch)
+        plan = self.streams[0].epoch_plan(epoch)
         start = index * self.rows_per_step
         none = np.zeros(0, np.int64)
         return [plan.row(r) if r < len(plan) else none for r in range(start, start + self.rows_per_step)]
@@ -156,30 +180,60 @@ class Loader:
                 return
             step += 1
 
-    def _epoch_plan(self, epoch: int) -> packing_.PackingPlan:
-        if not self.shuffle:
-            return self._base
-        return packing_.for_epoch(self._base, self.dataset.lengths, seed=self.seed, epoch=epoch)
-
     def _filled(self, rows: list[np.ndarray]) -> Batch:
-        lengths = self.dataset.lengths
-        longest = max((int(lengths[row].sum()) for row in rows), default=0)
+        """Every document copied to its place by one gather: a Python loop over documents would take milliseconds."""
+        counts = [len(row) for row in rows]
+        documents = np.concatenate(rows)
+        lengths = self.dataset.lengths[documents]
+        ends = np.cumsum(lengths)
+        row_of = np.repeat(np.arange(len(rows)), counts)
+        firsts = np.cumsum([0, *counts[:-1]])
+        used = np.bincount(row_of, weights=lengths, minlength=len(rows))
+        longest = int(used.max(initial=0))
         width = next(length for length in self.row_lengths if length >= longest)
-        shape = (len(rows), width)
-        batch = {name: np.zeros(shape, np.int32) for name in ("input_ids", "segment_ids", "positions")}
-        batch["labels"] = np.full(shape, IGNORED_LABEL, np.int32)
-        for r, row in enumerate(rows):
-            start = 0
-            for segment, document in enumerate(row.tolist(), 1):
-                tokens, labels = self.dataset.document(document)
-                part = (r, slice(start, start + len(tokens)))
-                batch["input_ids"][part] = tokens
-                batch["labels"][part] = labels
-                batch["segment_ids"][part] = segment
-                batch["positions"][part] = np.arange(len(tokens))
-                start += len(tokens)
+        starts = ends - lengths  # in the documents end to end
+        row_starts = np.cumsum(used).astype(np.int64) - used.astype(np.int64)
+        index = np.arange(len(documents) and int(ends[-1]))
+        place = index + np.repeat(row_of * width - row_starts[row_of], lengths)
+        tokens, trained, weights = self.dataset.gather(documents)
+        size = len(rows) * width
+        batch = {name: np.zeros(size, np.int32) for name in ("input_ids", "segment_ids", "positions")}
+        batch["labels"] = np.full(size, IGNORED_LABEL, np.int32)
+        batch["input_ids"][place] = tokens
+        batch["labels"][place] = np.where(trained, tokens, IGNORED_LABEL)
+        batch["segment_ids"][place] = np.repeat(np.arange(len(documents)) - firsts[row_of] + 1, lengths)
+        batch["positions"][place] = index - np.repeat(starts, lengths)
+        if self.weighted:
+            batch["weights"] = np.ones(size, np.float32)
+            if weights is not None:
+                batch["weights"][place] = np.repeat(weights, lengths)
         micro = (self.micro_batches, self.batch_size, width)
         return {name: array.reshape(micro) for name, array in batch.items()}
+
+
+class _Stream:
+    """The rows of one set, epoch after epoch."""
+
+    def __init__(
+        self, base: packing_.PackingPlan, lengths: np.ndarray, seed: int, shuffle: bool, first: int = 0
+    ) -> None:
+        self.base, self.lengths, self.seed, self.shuffle, self.first = base, lengths, seed, shuffle, first
+        # Two epochs, because a prefetching thread may be ahead of its reader by one.
+        self.epoch_plan = functools.lru_cache(maxsize=2)(self._epoch_plan)
+
+    def _epoch_plan(self, epoch: int) -> packing_.PackingPlan:
+        if not self.shuffle:
+            return self.base
+        return packing_.for_epoch(self.base, self.lengths, seed=self.seed, epoch=epoch)
+
+    def endless_row(self, index: int) -> np.ndarray:
+        """Documents of row `index` counted over all epochs, numbered in the whole mixture."""
+        epoch, row = divmod(index, len(self.base))
+        return self.epoch_plan(epoch).row(row) + self.first
+
+
+def _base_plan(lengths: np.ndarray, max_length: int, packing: bool) -> packing_.PackingPlan:
+    return packing_.pack(lengths, max_length) if packing else packing_.one_a_row(len(lengths))
 
 
 def _next_item(made: queue.Queue, thread: threading.Thread) -> Batch | BaseException | None:

@@ -18,6 +18,11 @@ def permutation(count: int, *, seed: int, stream: int) -> np.ndarray:
     return np.argsort(_mix(keys), kind="stable")
 
 
+def derived_seed(seed: int, index: int) -> int:
+    """A seed of its own for part `index` of what has the given seed."""
+    return _mix_int(_mix_int(seed & _MASK) ^ (index + 1))
+
+
 def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

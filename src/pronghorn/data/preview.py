@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pronghorn.data.dataset import Dataset, MixedDataset
 from pronghorn.data.loader import Loader
-from pronghorn.data.tokenization import TokenizedDataset
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ class Piece:
     tokens: int
 
 
-def pieces(dataset: TokenizedDataset, index: int, tokenizer: Any, limit: int) -> list[Piece]:
+def pieces(dataset: Dataset, index: int, tokenizer: Any, limit: int) -> list[Piece]:
     """Document `index` as runs of trained and untrained tokens, at most `limit` tokens of it."""
     ids, labels = dataset.document(index)
     trained = labels[:limit] >= 0
@@ -48,7 +48,7 @@ def pieces(dataset: TokenizedDataset, index: int, tokenizer: Any, limit: int) ->
     ]
 
 
-def statistics(dataset: TokenizedDataset, loader: Loader | None = None) -> list[tuple[str, str]]:
+def statistics(dataset: Dataset, loader: Loader | None = None) -> list[tuple[str, str]]:
     """(name, value) pairs: counts, lengths and, with a loader, how full its rows are."""
     stats = dataset.stats
     share = stats.trained_tokens / stats.real_tokens
@@ -56,12 +56,14 @@ def statistics(dataset: TokenizedDataset, loader: Loader | None = None) -> list[
     table = [
         ("format", f"{dataset.format.name}: {dataset.format.reason}"),
         ("rows", f"{stats.rows:,} read, {stats.documents:,} kept"),
-        ("left out", f"{stats.empty:,} empty, {stats.dropped:,} over-long, {stats.untrained:,} without loss"),
-        ("truncated", f"{stats.truncated:,}"),
+        ("left out", f"{stats.empty:,} empty, {stats.untrained:,} without loss"),
+        ("over-long", f"{stats.truncated:,} truncated, {stats.split:,} split, {stats.dropped:,} left out"),
         ("duplicates", f"{stats.duplicates:,} (kept)"),
         ("tokens", f"{stats.real_tokens:,}, of them {stats.trained_tokens:,} in the loss ({share:.1%})"),
         ("lengths", f"{lengths} (percentile tokens)"),
     ]
+    if isinstance(dataset, MixedDataset):
+        table += _parts(dataset, loader)
     if loader is not None:
         kind = "packed" if loader.packing else "padded"
         padded = len(loader) * loader.rows_per_step * loader.max_length - stats.real_tokens
@@ -75,8 +77,23 @@ def statistics(dataset: TokenizedDataset, loader: Loader | None = None) -> list[
     return table
 
 
+def _parts(dataset: MixedDataset, loader: Loader | None) -> list[tuple[str, str]]:
+    table = []
+    for number, (part, name, share) in enumerate(
+        zip(dataset.parts, dataset.names, dataset.shares, strict=True)
+    ):
+        told = (
+            f"{share:.1%} of the rows: {part.stats.documents:,} documents, {part.stats.real_tokens:,} tokens"
+        )
+        if loader is not None and len(loader.streams) > 1:
+            passes = share * len(loader) * loader.rows_per_step / len(loader.streams[number].base)
+            told += f", seen {passes:.2f} times an epoch"
+        table.append((name, told))
+    return table
+
+
 def preview_rows(
-    dataset: TokenizedDataset,
+    dataset: Dataset,
     tokenizer: Any,
     *,
     rows: int | Sequence[int] = 1,
@@ -105,7 +122,7 @@ def preview_rows(
 
 
 def preview_html(
-    dataset: TokenizedDataset,
+    dataset: Dataset,
     tokenizer: Any,
     *,
     rows: int | Sequence[int] = 10,
@@ -134,7 +151,7 @@ def visible(text: str) -> str:
     return text.translate(_SYMBOLS)
 
 
-def _chosen(dataset: TokenizedDataset, rows: int | Sequence[int]) -> Sequence[int]:
+def _chosen(dataset: Dataset, rows: int | Sequence[int]) -> Sequence[int]:
     return range(min(rows, len(dataset))) if isinstance(rows, int) else rows
 
 

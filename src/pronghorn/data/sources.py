@@ -5,10 +5,14 @@ its own folders and for hub names. Whatever cannot be read is an `InputError` th
 """
 
 import csv
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from pronghorn.data.permutation import permutation
 from pronghorn.errors import InputError
@@ -16,7 +20,9 @@ from pronghorn.errors import InputError
 MAX_FILE_BYTES = 16 * 2**30  # rows are held in memory; a larger file is a mistake or needs splitting
 MAX_LINE_BYTES = 64 * 2**20  # one JSON Lines row; longer is a file without line breaks
 MAX_FIELD_CHARS = 16 * 2**20  # one CSV field; longer is a quote that never closes
+MAX_TEXT_BYTES = 256 * 2**20  # one .txt or .md file, which is one document before it is split
 SHOWN_CHARS = 60
+TEXT_ENDINGS = (".txt", ".md")
 
 
 class Row(NamedTuple):
@@ -30,9 +36,9 @@ def load_rows(source: Any, split: str | None = None) -> list[Row]:
     """Read every row of `source`.
 
     Args:
-      source: a path (.jsonl, .ndjson, .json, .parquet, .csv, .tsv, a folder of those, or a folder written by
-        `datasets.save_to_disk`), a hub name ("org/name" or "org/name:configuration"), a sequence of mappings, or a
-        `datasets.Dataset` or `DatasetDict`.
+      source: a path (.jsonl, .ndjson, .json, .parquet, .csv, .tsv, a folder of those, a .txt or .md file, a folder of
+        such with folders in it, or a folder written by `datasets.save_to_disk`), a hub name ("org/name" or
+        "org/name:configuration"), a sequence of mappings, or a `datasets.Dataset` or `DatasetDict`.
       split: which split where there are several; None takes "train".
 
     Returns:
@@ -41,10 +47,57 @@ def load_rows(source: Any, split: str | None = None) -> list[Row]:
     Raises:
       InputError: nothing there, nothing in it, or a row that cannot be read (file:line and its beginning).
     """
+    for file in _files(source, split):
+        size = file.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise InputError(
+                f"{file}: {size / 2**30:.1f} GiB, over the {MAX_FILE_BYTES // 2**30} that are held in memory; set "
+                "data.cache_dir, which streams the rows"
+            )
     rows = list(_rows(source, split))
     if not rows:
         raise InputError(f"{_describe(source, split)} has no rows; give a file with at least one")
     return rows
+
+
+def stream_rows(source: Any, split: str | None = None) -> Iterator[Row]:
+    """`load_rows` one row after the other: nothing is held, and there may be none. JSON files are read whole.
+
+    Raises:
+      InputError: while the rows are read, as `load_rows`.
+    """
+    return iter(_rows(source, split))
+
+
+def content_hash(source: str, split: str | None = None) -> str:
+    """SHA-256 of what a path holds: the bytes of its files, or the rows of what has no files of its own."""
+    digest = hashlib.sha256()
+    files = _files(source, split)
+    for file in files:
+        try:
+            with file.open("rb") as opened:
+                digest.update(f"{file.name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    if not files:
+        for row in stream_rows(source, split):
+            digest.update(
+                json.dumps(row.values, default=str, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            )
+            digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _files(source: Any, split: str | None) -> list[Path]:
+    """The plain files that a path is read from; none for a hub name, a `datasets` folder or memory."""
+    if not isinstance(source, str | Path):
+        return []
+    path = Path(source).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir() and not _is_datasets_folder(path):
+        return _folder_files(path, split)
+    return []
 
 
 def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -59,9 +112,18 @@ def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], li
         return rows, []
     if len(rows) < 2:
         raise InputError(f"data.eval_fraction={fraction} needs at least two rows, there are {len(rows)}")
-    count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-    held = set(permutation(len(rows), seed=seed, stream=-1)[:count].tolist())
-    return [r for i, r in enumerate(rows) if i not in held], [r for i, r in enumerate(rows) if i in held]
+    held = held_out_rows(len(rows), fraction, seed)
+    return [r for r, out in zip(rows, held, strict=True) if not out], [
+        r for r, out in zip(rows, held, strict=True) if out
+    ]
+
+
+def held_out_rows(rows: int, fraction: float, seed: int) -> np.ndarray:
+    """bool[rows]: which rows `hold_out` holds out."""
+    count = min(max(round(rows * fraction), 1), rows - 1)
+    held = np.zeros(rows, bool)
+    held[permutation(rows, seed=seed, stream=-1)[:count]] = True
+    return held
 
 
 def _rows(source: Any, split: str | None) -> Iterator[Row]:
@@ -126,10 +188,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         )
     if not path.is_file():
         raise InputError(f"{path}: not a plain file; give a file or a folder")
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise InputError(f"{path}: {size / 2**30:.1f} GiB, over {MAX_FILE_BYTES // 2**30}; split the file")
-    if size == 0:
+    if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; give one with at least one row")
     try:
         yield from reader(path)
@@ -249,8 +308,25 @@ def _read_parquet(path: Path) -> Iterator[Row]:
         raise InputError(f"{path}: not a readable Parquet file after row {number} ({reason})") from error
 
 
+def _read_text(path: Path) -> Iterator[Row]:
+    """One row a file."""
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise InputError(
+            f"{path}: over {MAX_TEXT_BYTES // 2**20} MiB is no single text; cut it into files, or into JSON Lines rows "
+            'such as {"text": "..."}'
+        )
+    try:
+        yield Row({"text": path.read_bytes().decode("utf-8-sig")}, str(path))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
+
+
+def _is_datasets_folder(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file()
+
+
 def _read_folder(path: Path, split: str | None) -> Iterator[Row]:
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
+    if _is_datasets_folder(path):
         datasets = _datasets_library(str(path))
         try:
             loaded = datasets.load_from_disk(str(path))
@@ -259,9 +335,21 @@ def _read_folder(path: Path, split: str | None) -> Iterator[Row]:
         if isinstance(loaded, Mapping):
             return _rows_of_splits(loaded, split)
         return _rows_of_memory(loaded, f"{path}:row ")
+    return (row for file in _folder_files(path, split) for row in _read_file(file))
+
+
+def _folder_files(path: Path, split: str | None) -> list[Path]:
+    """The data files of a folder, those of the split where they are named so; else all texts in it and below."""
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in _READERS and p.is_file())
+    rows = [file for file in files if file.suffix.lower() not in TEXT_ENDINGS]
+    texts = [] if rows else _text_files(path)
+    files = rows or texts
     if not files:
         raise InputError(f"{path}: no data file in the folder; expected {', '.join(sorted(_READERS))}")
+    for file in files:
+        _refuse_way_out(path, file)
+    if texts and not split:
+        return texts
     wanted = split or "train"
     of_split = [
         p for p in files if p.stem == wanted or p.stem.startswith((f"{wanted}-", f"{wanted}_", f"{wanted}."))
@@ -269,7 +357,29 @@ def _read_folder(path: Path, split: str | None) -> Iterator[Row]:
     if not of_split and split:
         names = ", ".join(p.name for p in files[:5])
         raise InputError(f"{path}: no file of split {split!r}; the folder has {names}")
-    return (row for file in of_split or files for row in _read_file(file))
+    return of_split or files
+
+
+def _text_files(path: Path) -> list[Path]:
+    """Every .txt and .md under a folder, in order; hidden folders and links to folders are left alone."""
+    found = []
+    for folder, inner, names in os.walk(path):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        found += [Path(folder) / n for n in names if Path(n).suffix.lower() in TEXT_ENDINGS and n[0] != "."]
+    return sorted(file for file in found if file.is_file())
+
+
+def _refuse_way_out(folder: Path, file: Path) -> None:
+    """A link may point inside the folder or, in the hub's cache, to the repository's own blobs."""
+    real_folder, real_file = folder.resolve(), file.resolve()
+    allowed = [real_folder]
+    for parent in (real_folder, *real_folder.parents):
+        if parent.parent.name == "snapshots":
+            allowed.append(parent.parent.parent / "blobs")
+    if not any(real_file.is_relative_to(root) for root in allowed):
+        raise InputError(
+            f"{file}: is a link that leaves the folder; put the file itself there, or give its own path"
+        )
 
 
 def _read_hub(name: str, split: str | None) -> Iterator[Row]:
@@ -310,4 +420,5 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
     ".tsv": _read_csv,
+    **dict.fromkeys(TEXT_ENDINGS, _read_text),
 }

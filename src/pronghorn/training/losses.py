@@ -1,6 +1,9 @@
 """The next-token loss as a sum over trained tokens and their count.
 
-  L = sum_t w_t CE(logits_t, labels_{t+1}),   w_t = 1 where labels_{t+1} != -100 and t+1 is in the segment of t
+  L = sum_t w_t CE(logits_t, labels_{t+1}),   w_t = 0 where labels_{t+1} = -100 or t+1 is not in the segment of t
+
+and elsewhere w_t is the weight that the batch gives to token t+1, or 1. The count is of the tokens that are not masked,
+whatever their weights: a row of weight 2 pulls twice as hard.
 
 Labels are aligned with `input_ids`; the shift is here. Sums and counts, not means, are what micro-batches add up, so
 that k micro-batches equal one large batch whatever their token counts are. The head's product and the cross entropy
@@ -39,6 +42,13 @@ def shifted_labels(labels: jax.Array, segment_ids: jax.Array | None = None) -> j
     return targets
 
 
+def _shifted_weights(batch: Batch) -> jax.Array | None:
+    """fp32 `[batch * seq]`: of each position the weight of its target, the next token; None where all are 1."""
+    if "weights" not in batch:
+        return None
+    return jnp.pad(jnp.asarray(batch["weights"])[:, 1:], ((0, 0), (0, 1)), constant_values=1.0).reshape(-1)
+
+
 def step_batch(batch: Batch, packing: bool) -> dict[str, Any]:
     """What a compiled step takes of a loader's batch: everything, or no segment ids where a row is one document.
 
@@ -60,7 +70,8 @@ def loss_sum_and_count(
 
     Args:
       model: a Decoder.
-      batch: `input_ids` and `labels`, int32 `[batch, seq]`; `segment_ids` and `positions` where rows are packed.
+      batch: `input_ids` and `labels`, int32 `[batch, seq]`; `segment_ids` and `positions` where rows are packed;
+        `weights`, fp32 `[batch, seq]` and aligned with the labels, where rows have weights.
       label_smoothing: share of the target's probability spread over the vocabulary.
       memory_policy: see `TrainConfig.memory_policy`.
       dropout_key: turns the adapters' dropout on.
@@ -74,6 +85,7 @@ def loss_sum_and_count(
         hidden,
         weight,
         targets,
+        token_weights=_shifted_weights(batch),
         bias=bias,
         lora_a=lora_a,
         lora_b=lora_b,

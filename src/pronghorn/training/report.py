@@ -6,8 +6,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from pronghorn.data import Dataset
 from pronghorn.data.preview import pieces, visible
-from pronghorn.data.tokenization import TokenizedDataset
 from pronghorn.training.memory_plan import MemoryPlan
 
 _SHOWN_TOKENS = 400
@@ -81,7 +81,7 @@ def settings_lines(configs: dict[str, Any]) -> list[str]:
     return [f"given          {' '.join(given) or 'nothing'}", f"defaults       {' '.join(defaults)}"]
 
 
-def example_text(dataset: TokenizedDataset, index: int, tokenizer: Any, *, colour: bool) -> Text:
+def example_text(dataset: Dataset, index: int, tokenizer: Any, *, colour: bool) -> Text:
     """A document, decoded; what is in the loss is green, or between ⟦ ⟧ where there is no colour."""
     text = Text("example        ")
     text.append(f"{visible(dataset.origins[index])}, ")

@@ -1,11 +1,13 @@
 """`Trainer`: a model, its data and its settings, joined; `run.py` is what happens when it trains."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from pronghorn.data import DataConfig, Loader, TokenizedDataset, hold_out, load_rows, tokenize_rows
+from pronghorn.data import DataConfig, Dataset, Loader, hold_out, load_rows, read_sets, tokenize_rows
 from pronghorn.errors import InputError
 from pronghorn.lora import split
 from pronghorn.models.parameters import named_parameters
@@ -27,7 +29,7 @@ class Trainer:
       model: a Decoder. While `train` runs, its trainable leaves belong to the trainer (their buffers are reused by the
         step); when it returns or raises, they are the trained ones.
       tokenizer: of the model; None is fine for a dataset that is tokenised already.
-      dataset: a path or hub name, rows, or a `TokenizedDataset`.
+      dataset: a path or hub name, rows, or tokenised rows; None reads `data.path` or `data.mixture`.
       config: how to train.
       data: how rows become tokens and batches.
       eval_dataset: held-out rows, in the same forms as `dataset`; None takes `data.eval_path`, or holds out
@@ -53,9 +55,12 @@ class Trainer:
         self.tokenizer = tokenizer
         self.config = config or TrainConfig()
         self.data = data or DataConfig()
-        if eval_dataset is None:
+        if eval_dataset is None and not (dataset is None or isinstance(dataset, str | Path)):
             eval_dataset = self.data.eval_path
-        if not isinstance(dataset, TokenizedDataset):
+        if dataset is None or (isinstance(dataset, str | Path) and tokenizer is not None):
+            dataset, held_out = self._read(dataset, eval_dataset is None)
+            eval_dataset = held_out if eval_dataset is None else eval_dataset
+        if not isinstance(dataset, Dataset):
             dataset = load_rows(dataset, self.data.split)
             if eval_dataset is None and self.data.eval_fraction:
                 dataset, eval_dataset = hold_out(dataset, self.data.eval_fraction, self.data.seed)
@@ -80,9 +85,17 @@ class Trainer:
         self._evaluation: Any = None
         self._eval_loader: Any = None
 
-    def _tokenized(self, dataset: Any, what: str) -> TokenizedDataset:
+    def _read(self, path: str | Path | None, held_out: bool) -> tuple[Dataset, Dataset | None]:
+        data = self.data
+        if path is not None:
+            data = dataclasses.replace(data, path=str(path), mixture=())
+        if not held_out:
+            data = dataclasses.replace(data, eval_path=None, eval_fraction=0.0)
+        return read_sets(data, self.tokenizer, self.model.config.vocab_size)
+
+    def _tokenized(self, dataset: Any, what: str) -> Dataset:
         vocab_size = self.model.config.vocab_size
-        if not isinstance(dataset, TokenizedDataset):
+        if not isinstance(dataset, Dataset):
             if self.tokenizer is None:
                 raise InputError(
                     f"{what}: rows need a tokenizer, and there is none; give one, or tokenised rows."
@@ -93,7 +106,7 @@ class Trainer:
                 f"{what}: none of its {dataset.stats.real_tokens} tokens is in the loss, so nothing would be learned; "
                 "look at data.format and data.loss_on."
             )
-        largest = int(dataset.tokens.max())
+        largest = dataset.largest_token
         if largest >= vocab_size:
             raise InputError(
                 f"{what}: it has the token id {largest}, and the model's vocabulary ends at {vocab_size - 1}; use the "
@@ -153,6 +166,7 @@ class Trainer:
                 packing=self.data.packing,
                 seed=self.data.seed,
                 shuffle=False,
+                weighted=False,
             )
             batch = memory_plan.abstract_batch((1, rows, self.data.max_length), self.data.packing)
             self._evaluation = memory_plan.compile_evaluation(graph, trainable, frozen, batch)
