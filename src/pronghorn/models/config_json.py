@@ -376,14 +376,20 @@ def derived_head_dim(hf: HfConfig) -> int:
     return head_dim
 
 
+# Beyond these a file is damaged or hostile: the layers are listed one by one before anything is read.
+_LARGEST = {"num_hidden_layers": 10_000, "vocab_size": 2**27}
+
+
 def positive(hf: HfConfig, key: str, default: int | None = None) -> int:
     """A whole number over 0; absent or null gives the default, and without one an InputError."""
     value = hf.get(key)
     value = default if value is None else value
     if value is None:
         raise InputError(f"config.json lacks {key}; the file is incomplete.")
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 1:
-        raise InputError(f"config.json: {key} has to be a whole number over 0, and is {_short(value)}.")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 1 <= value <= _LARGEST.get(key, 2**53) or value != int(value):
+        limit = f" up to {_LARGEST[key]}" if key in _LARGEST else ""
+        raise InputError(f"config.json: {key} has to be a whole number over 0{limit}, and is {_short(value)}.")
     return int(value)
 
 
