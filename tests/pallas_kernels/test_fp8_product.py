@@ -12,6 +12,7 @@ from pronghorn.pallas_kernels.fp8_product import (
     power_of_two_scale,
     round_to_fp8,
 )
+from tests.compiling import compile_for_h100
 from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import normal
 from tests.tolerances import assert_close
@@ -81,6 +82,16 @@ def test_the_gradient_of_one_product_is_the_other(format):
     assert np.array_equal(pullback(dy)[0], fp8_times(dy, codes, scales, format=format))
 
 
+def test_a_largest_value_that_is_known_changes_nothing():
+    codes, scales = weight(24, 40)
+    x, dy = normal(1, (6, 40), "bfloat16"), normal(2, (6, 24), "bfloat16")
+    for product, operand in ((fp8_times_transposed, x), (fp8_times, dy)):
+        largest = jnp.max(jnp.abs(operand)).astype(jnp.float32)
+        assert np.array_equal(
+            product(operand, codes, scales, largest=largest), product(operand, codes, scales)
+        )
+
+
 def test_what_does_not_fit_is_refused():
     codes, scales = weight(24, 40)
     with pytest.raises(InputError, match="40 columns|39 columns"):
@@ -106,12 +117,7 @@ def test_lowers_for_an_h100_to_a_product_of_fp8_operands():
     assert "f8E5M2" in products[1]
 
 
-def hlo(text):
-    """What the fast path has to become: both products in FP8, with the further product and the residual added inside."""
-    calls = [line for line in text.splitlines() if '"__cublas$lt$matmul$f8"' in line]
-    assert len(calls) == 2, text
-    assert all('"beta":1' in line for line in calls)
-    return calls
+OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
 def two_products(x, dy, low, residual, codes, scales):
@@ -120,15 +126,31 @@ def two_products(x, dy, low, residual, codes, scales):
     return y, dx
 
 
+def assert_both_are_in_fp8_with_what_is_added(hlo):
+    """The products are cuBLAS's of FP8, which adds the other operand; no pass of XLA's own transposes or adds."""
+    calls = [line for line in hlo.splitlines() if '"__cublas$lt$matmul$f8"' in line]
+    assert len(calls) == 2 and all('"beta":1' in call for call in calls)
+    entry = hlo[hlo.index("ENTRY") :]
+    assert "fp8_transpose" in entry and "wrapped_transpose" not in entry and "loop_add" not in entry
+
+
+def test_compiles_for_an_h100_to_cublas_in_fp8():
+    codes, scales = weight(256, 512)
+    x, dy = jnp.ones((128, 512), jnp.bfloat16), jnp.ones((128, 256), jnp.bfloat16)
+    assert_both_are_in_fp8_with_what_is_added(
+        compile_for_h100(two_products, x, dy, dy, x, codes, scales, options=OPTIONS)
+    )
+
+
 @pytest.mark.gpu
-def test_xla_gives_the_products_to_cublas_in_fp8_with_what_is_added():
+def test_products_on_a_gpu_are_cublas_in_fp8_and_equal_the_oracle():
     if float(jax.local_devices()[0].compute_capability) < 8.9:
         pytest.skip("no FP8 products before Ada")
     codes, scales = weight(256, 512)
     x, dy = normal(1, (128, 512), "bfloat16"), normal(2, (128, 256), "bfloat16")
-    options = {"xla_gpu_enable_triton_gemm": False}
-    run = jax.jit(two_products, compiler_options=options).lower(x, dy, dy, x, codes, scales).compile()
-    hlo(run.as_text())
+    run = jax.jit(two_products, compiler_options=OPTIONS).lower(x, dy, dy, x, codes, scales).compile()
+    assert_both_are_in_fp8_with_what_is_added(run.as_text())
     y, dx = run(x, dy, dy, x, codes, scales)
-    assert_close(y, fp8_times_transposed(x, codes, scales, dtype="float32", implementation="xla") + dy)
-    assert_close(dx, fp8_times(dy, codes, scales, dtype="float32", implementation="xla") + x)
+    expected = fp8_times_transposed(x, codes, scales, dtype="float32", implementation="xla") + dy
+    assert_close(y, expected, what="Y")
+    assert_close(dx, fp8_times(dy, codes, scales, dtype="float32", implementation="xla") + x, what="dX")

@@ -12,7 +12,8 @@ It is a power of two, because dividing by one changes no mantissa: a value is ro
 the tensor, so other tokens touch a token only in what is below 2^-14 of the largest of all. With one scale a row of W, s
 multiplies the columns of Y in a pass of its own, and goes into dY before that is rounded.
 
-On an H100 the inner side of both operands must be contiguous: dY Wq reads a transposed copy of Wq, made in every product.
+On Ada and Hopper the inner side of both operands must be contiguous: dY Wq reads a transposed copy of Wq, which
+`fp8_transpose` makes in every product.
 The oracle ("xla") multiplies the same codes in fp32: equal but for the order of sums, and for what cuBLAS drops from
 sums of products (it adds them up with fewer bits than fp32).
 
@@ -30,6 +31,7 @@ import numpy as np
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels.fp8_transpose import fp8_transpose
 
 Format = Literal["e4m3", "e5m2"]
 
@@ -49,6 +51,7 @@ def fp8_times_transposed(
     *,
     gradient_format: Format | None = "e4m3",
     dtype: Any = None,
+    largest: jax.Array | None = None,
     implementation: launch.Implementation | None = None,
 ) -> jax.Array:
     """x Wᵀ, x rounded to e4m3.
@@ -59,6 +62,7 @@ def fp8_times_transposed(
       scales: fp32 [] or [out].
       gradient_format: what dY is rounded to, should this be differentiated; None for a product of dY as it is.
       dtype: of the result; that of x by default.
+      largest: max|x|, where it is known: that saves a pass over x.
       implementation: "pallas" (a product of FP8 operands, which XLA gives to cuBLAS; no kernel is launched) or "xla" (the
         oracle, the default on a CPU).
 
@@ -71,7 +75,7 @@ def fp8_times_transposed(
     _check("fp8_times_transposed", x.shape[-1], codes, scales, 1)
     _check_format(gradient_format)
     fast = launch.resolve(implementation) == "pallas"
-    return _times_transposed(x, codes, scales, gradient_format, jnp.dtype(dtype or x.dtype), fast)
+    return _times_transposed(x, codes, scales, largest, gradient_format, jnp.dtype(dtype or x.dtype), fast)
 
 
 def fp8_times(
@@ -81,6 +85,7 @@ def fp8_times(
     *,
     format: Format | None = "e4m3",
     dtype: Any = None,
+    largest: jax.Array | None = None,
     implementation: launch.Implementation | None = None,
 ) -> jax.Array:
     """y W, y rounded to `format`, or multiplied as it is: [..., out] -> [..., in].
@@ -90,15 +95,18 @@ def fp8_times(
     _check("fp8_times", y.shape[-1], codes, scales, 0)
     _check_format(format)
     fast = launch.resolve(implementation) == "pallas"
-    return _times(y, codes, scales, format, jnp.dtype(dtype or y.dtype), fast)
+    return _times(y, codes, scales, largest, format, jnp.dtype(dtype or y.dtype), fast)
 
 
-def round_to_fp8(x: jax.Array, format: Format = "e4m3") -> tuple[jax.Array, jax.Array]:
+def round_to_fp8(
+    x: jax.Array, format: Format = "e4m3", largest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(codes, scale): x = scale codes but for rounding, the scale the smallest power of two for which they fit.
 
-    A value that is not finite makes the scale NaN.
+    A value that is not finite makes the scale NaN, or, where max|x| is given as `largest`, its code.
     """
-    largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    if largest is None:
+        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
     scale, inverse = power_of_two_scale(largest, format)
     return (x.astype(jnp.float32) * inverse).astype(FORMATS[format].dtype), scale
 
@@ -118,9 +126,10 @@ def power_of_two_scale(largest: Any, format: Format) -> tuple[Any, Any]:
     xp: Any = np if host else jnp
     bits = xp.asarray(largest, np.float32).view(np.int32)
     # A mantissa over 1.75 carries into the exponent.
-    biased = xp.clip(((bits + 0x1FFFFF) >> 23) - FORMATS[format].exponent, 1, 253).astype(np.int32)
+    biased = ((bits + np.int32(0x1FFFFF)) >> 23) - np.int32(FORMATS[format].exponent)
+    biased = xp.minimum(xp.maximum(biased, np.int32(1)), np.int32(253))
     scale, inverse = ((exponent << 23).view(np.float32) for exponent in (biased, 254 - biased))
-    return xp.where(xp.isfinite(largest), scale, np.float32(np.nan)), inverse
+    return xp.where(largest < np.inf, scale, np.float32(np.nan)), inverse
 
 
 def _check(op: str, inner: int, codes: Any, scales: Any, axis: int) -> None:
@@ -138,33 +147,33 @@ def _check_format(format: str | None) -> None:
         raise InputError(f"format={format!r} is not known; use one of {', '.join(get_args(Format))}.")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _times_transposed(x, codes, scales, gradient_format, dtype, fast):
-    rounded, scale = round_to_fp8(x)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _times_transposed(x, codes, scales, largest, gradient_format, dtype, fast):
+    rounded, scale = round_to_fp8(x, "e4m3", largest)
     return _product(rounded, codes, 1, scale * scales, dtype, fast)
 
 
-def _times_transposed_forward(x, codes, scales, gradient_format, dtype, fast):
-    y = _times_transposed(x, codes, scales, gradient_format, dtype, fast)
+def _times_transposed_forward(x, codes, scales, largest, gradient_format, dtype, fast):
+    y = _times_transposed(x, codes, scales, largest, gradient_format, dtype, fast)
     return y, (codes, scales, launch.Static(x.dtype))
 
 
 def _times_transposed_backward(gradient_format, dtype, fast, residuals, dy):
     codes, scales, x_dtype = residuals
-    return _times(dy, codes, scales, gradient_format, x_dtype.value, fast), None, None
+    return _times(dy, codes, scales, None, gradient_format, x_dtype.value, fast), None, None, None
 
 
 _times_transposed.defvjp(_times_transposed_forward, _times_transposed_backward)
 
 
-def _times(y, codes, scales, format, dtype, fast):
+def _times(y, codes, scales, largest, format, dtype, fast):
     if format is None:
         weight = dequantize(codes, scales, y.dtype)
         dims = (((y.ndim - 1,), (0,)), ((), ()))
         return jax.lax.dot_general(y, weight, dims, preferred_element_type=dtype)
     if scales.ndim:
-        y, scales = y.astype(jnp.float32) * scales, jnp.float32(1)
-    rounded, scale = round_to_fp8(y, format)
+        y, scales, largest = y.astype(jnp.float32) * scales, jnp.float32(1), None
+    rounded, scale = round_to_fp8(y, format, largest)
     return _product(rounded, codes, 0, scale * scales, dtype, fast)
 
 
@@ -178,6 +187,9 @@ def _product(a, codes, axis, scale, dtype, fast):
     # XLA hands a scalar factor in the dtype of the product to cuBLAS, and not one with a cast behind it. fp16 does not
     # reach as far as scales do.
     narrow = scale.ndim == 0 and dtype != jnp.float16
+    if axis == 0:
+        codes = fp8_transpose(codes, implementation="pallas")
+        dims = (((a.ndim - 1,), (1,)), ((), ()))
     product = jax.lax.dot_general(
         a, codes, dims, preferred_element_type=dtype if narrow else jnp.float32
     )
