@@ -18,6 +18,7 @@ from tests.pallas_kernels.comparison import normal
 from tests.tolerances import assert_close
 
 SUMS = ("da_down", "db_gate", "db_up")
+LARGEST = ("largest_dgate", "largest_dup")
 # rows, width, rank of gate and up together, rank of down: no side fits a block; one row; several runs of rows.
 SMALL = ((13, 37, 5, 3), (1, 3, 1, 1), (150, 70, 33, 17))
 
@@ -41,14 +42,19 @@ def oracle(dh, gate, up, factors, activation):
     return h, dgate, dup, exact(f.g.T, rounded[0]), exact(f.t.T, rounded[1]), exact(f.t.T, rounded[2])
 
 
-def assert_kernels_match(shape, dtype, activation="silu", wanted=("h", *SUMS)):
+def assert_kernels_match(shape, dtype, activation="silu", wanted=("h", *SUMS, *LARGEST)):
     dh, gate, up, factors = arguments(*shape, dtype)
     expected = dict(zip(("h", "dgate", "dup", *SUMS), oracle(dh, gate, up, factors, activation), strict=True))
-    h = jax.jit(functools.partial(lowrank_gated_forward, activation=activation))(gate, up, factors)
+    forward = functools.partial(lowrank_gated_forward, activation=activation, with_largest=True)
+    h, largest = jax.jit(forward)(gate, up, factors)
+    assert largest == jnp.max(jnp.abs(h))
     assert_close(h, expected["h"], dtype=dtype, what="h")
     backward = functools.partial(lowrank_gated_backward, activation=activation, wanted=wanted)
     found = jax.jit(backward)(dh, gate, up, factors)
-    for name in ("dgate", "dup", *wanted):
+    for name in ("dgate", "dup"):
+        largest = getattr(found, f"largest_{name}")
+        assert largest == jnp.max(jnp.abs(getattr(found, name))) if f"largest_{name}" in wanted else largest is None
+    for name in ("dgate", "dup", *(name for name in wanted if name not in LARGEST)):
         assert_close(getattr(found, name), expected[name], dtype=dtype, what=name)
     assert all(getattr(found, name) is None for name in ("h", *SUMS) if name not in wanted)
 
@@ -87,7 +93,7 @@ def test_lowers_for_an_h100(shape, dtype):
     args = jax.eval_shape(lambda: arguments(*shape, dtype))
 
     def both(dh, gate, up, factors):
-        h = lowrank_gated_forward(gate, up, factors, activation="silu")
+        h, _ = lowrank_gated_forward(gate, up, factors, activation="silu")
         return h, lowrank_gated_backward(dh, gate, up, factors, activation="silu", wanted=SUMS)
 
     text = lower_for_h100(both, *args)

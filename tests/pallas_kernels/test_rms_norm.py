@@ -10,7 +10,7 @@ import pytest
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import shapes
-from pronghorn.pallas_kernels.rms_norm import rms_norm, rms_norm_reference
+from pronghorn.pallas_kernels.rms_norm import largest_normalized, rms_norm, rms_norm_reference
 from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import (
     DTYPES,
@@ -132,6 +132,14 @@ def test_lowers_for_an_h100(shape):
     weight = jax.ShapeDtypeStruct((shape.width,), jnp.bfloat16)
     text = lower_for_h100(gradient(kernel), x, weight)
     assert "rms_norm_forward" in text and "rms_norm_backward" in text
+
+
+def test_no_row_exceeds_its_bound():
+    weight = normal(1, (64,))
+    x = jnp.zeros((3, 64)).at[0, jnp.argmax(jnp.abs(weight))].set(1e4).at[1].set(normal(0, (64,)))
+    largest = largest_normalized(weight, 0.5)
+    assert jnp.max(jnp.abs(oracle(x, weight, weight_offset=0.5))) <= largest * (1 + 1e-6)
+    assert largest < 1.001 * jnp.max(jnp.abs(oracle(jnp.eye(64) * 1e4, weight, weight_offset=0.5)))
 
 
 @pytest.mark.gpu

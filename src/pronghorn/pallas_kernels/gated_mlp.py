@@ -37,7 +37,7 @@ from pronghorn.pallas_kernels.gated_activation import (
     gated_activation_backward,
     gated_activation_forward,
 )
-from pronghorn.pallas_kernels.lora_linear import over_tokens, times_transposed
+from pronghorn.pallas_kernels.lora_linear import over_tokens, rounds_operands, times_transposed
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
     GatedFactors,
     GatedGradients,
@@ -49,6 +49,7 @@ from pronghorn.pallas_kernels.norm_linears import (
     NormOptions,
     Wanted,
     backward_to_norm,
+    bound_of_norm,
     check_norm,
     drops,
     one_linear,
@@ -194,15 +195,17 @@ def _compute(x, norm_weight, linears, options) -> _Forward:
     )
     finished = _finished_by_kernels(linears, norm.with_kernel)
     layers = _without_adapters(linears[:2]) if finished else linears[:2]
-    (gate, up), t = apply_linears(n, layers, norm.scales)
+    largest = bound_of_norm(norm_weight, layers, norm)
+    (gate, up), t = apply_linears(n, layers, norm.scales, largest=largest)
     gate = checkpoint_name(gate, "gated_activation_gate")
     up = checkpoint_name(up, "gated_activation_up")
     factors = None
     if finished:
         t = times_transposed(n, stacked_a(linears[:2], n.dtype), n.dtype)
         factors = GatedFactors(t, *shared_factors(linears[:2], norm.scales, n.dtype))
-    h = _activated(gate, up, factors, options)
-    (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=x if options.residual else None)
+    h, largest = _activated(gate, up, factors, options, linears[2])
+    add = x if options.residual else None
+    (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=add, largest=largest)
     return _Forward(y, inverse_rms, gate, up, t, t_down)
 
 
@@ -213,13 +216,19 @@ def _finished_by_kernels(linears, with_kernel) -> bool:
     return with_kernel and adapted and share_rank_products((gate, up)) and share_rank_products((down,))
 
 
-def _activated(gate, up, factors, options):
-    """h; `factors` are the rank-r products that gate and up lack, or None."""
+def _activated(gate, up, factors, options, down):
+    """(h, its largest magnitude where `down` asks for it and it costs nothing).
+
+    `factors` are the rank-r products that gate and up lack, or None.
+    """
     if factors is not None:
-        return lowrank_gated_forward(gate, up, factors, activation=options.activation)
-    return gated_activation_forward(
+        return lowrank_gated_forward(
+            gate, up, factors, activation=options.activation, with_largest=rounds_operands(down.weight)
+        )
+    h = gated_activation_forward(
         gate, up, activation=options.activation, with_kernel=options.norm.with_kernel
     )
+    return h, None
 
 
 def _without_adapters(linears):
@@ -265,7 +274,7 @@ def _gated_mlp_backward(options, residuals, dy):
         found = _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options)
     elif wanted_down & {"lora_a", "weight"}:
         gate, up, dy = jax.lax.optimization_barrier((saved["gate"], saved["up"], dy))
-        found = GatedGradients(h=_activated(gate, up, factors, options))
+        found = GatedGradients(h=_activated(gate, up, factors, options, saved["down"])[0])
     da = found.da_down
     if da is None and "lora_a" in wanted_down:
         da = over_tokens(g, found.h, jnp.float32)
@@ -280,7 +289,10 @@ def _gated_mlp_backward(options, residuals, dy):
             for fields, db in zip(wanted.linears, dbs, strict=True)
         )
     )
-    dx, dnorm_weight, of_both = backward_to_norm((found.dgate, found.dup), passing, saved, others, norm)
+    largest = (found.largest_dgate, found.largest_dup)
+    dx, dnorm_weight, of_both = backward_to_norm(
+        (found.dgate, found.dup), passing, saved, others, norm, largest=largest
+    )
     of_both = tuple(
         gradient if db is None else gradient._replace(lora_b=own_rows(db, index, saved["linears"], norm.scales))
         for index, (gradient, db) in enumerate(zip(of_both, dbs, strict=True))
@@ -306,6 +318,8 @@ def _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options) 
         "da_down": "lora_a" in wanted_down,
         "db_gate": "lora_b" in wanted.linears[0],
         "db_up": "lora_b" in wanted.linears[1],
+        "largest_dgate": wanted.past_norm and rounds_operands(saved["linears"][0].weight),
+        "largest_dup": wanted.past_norm and rounds_operands(saved["linears"][1].weight),
     }
     return lowrank_gated_backward(
         input_gradient((dy,), None, down),

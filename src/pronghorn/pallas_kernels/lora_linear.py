@@ -37,8 +37,8 @@ from pronghorn.pallas_kernels import launch
 class QuantizedWeight(Protocol):
     """A frozen weight kept in fewer bits: a registered pytree with a shape.
 
-    One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype)`, x Wᵀ, and
-    `times(y, dtype)`, y W, besides.
+    One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype, largest)`, x Wᵀ, and
+    `times(y, dtype, largest)`, y W, besides; `largest` is as in `project`.
     """
 
     @property
@@ -171,24 +171,36 @@ def over_tokens(y: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.dot_general(y, x, ((tokens, tokens), ((), ())), preferred_element_type=dtype)
 
 
-def project(x: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any) -> jax.Array:
-    """x [..., in] Wᵀ -> [..., out], by the weight's own product where it has one."""
-    if hasattr(weight, "times_transposed"):
-        return weight.times_transposed(x, dtype)
+def rounds_operands(weight: Any) -> bool:
+    """Whether a weight's products are its own, and round what it is multiplied with."""
+    return hasattr(weight, "times_transposed")
+
+
+def project(
+    x: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any, largest: jax.Array | None = None
+) -> jax.Array:
+    """x [..., in] Wᵀ -> [..., out], by the weight's own product where it has one.
+
+    `largest` is the largest magnitude of x where it is known, which spares such a product a pass over x.
+    """
+    if rounds_operands(weight):
+        return weight.times_transposed(x, dtype, largest)  # type: ignore[union-attr]
     return times_transposed(x, dense(weight, x.dtype), dtype)
 
 
-def project_back(y: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any) -> jax.Array:
-    """y [..., out] W -> [..., in], by the weight's own product where it has one."""
-    if hasattr(weight, "times"):
-        return weight.times(y, dtype)
+def project_back(
+    y: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any, largest: jax.Array | None = None
+) -> jax.Array:
+    """y [..., out] W -> [..., in], like `project`."""
+    if rounds_operands(weight):
+        return weight.times(y, dtype, largest)  # type: ignore[union-attr]
     return times(y, dense(weight, y.dtype), dtype)
 
 
 def _compute(x, weight, lora_a, lora_b, bias, key, scale, rate):
     """(Y, T); T is None without an adapter."""
     read = x
-    if is_quantized(weight) and not hasattr(weight, "times"):
+    if is_quantized(weight) and not rounds_operands(weight):
         # Dequantised when x is there and not before, see `stacked_linears`.
         read, weight = jax.lax.optimization_barrier((x, weight))
     y, t = project(read, weight, x.dtype), None

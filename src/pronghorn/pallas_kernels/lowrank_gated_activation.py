@@ -65,6 +65,7 @@ class GatedGradients(NamedTuple):
       dgate, dup: [..., f] in the dtype of dh.
       h: [..., f], rebuilt.
       da_down: fp32 [q, f]. db_gate, db_up: fp32 [r, f], without the factor that B holds.
+      largest_dgate, largest_dup: fp32 [], the largest magnitude of each, for a product that rounds it.
     """
 
     dgate: Any = None
@@ -73,22 +74,31 @@ class GatedGradients(NamedTuple):
     da_down: Any = None
     db_gate: Any = None
     db_up: Any = None
+    largest_dgate: Any = None
+    largest_dup: Any = None
 
 
 def lowrank_gated_forward(
-    gate: jax.Array, up: jax.Array, factors: GatedFactors, *, activation: Activation
-) -> jax.Array:
-    """h [..., f] in the dtype of gate; gate and up [..., f] lack the rank-r products of `factors`."""
+    gate: jax.Array,
+    up: jax.Array,
+    factors: GatedFactors,
+    *,
+    activation: Activation,
+    with_largest: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """(h [..., f] in the dtype of gate, fp32 max|h| if asked for); gate and up lack the products of `factors`."""
     shape, (rows, width) = gate.shape, _flat(gate)
     block, num_warps = _clipped(FORWARD_BLOCK, rows, width)
-    (h,) = launch.pallas_call(
+    programs = launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1])
+    largest = (jax.ShapeDtypeStruct((programs,), jnp.float32),) if with_largest else ()
+    h, *largest = launch.pallas_call(
         functools.partial(_forward_kernel, activation=activation, block=block, native=not launch.interpreting()),
         name="lowrank_gated_forward",
-        grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
-        out_shape=(jax.ShapeDtypeStruct((rows, width), gate.dtype),),
+        grid=(programs,),
+        out_shape=(jax.ShapeDtypeStruct((rows, width), gate.dtype), *largest),
         num_warps=num_warps,
     )(gate.reshape(rows, width), up.reshape(rows, width), _rows(factors.t), factors.b_gate, factors.b_up)
-    return h.reshape(shape)
+    return h.reshape(shape), jnp.max(largest[0]) if with_largest else None
 
 
 def lowrank_gated_backward(
@@ -100,7 +110,8 @@ def lowrank_gated_backward(
     activation: Activation,
     wanted: tuple[str, ...],
 ) -> GatedGradients:
-    """dgate and dup over the memory of gate and up, and what is `wanted` of "h", "da_down", "db_gate", "db_up".
+    """dgate and dup over the memory of gate and up, and what is `wanted` of the other fields of `GatedGradients`, in
+    their order.
 
     Args:
       dh, gate, up: [..., f], without the rank-r products.
@@ -122,6 +133,9 @@ def lowrank_gated_backward(
     whole = jax.ShapeDtypeStruct((rows, width), gate.dtype)
     outputs = {"dgate": whole, "dup": whole}
     for name in wanted:
+        if name.startswith("largest"):
+            outputs[name] = jax.ShapeDtypeStruct((runs, launch.cdiv(width, block[1])), jnp.float32)
+            continue
         rank = inputs["g" if name == "da_down" else "t"].shape[1] if name != "h" else 0
         outputs[name] = whole if name == "h" else jax.ShapeDtypeStruct((runs * rank, width), jnp.float32)
     results = launch.pallas_call(
@@ -144,8 +158,9 @@ def lowrank_gated_backward(
         name: found[name].reshape(runs, -1, width).sum(axis=0) if name in found else None
         for name in ("da_down", "db_gate", "db_up")
     }
+    largest = {name: jnp.max(found[name]) for name in ("largest_dgate", "largest_dup") if name in found}
     h = found["h"].reshape(shape) if "h" in found else None
-    return GatedGradients(found["dgate"].reshape(shape), found["dup"].reshape(shape), h, **sums)
+    return GatedGradients(found["dgate"].reshape(shape), found["dup"].reshape(shape), h, **sums, **largest)
 
 
 def _flat(x: jax.Array) -> tuple[int, int]:
@@ -191,7 +206,9 @@ def _side(count: int) -> jax.Array:
     return jnp.arange(max(LEAST_SIDE, launch.next_power_of_2(count)))
 
 
-def _forward_kernel(gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *, activation, block, native):
+def _forward_kernel(
+    gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *largest_ref, activation, block, native
+):
     program, column_blocks = pl.program_id(0), launch.cdiv(gate_ref.shape[1], block[1])
     rows = (program // column_blocks) * block[0] + jnp.arange(block[0])
     columns = (program % column_blocks) * block[1] + jnp.arange(block[1])
@@ -204,6 +221,8 @@ def _forward_kernel(gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *, act
     value, _ = value_and_slope(gate, activation)
     h = (value * up).astype(h_ref.dtype)
     triton.store(h_ref.at[rows[:, None], columns[None, :]], h, mask=_mask(h_ref.shape, rows, columns))
+    if largest_ref:  # elements that do not exist are zeros: their gate and up are
+        largest_ref[0][program] = jnp.max(jnp.max(jnp.abs(h.astype(jnp.float32)), axis=0))
 
 
 def _backward_kernel(*refs, names, activation, block, runs, native):
@@ -241,15 +260,24 @@ def _backward_kernel(*refs, names, activation, block, runs, native):
             if name in ref:
                 triton.store(ref[name].at[rows[:, None], columns[None, :]], tile[name], mask=mask)
         right = {"db_gate": tile["dgate"], "db_up": tile["dup"], "da_down": tile["h"]}
-        return {
-            name: total + _dot(left[name], right[name], _COLUMNS_BY_COLUMNS, native) for name, total in sums.items()
-        }
+        totals = {}
+        for name, total in sums.items():
+            if name in magnitudes:
+                wide = tile[name.removeprefix("largest_")].astype(jnp.float32)
+                totals[name] = jnp.maximum(total, jnp.max(jnp.abs(wide), axis=0))
+            else:
+                totals[name] = total + _dot(left[name], right[name], _COLUMNS_BY_COLUMNS, native)
+        return totals
 
     summed = [name for name in ("da_down", "db_gate", "db_up") if name in ref]
     sides = {name: (down_ranks if name == "da_down" else ranks) for name in summed}
     start = {name: jnp.zeros((sides[name].shape[0], block[1]), jnp.float32) for name in summed}
+    magnitudes = [name for name in ("largest_dgate", "largest_dup") if name in ref]
+    start |= {name: jnp.zeros(block[1], jnp.float32) for name in magnitudes}
     rounds = launch.cdiv(num_rows, block[0] * runs)
     sums = lax.fori_loop(0, rounds, one_block, start)
+    for name in magnitudes:
+        ref[name][run, pl.program_id(0)] = jnp.max(sums[name])
     for name in summed:
         rank = ref[name].shape[0] // runs
         at = ref[name].at[run * rank + sides[name][:, None], columns[None, :]]

@@ -30,8 +30,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.lora_linear import lora_linear, over_tokens
-from pronghorn.pallas_kernels.rms_norm import normalized, rms_norm, rms_norm_backward, rms_norm_forward
+from pronghorn.pallas_kernels.lora_linear import lora_linear, over_tokens, rounds_operands
+from pronghorn.pallas_kernels.rms_norm import largest_normalized, normalized, rms_norm, rms_norm_backward, rms_norm_forward
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
     apply_linears,
@@ -203,12 +203,15 @@ def backward_to_norm(
     saved: dict[str, Any],
     wanted: Wanted,
     options: NormOptions,
+    *,
+    largest: Sequence[Any] | None = None,
 ) -> tuple[jax.Array | None, jax.Array | None, tuple[LinearWeights, ...]]:
     """(dx, dnorm_weight, gradients of the layers) of norm and linear layers; None for what is not `wanted`.
 
     Args:
       dys: dY_i [..., out_i]. residual_gradient: dX [..., d], which passes by the norm; None counts as zero.
       saved: from `save_norm`.
+      largest: magnitudes of dY_i where they are known.
     """
     x: Any = saved.get("x")
     inverse_rms: Any = saved.get("inverse_rms")
@@ -231,7 +234,7 @@ def backward_to_norm(
 
     of_norm: dict[str, jax.Array] = {}
     if wanted.past_norm:
-        dn = input_gradient(dys, g, linears)
+        dn = input_gradient(dys, g, linears, largest)
         of_norm = rms_norm_backward(
             dn,
             x,
@@ -250,7 +253,17 @@ def _compute(x, norm_weight, linears, options):
     n, inverse_rms = rms_norm_forward(
         x, norm_weight, eps=options.eps, weight_offset=options.weight_offset, with_kernel=options.with_kernel
     )
-    return *apply_linears(n, linears, options.scales), inverse_rms
+    largest = bound_of_norm(norm_weight, linears, options)
+    return *apply_linears(n, linears, options.scales, largest=largest), inverse_rms
+
+
+def bound_of_norm(
+    norm_weight: jax.Array, linears: Sequence[LinearWeights], options: NormOptions
+) -> jax.Array | None:
+    """max|n| at most, where one of the layers rounds n; it costs no pass over n, and does not depend on it."""
+    if not any(rounds_operands(linear.weight) for linear in linears):
+        return None
+    return largest_normalized(norm_weight, options.weight_offset)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -95,6 +95,12 @@ def normalized(x: jax.Array, inverse_rms: jax.Array, weight: jax.Array, *, weigh
     return (x.astype(jnp.float32) * inverse_rms[..., None] * weight32).astype(x.dtype)
 
 
+def largest_normalized(weight: jax.Array, weight_offset: float) -> jax.Array:
+    """A bound of |y|, fp32 [], whatever x is: no element of a row exceeds sqrt(d) times the row's rms."""
+    weight32 = weight.astype(jnp.float32) + weight_offset
+    return math.sqrt(weight.size) * jnp.max(jnp.abs(weight32))
+
+
 def rms_norm_backward(
     dy: jax.Array,
     x: jax.Array,

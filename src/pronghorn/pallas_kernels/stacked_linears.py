@@ -33,6 +33,7 @@ from pronghorn.pallas_kernels.lora_linear import (
     over_tokens,
     project,
     project_back,
+    rounds_operands,
     times,
     times_transposed,
 )
@@ -86,21 +87,26 @@ def wanted_fields(op: str, linear: LinearWeights) -> frozenset[str]:
 
 
 def apply_linears(
-    n: jax.Array, linears: Sequence[LinearWeights], scales: Sequence[float], *, add: jax.Array | None = None
+    n: jax.Array,
+    linears: Sequence[LinearWeights],
+    scales: Sequence[float],
+    *,
+    add: jax.Array | None = None,
+    largest: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """((y_1, ..), T): y_i [..., out_i] and T [..., Σr] in the dtype of n [..., in]; T is None without any adapter.
 
     `add` [..., out_i], such as a residual stream, is added to every y_i: to the small product first, so that cuBLAS
-    can add the sum to the large one.
+    can add the sum to the large one. `largest` is as in `project`.
     """
     dtype = n.dtype
     a = stacked_a(linears, dtype)
     t = None if a is None else times_transposed(n, a, dtype)
     outputs: list[jax.Array] = []
     for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
-        if not hasattr(linear.weight, "times"):  # one that is dequantised
+        if not rounds_operands(linear.weight):  # one that is dequantised
             (n, t, outputs), linear = _in_turn((n, t, outputs), linear)
-        y = project(n, linear.weight, dtype)
+        y = project(n, linear.weight, dtype, largest)
         other = add
         if columns is not None:
             low = times_transposed(_read(t, columns), placed_b(linear, scale, columns, dtype), dtype)
@@ -138,13 +144,15 @@ def rank_gradient(dys: Sequence[jax.Array], linears: Sequence[LinearWeights], sc
     return sum(parts[1:], parts[0]) if share_rank_products(linears) else jnp.concatenate(parts, axis=-1)
 
 
-def input_gradient(dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWeights]) -> jax.Array:
-    """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter."""
+def input_gradient(
+    dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWeights], largest: Sequence[Any] | None = None
+) -> jax.Array:
+    """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter; `largest` of each dY_i, as in `project`."""
     dtype = dys[0].dtype
     total: Any = None if g is None else times(g.astype(dtype), stacked_a(linears, dtype), dtype)
-    for dy, linear in zip(dys, linears, strict=True):
+    for dy, linear, known in zip(dys, linears, largest or [None] * len(dys), strict=True):
         (dy, total), linear = _in_turn((dy, total), linear)
-        product = project_back(dy, linear.weight, dtype)
+        product = project_back(dy, linear.weight, dtype, known)
         # The product that is already there comes second, as in `apply_linears`.
         total = product if total is None else product + total
     return total

@@ -237,7 +237,12 @@ def _compiler_options(deterministic: bool) -> dict[str, str | bool] | None:
         return None
     # Products go to cuBLAS, which adds the adapters' rank-r products in its epilogue; XLA's own Triton products would
     # leave the sums to passes of their own (8B, 4,096 tokens on an H200: 279 -> 274 ms) and compile for longer.
-    options: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
+    # Nor does XLA glue products of one input together: that copies their operands, and what it cuts from the result is
+    # added and scaled in passes of its own.
+    options: dict[str, str | bool] = {
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_dot_merger_threshold_mb": "0",
+    }
     if deterministic:
         options["xla_gpu_deterministic_ops"] = True
     return options
