@@ -13,6 +13,7 @@ Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022, https://arxiv.
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -24,12 +25,13 @@ from pronghorn.pallas_kernels.fp8_product import (
     fp8_times,
     fp8_times_transposed,
     power_of_two_scale,
+    round_to_fp8,
 )
+from pronghorn.pallas_kernels.fp8_quantize import BLOCK, fp8_quantize, spread
 
 Scales = Literal["tensor", "row", "block"]
 Gradients = Literal["e4m3", "e5m2", "unrounded"]
 Activations = Literal["e4m3", "unrounded"]
-BLOCK = 128
 CODE_DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 
 
@@ -77,22 +79,27 @@ class FP8Array:
             return jax.vmap(FP8Array.dequantize)(self)
         codes, scales = jnp.asarray(self.codes), jnp.asarray(self.scales)
         if scales.ndim == 2:
-            return (codes.astype(jnp.float32) * _spread(jnp, scales, codes.shape)).astype(self.dtype)
+            return (codes.astype(jnp.float32) * spread(scales, codes.shape)).astype(self.dtype)
         return dequantize(codes, scales, self.dtype)
 
-    def times_transposed(self, x: jax.Array, dtype: Any) -> jax.Array:
-        """x [..., in] Wᵀ -> [..., out] in `dtype`."""
+    def times_transposed(self, x: jax.Array, dtype: Any, largest: jax.Array | None = None) -> jax.Array:
+        """x [..., in] Wᵀ -> [..., out] in `dtype`; `largest` is max|x| where it is known."""
         if self.scales.ndim == 2 or self.activations == "unrounded":
             return _dot(x, self.dequantize().astype(x.dtype), 1, dtype)
         return fp8_times_transposed(
-            x, self.codes, self.scales, gradient_format=self._gradient_format, dtype=dtype
+            x,
+            self.codes,
+            self.scales,
+            gradient_format=self._gradient_format,
+            dtype=dtype,
+            largest=largest,
         )
 
-    def times(self, y: jax.Array, dtype: Any) -> jax.Array:
+    def times(self, y: jax.Array, dtype: Any, largest: jax.Array | None = None) -> jax.Array:
         """y [..., out] W -> [..., in] in `dtype`: what a gradient is multiplied with."""
         if self.scales.ndim == 2 or self.gradients == "unrounded":
             return _dot(y, self.dequantize().astype(y.dtype), 0, dtype)
-        return fp8_times(y, self.codes, self.scales, format=self.gradients, dtype=dtype)
+        return fp8_times(y, self.codes, self.scales, format=self.gradients, dtype=dtype, largest=largest)
 
     @property
     def _gradient_format(self) -> Any:
@@ -114,7 +121,7 @@ def quantize_fp8(weight: Any, *, scales: Scales = "tensor", **products: Any) -> 
     """
     if isinstance(weight, np.ndarray):
         with np.errstate(invalid="ignore", over="ignore"):
-            codes, factors = _quantize(np, weight, scales)
+            codes, factors = _quantize_on_host(weight, scales)
     else:
         codes, factors = _quantize_on_device(weight, scales)
     return FP8Array(codes, factors, jnp.dtype(weight.dtype).name, **products)
@@ -134,34 +141,30 @@ def empty_like_fp8(
     )
 
 
-def _quantize(xp: Any, weight: Any, scales: str) -> tuple[Any, Any]:
+def _quantize_on_host(weight: np.ndarray, scales: Scales) -> tuple[Any, Any]:
     wide = weight.astype(np.float32)
-    magnitudes = xp.abs(wide)
+    magnitudes = np.abs(wide)
     if scales == "tensor":
-        largest = xp.max(magnitudes)
+        largest: Any = np.max(magnitudes)
     elif scales == "row":
-        largest = xp.max(magnitudes, axis=1)
+        largest = np.max(magnitudes, axis=1)
     else:
         rows, columns = (-(-size // BLOCK) for size in weight.shape)
         padding = [
             (0, count * BLOCK - size) for count, size in zip((rows, columns), weight.shape, strict=True)
         ]
-        largest = xp.max(xp.pad(magnitudes, padding).reshape(rows, BLOCK, columns, BLOCK), axis=(1, 3))
+        largest = np.max(np.pad(magnitudes, padding).reshape(rows, BLOCK, columns, BLOCK), axis=(1, 3))
     factors, inverses = power_of_two_scale(largest, "e4m3")
     if scales == "row":
         inverses = inverses[:, None]
     elif scales == "block":
-        inverses = _spread(xp, inverses, weight.shape)
+        inverses = spread(inverses, weight.shape)
     return (wide * inverses).astype(CODE_DTYPE), factors
 
 
-def _spread(xp: Any, scales: Any, shape: tuple[int, ...]) -> Any:
-    """Scales of blocks, one for each element."""
-    rows = xp.repeat(scales, BLOCK, axis=0)[: shape[0]]
-    return xp.repeat(rows, BLOCK, axis=1)[:, : shape[1]]
-
-
-_quantize_on_device = jax.jit(lambda weight, scales: _quantize(jnp, weight, scales), static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize_on_device(weight: jax.Array, scales: Scales) -> tuple[jax.Array, jax.Array]:
+    return round_to_fp8(weight) if scales == "tensor" else fp8_quantize(weight, scales)
 
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
