@@ -21,9 +21,10 @@ from pronghorn.converters.carried_files import carry_files, load_tokenizer, writ
 from pronghorn.converters.quantized_weights import (
     check_scales,
     in_8_bits,
+    is_known_config,
+    join_tensors,
     packed_weights,
     quantized_forms,
-    stored_quantization,
 )
 from pronghorn.converters.safetensors_files import (
     DEFAULT_SHARD_BYTES,
@@ -114,7 +115,7 @@ def load_model(
     hf_config, text = read_config(folder)
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
-    joined = bitsandbytes.join_tensors(folder, open_weights(folder), stored_quantization(folder))
+    joined = join_tensors(folder, open_weights(folder))
     stored = cut_tensors(joined, family.fused_tensors(config))
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
@@ -144,7 +145,7 @@ def load_model(
 
 
 def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
-    """`config.json` as a dict, and its text; without bitsandbytes' quantization_config.
+    """`config.json` as a dict, and its text; without the quantization_config of bitsandbytes or FP8.
 
     Raises:
       InputError: it is missing, too large, or no JSON object.
@@ -167,8 +168,8 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
         raise InputError(f"{path}: is not valid JSON ({str(error)[:100]}); download it again.") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: is no JSON object; download it again.")
-    if bitsandbytes.is_quantization_config(config.get(bitsandbytes.CONFIG_KEY)):
-        # How weights are stored is no part of the architecture; `stored_quantization` has it.
+    if is_known_config(config.get(bitsandbytes.CONFIG_KEY)):
+        # How weights are stored is no part of the architecture; `quantized_weights` has it.
         del config[bitsandbytes.CONFIG_KEY]
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return config, text

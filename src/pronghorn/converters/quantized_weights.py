@@ -1,6 +1,6 @@
 """The quantised weights of a Hugging Face folder: which there are, what each will be, and what is written of a model.
 
-Reading: tensors that bitsandbytes stored are taken as they are, and a 16-bit folder is quantised weight by weight as it
+Reading: tensors that bitsandbytes stored, or that are in FP8, are taken as they are, and a 16-bit folder is quantised weight by weight as it
 is loaded. Writing: one such folder holds one kind, so 8-bit weights beside 4-bit ones are written in 16 bits, with the
 very values that they had, and so are FP8 weights.
 """
@@ -15,27 +15,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pronghorn.converters import bitsandbytes
+from pronghorn.converters import bitsandbytes, fp8_checkpoints
+from pronghorn.converters.safetensors_files import StoredTensor
 from pronghorn.errors import InputError
 from pronghorn.lora import merged_weight, sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
-from pronghorn.quantization import Int8Array, QuantizationConfig, is_quantized, quantize
+from pronghorn.quantization import FP8Array, Int8Array, QuantizationConfig, is_quantized, quantize
 from pronghorn.quantization.quantize_model import QuantizedArray, choose, empty_like, finite_scales
 
 _NAMED = 5
 
 
 def stored_quantization(folder: str | Path) -> QuantizationConfig | None:
-    """How bitsandbytes quantised the model in a folder, by its config.json, or None."""
-    path = Path(folder) / "config.json"
-    value = json.loads(path.read_bytes().decode("utf-8")).get(bitsandbytes.CONFIG_KEY)
+    """How the model in a folder was quantised, by its config.json, or None."""
+    value = _config_value(folder)
+    if fp8_checkpoints.is_fp8_config(value):
+        return fp8_checkpoints.quantization_of(value)
     return bitsandbytes.quantization_of(value) if bitsandbytes.is_quantization_config(value) else None
+
+
+def is_known_config(value: Any) -> bool:
+    """Whether config.json's `quantization_config` says how weights are stored, and can be read."""
+    return bitsandbytes.is_quantization_config(value) or fp8_checkpoints.is_fp8_config(value)
+
+
+def join_tensors(folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The tensors of a folder, those of each quantised weight joined into one.
+
+    Raises:
+      InputError: naming the file and the weight whose parts are missing or do not fit.
+    """
+    value = _config_value(folder)
+    if fp8_checkpoints.is_fp8_config(value):
+        fp8_checkpoints.quantization_of(value)
+        return fp8_checkpoints.join_tensors(stored, value["quant_method"])
+    return bitsandbytes.join_tensors(folder, stored, stored_quantization(folder))
+
+
+def _config_value(folder: str | Path) -> Any:
+    path = Path(folder) / "config.json"
+    return json.loads(path.read_bytes().decode("utf-8")).get(bitsandbytes.CONFIG_KEY)
 
 
 def in_8_bits(tensor: Any) -> bool:
     """Whether a tensor is an 8-bit weight, whose file does not say what it was."""
-    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, Int8Array)
+    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, Int8Array | FP8Array)
 
 
 def quantized_forms(
