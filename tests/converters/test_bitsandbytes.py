@@ -142,9 +142,15 @@ def test_quantising_while_loading_gives_the_codes_of_bitsandbytes(base, folders,
 
 def test_a_folder_of_ours_loads_in_transformers(base, tmp_path, caplog):
     caplog.set_level(logging.ERROR)
-    skip = ("model.layers.1.mlp",)
-    model = load_model(base, quantization=QuantizationConfig("nf4", skip=skip))
+    mixed = QuantizationConfig(
+        "nf4", skip=("model.layers.1.mlp",), modules=(("model.layers.2.mlp.up_proj", "int8"),)
+    )
+    model = load_model(base, quantization=mixed)
+    assert isinstance(named_parameters(model)["layers.2.mlp.up_proj.weight"].get(), Int8Array)
     save_model(model, tmp_path / "out")
+    # 8 bits beside 4 are not in the format: their very values are written in 16 bits (here 32).
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert "model.layers.2.mlp.up_proj" in config["llm_int8_skip_modules"]
     theirs = _dequantizing(tmp_path / "out")
     ids = tiny_models.prompt(40)
     assert np.max(np.abs(tiny_models.ours(model, ids) - tiny_models.logits(theirs, ids))) <= 1e-3
@@ -198,6 +204,7 @@ def without(part):
         (without("nested_quant_map"), "nested_quant_map"),
         (without("nested_absmax"), "nested_absmax"),
         (without("absmax"), "absmax"),
+        (lambda name, a: a[:-1] if name.endswith("0.mlp.up_proj.weight.absmax") else a, "absmax"),
         (without("quant_map"), "quant_map"),
         (without("quant_state.bitsandbytes__nf4"), "no quant_state"),
         (lambda name, a: a[:-3] if "0.mlp.up_proj.weight.quant_state" in name else a, "not valid JSON"),
@@ -206,6 +213,26 @@ def without(part):
 def test_damaged_parts_are_refused_by_name(folders, tmp_path, change, words):
     with pytest.raises(InputError, match=words) as refusal:
         load_model(rewritten(folders["nf4"][0], tmp_path, change))
+    assert "layers.0.mlp.up_proj.weight" in str(refusal.value) and "model.safetensors" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (lambda name, array: array[:-1] if name.endswith("0.mlp.up_proj.SCB") else array, "SCB"),
+        (
+            lambda name, array: None if name.endswith("0.mlp.up_proj.weight") else array,
+            "8-bit scales and is no int8 matrix",
+        ),
+        (
+            lambda name, array: np.ones_like(array) if name.endswith("0.mlp.up_proj.weight_format") else array,
+            "layout of old GPUs",
+        ),
+    ],
+)
+def test_damaged_8_bit_parts_are_refused_by_name(folders, tmp_path, change, words):
+    with pytest.raises(InputError, match=words) as refusal:
+        load_model(rewritten(folders["int8"][0], tmp_path, change))
     assert "layers.0.mlp.up_proj.weight" in str(refusal.value) and "model.safetensors" in str(refusal.value)
 
 

@@ -58,6 +58,9 @@ def test_tables_are_those_of_bitsandbytes():
         ("float32", 1e30),
         ("bfloat16", 1e37),
         ("float32", 1e-30),
+        ("bfloat16", 1e-30),
+        ("float16", 1e4),
+        ("float16", 1e-6),
     ],
 )
 def test_codes_and_absmax_equal_those_of_bitsandbytes(where, kind, dtype, scale):
@@ -82,14 +85,19 @@ def test_other_block_sizes_equal_those_of_bitsandbytes(where, block_size):
 
 
 @pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("value", [0.0, 0.37, -2.5])
-def test_constant_weights_equal_those_of_bitsandbytes(where, value):
+def test_constant_weights_equal_those_of_bitsandbytes(where, dtype, value):
     pytest.importorskip("bitsandbytes")
-    weight = np.full((3, 64), value, np.float32)
-    weight[1] = 0  # a block of zeros
+    weight = np.full((3, 64), value, reference.DTYPES[dtype])
+    weight[1] = 0  # a block of zeros, whose codes differ between the libraries' own devices
     codes, state = reference.quantize_4bit(weight, "nf4", nested=False)
     ours = quantize_4bit(WHERE[where](weight), nested=False)
-    assert np.array_equal(np.asarray(ours.dequantize()), reference.dequantize_4bit(codes, state))
+    assert np.array_equal(np.asarray(ours.absmax), state.absmax.numpy())
+    if value:
+        rows = np.asarray(ours.codes).reshape(3, 32), codes.numpy().reshape(3, 32)
+        assert np.array_equal(rows[0][::2], rows[1][::2])
+    assert np.array_equal(np.asarray(ours.dequantize(), np.float32), reference.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("where", WHERE)

@@ -66,10 +66,25 @@ def test_memory_policies_train_the_same(folder):
         jax.jit(jax.grad(lambda t, f, b, p=policy: losses.next_token(graph, memory_policy=p)(t, f, b)[0]))(
             trainable, frozen, batch
         )
-        for policy in ("keep", "layer_inputs")
+        for policy in ("keep", "attention", "layer_inputs")
     ]
-    for one, other in zip(*map(jax.tree.leaves, results), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+    for one, *others in zip(*map(jax.tree.leaves, results), strict=True):
+        for other in others:
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_offloaded_layer_inputs_train_the_same(folder):
+    graph, trainable, frozen = split(adapted(folder))
+    batch = jax.tree.map(lambda x: x[0], small.random_batch(1, 2, 12))
+    one, other = (
+        jax.jit(jax.grad(lambda t, f, b, p=policy: losses.next_token(graph, memory_policy=p)(t, f, b)[0]))(
+            trainable, frozen, batch
+        )
+        for policy in ("layer_inputs", "offload")
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
 
 
 def test_codes_are_never_trainable(folder):
