@@ -51,17 +51,24 @@ class MemoryArrays:
             name: np.concatenate(self.parts.get(name) or [np.zeros(0, dtype)])
             for name, dtype in (ROW_ARRAYS | DOCUMENT_ARRAYS | TOKEN_ARRAYS).items()
         }
+        arrays["duplicates"] = duplicates(arrays["digests"])
         return dataset_of(arrays, self.origins, collected.format)
+
+
+def duplicates(digests: np.ndarray) -> np.ndarray:
+    """bool[documents]: equal to an earlier one."""
+    repeated = np.ones(len(digests), bool)
+    repeated[np.unique(digests, return_index=True)[1]] = False
+    return repeated
 
 
 def dataset_of(arrays: dict[str, np.ndarray], origins: Any, format: DetectedFormat) -> TokenizedDataset:
     """The data set of the arrays that a `Collected` wrote."""
-    digests = arrays["digests"]
-    first = np.zeros(len(digests), bool)
-    first[np.unique(digests, return_index=True)[1]] = True
-    table = Table(arrays["outcomes"], arrays["lengths"], arrays["rows"], arrays["trained_counts"], ~first)
+    table = Table(
+        arrays["outcomes"], arrays["lengths"], arrays["rows"], arrays["trained_counts"], arrays["duplicates"]
+    )
     weights = arrays["weights"] if len(arrays["weights"]) and np.any(arrays["weights"] != 1) else None
-    everything = np.arange(len(digests))
+    everything = np.arange(len(arrays["rows"]))
     sizes = np.diff(arrays["offsets"])
     return TokenizedDataset(
         arrays["tokens"],

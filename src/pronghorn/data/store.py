@@ -24,7 +24,14 @@ from typing import Any
 import numpy as np
 
 from pronghorn.data.chat_template import template_source
-from pronghorn.data.collect import DOCUMENT_ARRAYS, ROW_ARRAYS, TOKEN_ARRAYS, Collected, dataset_of
+from pronghorn.data.collect import (
+    DOCUMENT_ARRAYS,
+    ROW_ARRAYS,
+    TOKEN_ARRAYS,
+    Collected,
+    dataset_of,
+    duplicates,
+)
 from pronghorn.data.config import DataConfig
 from pronghorn.data.dataset import TokenizedDataset
 from pronghorn.data.formats import DetectedFormat
@@ -33,7 +40,9 @@ from pronghorn.files import fsync_tree, write_json
 
 VERSION = 1  # of the layout and of what tokenisation does; another number makes other keys
 META = "meta.json"
-_ARRAYS = ROW_ARRAYS | DOCUMENT_ARRAYS | TOKEN_ARRAYS
+_WRITTEN = ROW_ARRAYS | DOCUMENT_ARRAYS | TOKEN_ARRAYS
+# Digests are written to be compared once, at the end.
+_ARRAYS = {**{name: dtype for name, dtype in _WRITTEN.items() if name != "digests"}, "duplicates": np.bool_}
 # What of a DataConfig decides the tokens; the rest decides batches, or where rows come from.
 _SETTINGS = ("format", "columns", "max_length", "loss_on", "overlong", "system_prompt")
 
@@ -43,8 +52,9 @@ class FileArrays:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.sizes = dict.fromkeys(_ARRAYS, 0)
-        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 20) for name in _ARRAYS}
+        self.sizes = dict.fromkeys((*_WRITTEN, "duplicates"), 0)
+        names = list(self.sizes)
+        self._files = {name: (folder / f"{name}.bin").open("wb", buffering=1 << 20) for name in names}
         self._origins = (folder / "origins.txt").open("wb", buffering=1 << 20)
         self._ends = (folder / "origins.bin").open("wb", buffering=1 << 20)
         self._end = 0
@@ -66,6 +76,13 @@ class FileArrays:
         self._origins.write(text)
         self._end += len(text)
         self._ends.write(self._end.to_bytes(8, "little"))
+
+    def finish(self) -> None:
+        """Compare the documents, once all are there."""
+        self._files["digests"].flush()
+        path = self.folder / "digests.bin"
+        self.append("duplicates", duplicates(np.fromfile(path, np.uint64)))
+        path.unlink()
 
     def close(self) -> None:
         for file in (*self._files.values(), self._origins, self._ends):
@@ -135,6 +152,7 @@ def cached(cache_dir: str | Path, key: str, make: Callable[[FileArrays], Collect
             arrays = FileArrays(temporary)
             try:
                 collected = make(arrays)
+                arrays.finish()
             finally:
                 arrays.close()
             meta = {
