@@ -92,3 +92,12 @@ def test_permutation_has_no_preferred_places():
 
 
 PINNED = [2, 9, 8, 7, 3, 1, 5, 6, 0, 4]
+
+
+def test_windows_hold_every_document_once(monkeypatch):
+    lengths = np.asarray([3, 5, 2, 7, 1, 4, 4, 6, 2, 2, 9])
+    monkeypatch.setattr("pronghorn.data.packing._WINDOW", 4)
+    plan = pack(lengths, 9)
+    assert sorted(plan.documents.tolist()) == list(range(11))
+    assert all(lengths[plan.row(i)].sum() <= 9 for i in range(len(plan)))
+    assert len(pack(np.zeros(0, int), 9)) == 0

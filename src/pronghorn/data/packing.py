@@ -15,6 +15,9 @@ import numpy as np
 from pronghorn.data.permutation import permutation
 
 
+_WINDOW = 1 << 20
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class PackingPlan:
     """Rows of documents.
@@ -37,12 +40,27 @@ class PackingPlan:
 def pack(lengths: np.ndarray, max_length: int) -> PackingPlan:
     """Best fit, longest first; ties go to the earlier document. Rows come in the order of their first document.
 
+    A million documents at a time, which bounds the memory of this and costs a row or two each time.
+
     Args:
       lengths: int[documents], each from 1 to `max_length`.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= max_length:
         raise ValueError(f"lengths must be within [1, {max_length}]")
+    plans = [
+        _packed(lengths[start : start + _WINDOW], start, max_length)
+        for start in range(0, len(lengths), _WINDOW)
+    ]
+    if not plans:
+        return _plan([])
+    counts = np.concatenate([np.diff(plan.row_offsets) for plan in plans])
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return PackingPlan(np.concatenate([plan.documents for plan in plans]), offsets)
+
+
+def _packed(lengths: np.ndarray, first: int, max_length: int) -> PackingPlan:
+    """The plan of one window of documents, of which the first has the number `first`."""
     rows: list[list[int]] = []
     rooms: list[int] = []  # free tokens that some row has, sorted, each once
     rows_with: dict[int, list[int]] = {}  # free tokens -> rows that have them
@@ -67,7 +85,8 @@ def pack(lengths: np.ndarray, max_length: int) -> PackingPlan:
     for documents in rows:
         documents.sort()
     rows.sort(key=lambda documents: documents[0])
-    return _plan(rows)
+    plan = _plan(rows)
+    return PackingPlan(plan.documents + first, plan.row_offsets)
 
 
 def one_a_row(count: int) -> PackingPlan:
