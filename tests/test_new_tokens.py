@@ -25,11 +25,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn 
 VOCAB, NEW = tiny_models.VOCAB, 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compiles():
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")
     return {
-        tied: tiny_models.save(tiny_models.make("llama", tied=tied), root / str(tied))
+        tied: tiny_models.save(tiny_models.make("llama", tied=tied, num_hidden_layers=1), root / str(tied))
         for tied in (True, False)
     }
 
@@ -210,26 +217,29 @@ def test_other_trained_tokens_are_refused(bases, tmp_path, indices):
         load_adapter(load_model(bases[True]), tmp_path / "adapter")
 
 
-def test_job_trains_saves_and_reloads_new_tokens(tmp_path):
-    folder = tiny.write_model(tmp_path / "model", tie_word_embeddings=False)
-    rows = tiny.write_rows(tmp_path / "rows.jsonl", [tiny.chat("<fox>?", "<fox>!"), tiny.chat("a", "b")] * 4)
+def test_base_model_gets_a_shipped_template_with_its_markers_as_new_tokens(tmp_path):
+    folder = tiny.write_model(tmp_path / "model", tie_word_embeddings=False, num_layers=1)
+    rows = tiny.write_rows(tmp_path / "rows.jsonl", [tiny.chat("fox?", "fox!"), tiny.chat("a", "b")] * 4)
     settings = {
         "model": str(folder),
         "dtype": "float32",
-        "new_tokens": ["<fox>", "unused thing"],
+        "new_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
         "lora": {"rank": 2, "targets": ["q_proj"]},
-        "data": {"path": str(rows), "max_length": 32},
+        "data": {"path": str(rows), "max_length": 48, "chat_template": "phi"},
         "train": {"max_steps": 2, "learning_rate": 0.01, "output_dir": str(tmp_path / "run")},
     }
     trainer = jobs.prepare_job(from_mapping(JobConfig, settings))
     before = np.asarray(trainer.model.embed_tokens.lora_new_rows.get_value())
     trainer.train()
     after = np.asarray(trainer.model.embed_tokens.lora_new_rows.get_value())
-    assert np.abs(after[0] - before[0]).max() > 1e-3
+    assert np.abs(after[3] - before[3]).max() > 1e-3
     saved = jobs.save_results(trainer, tmp_path / "run", merge_into=tmp_path / "merged")
     assert saved["adapter_kl"] == 0 and saved["merged_kl"] < 1e-6
     model, tokenizer = load(folder, adapter=tmp_path / "run/adapter", dtype="float32")
-    assert tokenizer.convert_tokens_to_ids("<fox>") == model.config.vocab_size - 2
+    assert tokenizer.eos_token == "<|end|>" and tokenizer.eos_token_id == model.config.vocab_size - 1
+    asked = [{"role": "user", "content": "fox?"}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert text == "<|user|>\nfox?<|end|>\n<|assistant|>\n"
     merged, merged_tokenizer = load(tmp_path / "merged")
     assert len(merged_tokenizer) == merged.config.vocab_size == model.config.vocab_size
     going_on = settings | {"adapter": saved["adapter_dir"], "new_tokens": []}
@@ -237,7 +247,8 @@ def test_job_trains_saves_and_reloads_new_tokens(tmp_path):
     assert jobs.prepare_job(from_mapping(JobConfig, going_on)).total_steps == 2
     assert jobs.tokenizer_of(from_mapping(JobConfig, settings), folder, tiny.tiny_config())[1:] == (
         model.config.vocab_size,
-        model.config.vocab_size - 2,
+        model.config.vocab_size - 4,
     )
+    plain = settings["data"] | {"chat_template": None}
     with pytest.raises(InputError, match="not one of them occurs in the rows"):
-        jobs.prepare_job(from_mapping(JobConfig, settings | {"new_tokens": ["<nowhere>"]}))
+        jobs.prepare_job(from_mapping(JobConfig, settings | {"new_tokens": ["<nowhere>"], "data": plain}))

@@ -14,7 +14,6 @@ import numpy as np
 
 from pronghorn.data.permutation import permutation
 
-
 _WINDOW = 1 << 20
 
 
