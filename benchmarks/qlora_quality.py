@@ -68,12 +68,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     common.add_arguments(parser, "qlora-quality")
     parser.add_argument("--recipe", default=None)
+    parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--heldout-rows", type=int, default=None)
     options = parser.parse_args()
     config = QuickstartConfig.for_this_machine()
     # One layout for all: a recipe's layers differ, and cannot be stacked.
-    changes: dict[str, Any] = {"layers": "unrolled"}
+    changes: dict[str, Any] = {"layers": options.layers}
     changes |= {"steps": options.steps} if options.steps else {}
     changes |= {"heldout_rows": options.heldout_rows} if options.heldout_rows else {}
     config = dataclasses.replace(config, **changes)

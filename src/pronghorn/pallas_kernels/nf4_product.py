@@ -161,7 +161,7 @@ def _multiply_add(a, b, c, native):
 
 
 def _together_kernel(
-    x_ref, codes_ref, absmax_ref, table_ref, *rest, padded_rows, out_rows, blocks_at_a_time, block_size
+    x_ref, codes_ref, absmax_ref, table_ref, *rest, padded_rows, out_rows, blocks_at_a_time, block_size, native
 ):
     """All rows of x through the tensor cores."""
     *nested_refs, y_ref = rest
@@ -182,7 +182,10 @@ def _together_kernel(
         columns = i * width + jnp.arange(width)
         inside = (columns[:, None] < x_ref.shape[1]) & (at[None, :] < rows)
         x = triton.load(x_ref.at[at[None, :], columns[:, None]], mask=inside, other=0.0)
-        return total + jnp.dot(weight, x, preferred_element_type=jnp.float32)
+        precision: jax.lax.PrecisionLike = jax.lax.Precision.DEFAULT
+        if x.dtype == jnp.float32:  # as in attention: true fp32 takes minutes to compile
+            precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else jax.lax.Precision.HIGHEST
+        return total + jnp.dot(weight, x, precision=precision, preferred_element_type=jnp.float32)
 
     start = jnp.zeros((out_rows, padded_rows), jnp.float32)
     total = jax.lax.fori_loop(0, launch.cdiv(per_row, blocks_at_a_time), step, start)
@@ -203,9 +206,14 @@ def _launch(x, weight, shape, block_size, out_dtype):
     operands = [x, codes, absmax, code_table]
     if nested is not None:
         operands += [nested.absmax, nested.table, jnp.reshape(nested.offset, (1,))]
-    options = {"out_rows": out_rows, "blocks_at_a_time": blocks_at_a_time, "block_size": block_size}
+    options = {
+        "out_rows": out_rows,
+        "blocks_at_a_time": blocks_at_a_time,
+        "block_size": block_size,
+        "native": not launch.interpreting(),
+    }
     kernel = (
-        functools.partial(_separate_kernel, rows=rows, native=not launch.interpreting(), **options)
+        functools.partial(_separate_kernel, rows=rows, **options)
         if separate
         else functools.partial(
             _together_kernel, padded_rows=max(16, launch.next_power_of_2(rows)), **options
@@ -217,6 +225,7 @@ def _launch(x, weight, shape, block_size, out_dtype):
         grid=(launch.cdiv(shape[0], out_rows),),
         out_shape=jax.ShapeDtypeStruct((rows, shape[0]), out_dtype),
         num_warps=warps,
+        num_stages=1,  # with more, Triton would copy the table that values are looked up in through shared memory
     )(*operands)
 
 
