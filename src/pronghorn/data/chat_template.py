@@ -47,6 +47,7 @@ class ChatTemplate:
         self._lock = threading.Lock()  # the environment's meter belongs to one rendering
         try:
             self._template = self._environment.compile_guarded(source)
+            self._template.globals = dict(self._template.globals)  # a chain of mappings is slow to copy
         except Exception as error:
             raise InputError(
                 f"chat template: cannot be used, {_reason(error)}; correct it or give another"
@@ -87,8 +88,11 @@ class ChatTemplate:
         environment = self._environment
         with self._lock:
             try:
-                others = {**plain(variables), "tools": plain(list(tools)) if tools is not None else None}
-                copies, characters = [], self._characters + _characters(others)
+                others = {"tools": None if tools is None else plain(list(tools))}
+                copies, characters = [], self._characters
+                if variables or tools:
+                    others |= plain(variables)
+                    characters += _characters(others)
                 for message in messages:
                     copy, size = _copied(message)
                     copies.append(copy)
