@@ -7,6 +7,7 @@ import re
 from rich.console import Console
 
 from pronghorn.data.config import DataConfig
+from pronghorn.data.dataset import MixedDataset
 from pronghorn.data.loader import Loader
 from pronghorn.data.preview import pieces, preview_html, preview_rows, statistics, visible
 from pronghorn.data.tokenization import tokenize_rows
@@ -96,3 +97,17 @@ def test_statistics_tell_format_counts_and_how_full_rows_are(tokenizer):
     assert f"rows {loader.efficiency:.1%} full" in table["an epoch"]
     assert f"rows {loader.efficiency:.1%} full" in _printed(dataset, tokenizer, loader=loader)
     assert "an epoch" not in dict(statistics(dataset))
+
+
+def test_mixture_tells_shares_and_passes_of_its_parts(tokenizer):
+    parts = (_dataset(tokenizer, *"abcdef"), _dataset(tokenizer, "long " * 20, "x"))
+    mixed = MixedDataset(parts, ("short.jsonl", "long/"), (0.75, 0.25))
+    loader = Loader(mixed, batch_size=2, max_length=400, packing=False)
+    table = dict(statistics(mixed, loader))
+    assert table["short.jsonl"].startswith("75.0% of the rows: 6 documents")
+    assert table["short.jsonl"].endswith("seen 1.00 times an epoch")
+    assert table["long/"].endswith("seen 1.00 times an epoch")
+    assert "short.jsonl: prompt_completion; long/: prompt_completion" in table["format"]
+    page = preview_html(mixed, tokenizer, rows=8, loader=loader)
+    assert page.count("<h2>") == 8 and "long long" in page
+    assert "75.0%" in _printed(mixed, tokenizer, rows=[7], loader=loader)
