@@ -22,10 +22,10 @@ from pronghorn.models.decoder import Decoder
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.losses import step_batch
-from pronghorn.training.memory_plan import plan_from_compiled
+from pronghorn.training.memory_plan import plan_from_compiled, start_state
 from pronghorn.training.optimizers import make_optimizer
 from pronghorn.training.schedules import make_schedule
-from pronghorn.training.step import compile_step, compute_dtypes, init_state, make_train_step
+from pronghorn.training.step import compile_step, compute_dtypes, make_train_step
 
 WARM_UP = 3
 
@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     )
     graph, trainable, frozen = ph.split(model)
     optimizer = make_optimizer(train, 1000)
-    state = init_state(trainable, optimizer)
+    state = start_state(trainable, optimizer, train)
     dtypes = compute_dtypes(trainable)
     del model
     flops = count_flops(config, trainable, frozen)

@@ -26,13 +26,15 @@ from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization.quantize_model import QuantizationConfig, choose, empty_like, make_abstract
 from pronghorn.training.checkpoints import state_bytes
 from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
+from pronghorn.training.flat_tree import is_flat
 from pronghorn.training.flops import count_flops, has_shape
 from pronghorn.training.losses import evaluation_sums, step_batch
-from pronghorn.training.optimizers import make_optimizer
+from pronghorn.training.optimizers import make_optimizer, treats_all_alike
 from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import (
     StepFunction,
     TrainState,
+    can_be_flat,
     compile_step,
     compute_dtypes,
     init_state,
@@ -291,7 +293,11 @@ def start_state(
 ) -> TrainState:
     """The state before step 1, as a run with this configuration makes it."""
     return init_state(
-        trainable, optimizer, seed=train_config.seed, master_weights=train_config.master_weights
+        trainable,
+        optimizer,
+        seed=train_config.seed,
+        master_weights=train_config.master_weights,
+        flat=can_be_flat(trainable) and treats_all_alike(train_config, trainable),
     )
 
 
@@ -319,6 +325,8 @@ def count_parameters(tree: Any) -> int:
 
 def _cast_bytes(masters: Any, trainable: Any) -> int:
     """Bytes of the 16-bit weights that evaluation makes from fp32 masters."""
+    if is_flat(masters):
+        return 0  # fp32 leaves, cut from the vector
     pairs = zip(jax.tree.leaves(masters), jax.tree.leaves(trainable), strict=True)
     return sum(state_bytes(leaf) for master, leaf in pairs if master.dtype != leaf.dtype)
 

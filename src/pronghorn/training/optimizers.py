@@ -15,6 +15,7 @@ from flax import nnx
 
 from pronghorn.errors import InputError
 from pronghorn.training.config import TrainConfig
+from pronghorn.training.flat_tree import is_flat
 from pronghorn.training.schedules import make_schedule
 
 _NEVER_DECAYED = ("norm", "bias", "sinks")
@@ -48,8 +49,10 @@ def init_optimizer(optimizer: optax.GradientTransformation, trainable: Any) -> A
 def decay_mask(trainable: Any) -> Any:
     """True for matrices, false for norms, biases and every other vector, in the structure of `trainable`.
 
-    A stacked leaf's leading `layers` axis does not make a matrix of a vector.
+    A stacked leaf's leading `layers` axis does not make a matrix of a vector. A flat tree is one answer for all.
     """
+    if is_flat(trainable):
+        return jax.tree.map(lambda _: True, trainable)
 
     def decayed(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator=".").lower()
@@ -58,6 +61,11 @@ def decay_mask(trainable: Any) -> Any:
         return jax.tree.map(lambda _: mask, leaf)
 
     return jax.tree_util.tree_map_with_path(decayed, trainable, is_leaf=is_variable)
+
+
+def treats_all_alike(config: TrainConfig, trainable: Any) -> bool:
+    """Whether this configuration's optimizer does the same to every element of `trainable`."""
+    return not config.weight_decay or all(jax.tree.leaves(decay_mask(trainable)))
 
 
 def is_variable(leaf: Any) -> bool:

@@ -27,6 +27,7 @@ from pronghorn.training.checkpoints import (
     check_settings,
     restore,
 )
+from pronghorn.training.flat_tree import as_tree
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
 from pronghorn.training.held_out import HeldOutHistory
@@ -290,7 +291,7 @@ class Run:
             for batch in batches:
                 if stop.requested is not None:
                     return
-                excused = excused_leaves(self._state().trainable, self.names) if guarded else set()
+                excused = excused_leaves(as_tree(self._state().trainable), self.names) if guarded else set()
                 self.leaves, metrics = self.compiled(
                     self.leaves, self.frozen_leaves, step_batch(batch, self.trainer.data.packing)
                 )
@@ -351,7 +352,7 @@ class Run:
             self.streak.see(record["step"], applied=fine, token_count=record["token_count"])
 
     def _evaluate(self) -> float:
-        trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
+        trainable = self._trained()
         evaluation = self.trainer._evaluate(trainable, self.frozen, step=self.step)
         self.evaluations.append(evaluation)
         record = {"step": self.step, "eval_loss": evaluation.loss, "eval_token_count": evaluation.token_count}
@@ -421,11 +422,16 @@ class Run:
             "the smallest"
         )
 
+    def _trained(self) -> Any:
+        """The trainable leaves as they are now, in the dtypes that the model has."""
+        trainable = as_tree(self._state().trainable)
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), trainable, self.dtypes)
+
     def _return_leaves(self) -> None:
         """Give the model the trained leaves, in the dtypes it had."""
         if not self.leaves or any(leaf.is_deleted() for leaf in self.leaves):
             return  # the step itself failed: its donated state is gone, and the error on its way says why
-        trainable = jax.tree.map(lambda x, dtype: x.astype(dtype), self._state().trainable, self.dtypes)
+        trainable = self._trained()
         nnx.update(self.trainer.model, trainable)
 
     def _print_report(self) -> None:

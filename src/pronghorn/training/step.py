@@ -18,9 +18,13 @@ import jax.numpy as jnp
 import optax
 
 from pronghorn.training.config import TrainConfig
+from pronghorn.training.flat_tree import FlatLayout, as_tree, is_flat
 from pronghorn.training.losses import LossFunction, next_token
 from pronghorn.training.optimizers import init_optimizer, is_stacked, is_variable
 from pronghorn.training.schedules import LearningRate
+
+# A leaf over this size fills the device by itself, and a second copy of its gradient would be felt.
+MOST_FLAT_ELEMENTS = 1 << 22
 
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[["TrainState", Any, Any], tuple["TrainState", Metrics]]
@@ -33,7 +37,8 @@ class TrainState:
 
     Attributes:
       step: int32, steps done, skipped ones included. It is the data position too: the next batch is `batch_at(step)`.
-      trainable: the parameters that the optimizer updates (fp32 adapters; fp32 masters or the weights themselves).
+      trainable: the parameters that the optimizer updates (fp32 adapters; fp32 masters or the weights themselves), a
+        tree, or a `FlatTree` of one.
       opt_state: Optax's state, fp32 moments.
       rng: uint32 key data; a step's dropout key is `fold_in(rng, step)`, so it never changes.
       skipped: int32, steps whose update was skipped.
@@ -47,7 +52,12 @@ class TrainState:
 
 
 def init_state(
-    trainable: Any, optimizer: optax.GradientTransformation, *, seed: int = 0, master_weights: bool = True
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int = 0,
+    master_weights: bool = True,
+    flat: bool = False,
 ) -> TrainState:
     """The state before step 1.
 
@@ -56,7 +66,11 @@ def init_state(
       optimizer: from `make_optimizer`, or any Optax transformation without a clipping of its own.
       seed: of the dropout stream.
       master_weights: hold 16-bit parameters as fp32; pass `compute_dtypes(trainable)` to `make_train_step` then.
+      flat: hold all parameters as one fp32 vector, for optimizers that treat every element alike: much faster where
+        there are many small leaves. See `can_be_flat`.
     """
+    if flat:
+        trainable = FlatLayout.of(trainable).flatten(trainable)
     if master_weights:
         trainable = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), trainable)
     return TrainState(
@@ -104,12 +118,14 @@ def make_train_step(
     )
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
-        parameters = state.trainable
+        parameters = as_tree(state.trainable)
         if dtypes is not None:
             parameters = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), parameters, dtypes)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if dropout else None
         loss_sum, count, gradient = _sum_over_micro_batches(summed_loss, parameters, frozen, batch, key)
 
+        if is_flat(state.trainable):
+            gradient = state.trainable.layout.flatten(gradient)
         tokens = jnp.maximum(count, 1).astype(jnp.float32)
         loss = loss_sum / tokens
         squares = leaf_square_sums(gradient)
@@ -177,8 +193,18 @@ def _sum_over_micro_batches(loss_fn: LossFunction, parameters: Any, frozen: Any,
     return total
 
 
+def can_be_flat(trainable: Any) -> bool:
+    """Whether parameters may be held as one vector: small fp32 leaves, none of them a stack of layers."""
+    return all(
+        jnp.dtype(leaf.dtype) == jnp.float32 and not is_stacked(leaf) and leaf.size <= MOST_FLAT_ELEMENTS
+        for leaf in jax.tree.leaves(trainable, is_leaf=is_variable)
+    )
+
+
 def leaf_square_sums(tree: Any) -> jax.Array:
     """Sum of squares of each leaf in fp32, one entry for each layer of a stacked leaf: `[leaves]`."""
+    if is_flat(tree):
+        return tree.layout.square_sums(tree.vector)
     sums = []
     for leaf in jax.tree.leaves(tree, is_leaf=is_variable):
         array = leaf[...] if is_variable(leaf) else leaf
@@ -237,8 +263,8 @@ def _compiler_options(deterministic: bool) -> dict[str, str | bool] | None:
         return None
     # Products go to cuBLAS, which adds the adapters' rank-r products in its epilogue; XLA's own Triton products would
     # leave the sums to passes of their own (8B, 4,096 tokens on an H200: 279 -> 274 ms) and compile for longer.
-    # Nor does XLA glue products of one input together: that copies their operands, and what it cuts from the result is
-    # added and scaled in passes of its own.
+    # Nor are products that share an input merged: XLA would copy their weights side by side first, 48 MB a layer for
+    # q, k and v of the same model, and could add nothing in the merged product's epilogue.
     options: dict[str, str | bool] = {
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_dot_merger_threshold_mb": "0",
