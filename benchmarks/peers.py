@@ -19,13 +19,17 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def load_unsloth(options):
     from unsloth import FastLanguageModel
 
+    full = options.adapter == "full"
     model, _ = FastLanguageModel.from_pretrained(
         options.folder,
         max_seq_length=options.seq,
         dtype=None,
         load_in_4bit=options.weights == "nf4",
+        full_finetuning=full,
         local_files_only=True,
     )
+    if full:
+        return model
     return FastLanguageModel.get_peft_model(
         model,
         r=options.rank,
@@ -43,7 +47,9 @@ def load_transformers(options):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    arguments = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": 0}}
+    # Fully trained weights are fp32 masters, as ours are; products run in bf16 under autocast.
+    dtype = torch.float32 if options.adapter == "full" else torch.bfloat16
+    arguments = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": 0}}
     if options.weights == "nf4":
         from transformers import BitsAndBytesConfig
 
@@ -59,10 +65,11 @@ def load_transformers(options):
         model = AutoLigerKernelForCausalLM.from_pretrained(options.folder, **arguments)
     else:
         model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
-    model = get_peft_model(
-        model,
-        LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=TARGETS, task_type="CAUSAL_LM"),
-    )
+    if options.adapter == "lora":
+        lora = LoraConfig(
+            r=options.rank, lora_alpha=options.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, lora)
     if options.checkpointing != "none":
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -77,6 +84,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True)
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--weights", default="bf16", choices=("bf16", "nf4"))
+    parser.add_argument("--adapter", default="lora", choices=("lora", "full"))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=4096)
@@ -109,7 +117,11 @@ def main() -> None:
         torch.cuda.synchronize()
         start = time.perf_counter()
         chosen = kinds.get(options.attention)
-        with contextlib.nullcontext() if chosen is None else sdpa_kernel(chosen):
+        with contextlib.ExitStack() as stack:
+            if chosen is not None:
+                stack.enter_context(sdpa_kernel(chosen))
+            if trained[0].dtype == torch.float32 and options.adapter == "full":
+                stack.enter_context(torch.autocast("cuda", torch.bfloat16))
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -130,7 +142,7 @@ def main() -> None:
         "framework": options.framework,
         "model": options.model,
         "weights": options.weights,
-        "adapter": "lora",
+        "adapter": options.adapter,
         "rank": options.rank,
         "batch": options.batch,
         "seq": options.seq,

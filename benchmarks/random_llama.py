@@ -14,7 +14,7 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(shapes.MODELS), default="llama-3.1-8b")
     options = parser.parse_args()
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     config = shapes.MODELS[options.model]
     rope = config.rope
@@ -26,7 +26,8 @@ def main() -> None:
             "high_freq_factor": rope.high_freq_factor,
             "original_max_position_embeddings": rope.original_max_position_embeddings,
         }
-    hf_config = LlamaConfig(
+    kind = {"llama": "Llama", "qwen3": "Qwen3"}[config.family]
+    hf_config = getattr(transformers, f"{kind}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -45,7 +46,7 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = LlamaForCausalLM(hf_config)
+        model = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
     model.save_pretrained(options.folder, max_shard_size="5GB")
     _write_tokenizer(options.folder)
 

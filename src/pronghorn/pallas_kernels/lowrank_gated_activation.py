@@ -29,12 +29,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.gated_activation import Activation, value_and_slope
+from pronghorn.pallas_kernels.gated_activation import Activation, sigmoid_in_kernel, value_and_slope
 
 # A product of tiles has no side under 16.
 LEAST_SIDE = 16
 # Rows and columns of a tile and warps of a program. A row of a tile fills whole 128-byte lines.
-FORWARD_BLOCK = (64, 128, 8)
+FORWARD_BLOCK = (64, 64, 4)
 BACKWARD_BLOCK = (32, 64, 4)
 # Runs of rows, and so partial sums, of the adapters' gradients: they follow from the shape alone, and so does the last
 # bit of the sums.
@@ -218,7 +218,7 @@ def _forward_kernel(
     gate += _dot(t, _load(b_gate_ref, columns, ranks), _ROWS_BY_ROWS, native)
     up = _load(up_ref, rows, columns).astype(jnp.float32)
     up += _dot(t, _load(b_up_ref, columns, ranks), _ROWS_BY_ROWS, native)
-    value, _ = value_and_slope(gate, activation)
+    value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
     h = (value * up).astype(h_ref.dtype)
     triton.store(h_ref.at[rows[:, None], columns[None, :]], h, mask=_mask(h_ref.shape, rows, columns))
     if largest_ref:  # elements that do not exist are zeros: their gate and up are
@@ -238,18 +238,30 @@ def _backward_kernel(*refs, names, activation, block, runs, native):
         down_ranks = _side(ref["g"].shape[1])
         a_down = _load(ref["a_down"], down_ranks, columns)
 
-    def one_block(index, sums):
-        rows = (index * runs + run) * block[0] + jnp.arange(block[0])
+    rounds = launch.cdiv(num_rows, block[0] * runs)
+
+    def rows_of(index):
+        return (index * runs + run) * block[0] + jnp.arange(block[0])
+
+    def load(index):
         # Rows and columns that do not exist load as zeros and add nothing to any sum.
-        dh, gate, up = (_load(ref[name], rows, columns).astype(jnp.float32) for name in ("dh", "gate", "up"))
-        t = _load(ref["t"], rows, ranks)
+        rows = rows_of(index)
+        thin = [_load(ref["t"], rows, ranks)] + ([_load(ref["g"], rows, down_ranks)] if "g" in ref else [])
+        return [_load(ref[name], rows, columns) for name in ("dh", "gate", "up")], thin
+
+    def one_block(index, carry):
+        sums, (wide, thin) = carry
+        following = load(jnp.minimum(index + 1, rounds - 1))  # in flight while this block is worked on
+        rows = rows_of(index)
+        dh, gate, up = (tile.astype(jnp.float32) for tile in wide)
+        t = thin[0]
         gate += _dot(t, b_gate, _ROWS_BY_ROWS, native)
         up += _dot(t, b_up, _ROWS_BY_ROWS, native)
         left = {"db_gate": t, "db_up": t}
         if "g" in ref:
-            left["da_down"] = _load(ref["g"], rows, down_ranks)
+            left["da_down"] = thin[1]
             dh += _dot(left["da_down"], a_down, _ROWS_BY_COLUMNS, native)
-        value, slope = value_and_slope(gate, activation)
+        value, slope = value_and_slope(gate, activation, sigmoid_in_kernel)
         tile = {
             "dgate": (dh * up * slope).astype(dtype),
             "dup": (dh * value).astype(dtype),
@@ -267,15 +279,14 @@ def _backward_kernel(*refs, names, activation, block, runs, native):
                 totals[name] = jnp.maximum(total, jnp.max(jnp.abs(wide), axis=0))
             else:
                 totals[name] = total + _dot(left[name], right[name], _COLUMNS_BY_COLUMNS, native)
-        return totals
+        return totals, following
 
     summed = [name for name in ("da_down", "db_gate", "db_up") if name in ref]
     sides = {name: (down_ranks if name == "da_down" else ranks) for name in summed}
     start = {name: jnp.zeros((sides[name].shape[0], block[1]), jnp.float32) for name in summed}
     magnitudes = [name for name in ("largest_dgate", "largest_dup") if name in ref]
     start |= {name: jnp.zeros(block[1], jnp.float32) for name in magnitudes}
-    rounds = launch.cdiv(num_rows, block[0] * runs)
-    sums = lax.fori_loop(0, rounds, one_block, start)
+    sums, _ = lax.fori_loop(0, rounds, one_block, (start, load(0)))
     for name in magnitudes:
         ref[name][run, pl.program_id(0)] = jnp.max(sums[name])
     for name in summed:

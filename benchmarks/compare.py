@@ -1,0 +1,159 @@
+"""pronghorn and its peers on the same jobs, one after the other on one GPU, each in a process of its own.
+
+A job is a shape, a batch and a kind of weights; for each job every framework runs at its best settings (Unsloth with
+its own checkpointing and with torch's cuDNN attention, Liger with torch's cuDNN attention). The rows of one call share
+a `run`, and go into results/step-<suite>.json; a framework that fails leaves its error there. Peers load folders of
+random weights, which are written first.
+
+    python benchmarks/compare.py --suite llama-3.1-8b --folder FOLDER
+    python benchmarks/compare.py --suite llama-3.2-1b --folder FOLDER --only pronghorn
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import common
+
+HERE = Path(__file__).parent
+PRONGHORN, UNSLOTH, LIGER, TRANSFORMERS = "pronghorn", "unsloth", "liger", "transformers"
+
+
+def ours(model: str, rows: int, tokens: int, *more: str) -> tuple[str, list[str]]:
+    """A job of ours."""
+    return PRONGHORN, ["--model", model, "--batch", str(rows), "--seq", str(tokens), *more]
+
+
+def peer(framework: str, model: str, rows: int, tokens: int, *more: str) -> tuple[str, list[str]]:
+    """A job of a peer."""
+    arguments = ["--framework", framework, "--model", model, "--batch", str(rows), "--seq", str(tokens)]
+    return framework, [*arguments, *more]
+
+
+def checkpointed(model: str, rows: int, tokens: int, *more: str) -> list[tuple[str, list[str]]]:
+    """A job that recomputes: ours offloads to the host, Unsloth too, Liger and transformers keep layer inputs."""
+    return [
+        ours(model, rows, tokens, "--memory-policy", "offload", *more),
+        peer(UNSLOTH, model, rows, tokens, "--checkpointing", "offload", *more),
+        peer(LIGER, model, rows, tokens, "--checkpointing", "full", *more),
+    ]
+
+
+def kept(model: str, rows: int, tokens: int) -> list[tuple[str, list[str]]]:
+    """A job that recomputes nothing."""
+    return [
+        ours(model, rows, tokens),
+        peer(UNSLOTH, model, rows, tokens),
+        peer(UNSLOTH, model, rows, tokens, "--attention", "cudnn"),
+        peer(LIGER, model, rows, tokens, "--attention", "cudnn"),
+    ]
+
+
+BIG, SMALL, FULL = "llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"
+SUITES: dict[str, list[tuple[str, list[str]]]] = {
+    BIG: [
+        *kept(BIG, 1, 4096),
+        ours(BIG, 1, 4096, "--weights", "fp8"),
+        *checkpointed(BIG, 2, 4096),
+        *checkpointed(BIG, 4, 4096)[:2],
+        *checkpointed(BIG, 1, 32768)[:2],
+    ],
+    f"{BIG}-nf4": [
+        *checkpointed(BIG, 2, 4096, "--weights", "nf4"),
+        *checkpointed(BIG, 1, 32768, "--weights", "nf4")[:2],
+    ],
+    SMALL: [
+        *kept(SMALL, 1, 512)[:2],
+        *kept(SMALL, 2, 512)[:2],
+        *kept(SMALL, 4, 2048),
+    ],
+    FULL: [
+        ours(FULL, 8, 2048, "--adapter", "full"),
+        peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),
+        peer(LIGER, FULL, 8, 2048, "--adapter", "full", "--attention", "cudnn"),
+    ],
+}
+
+
+def run_job(framework: str, arguments: list[str], folder: Path, run: str, commit: str, limit: float) -> dict:
+    """The row of one job, or its error."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "row.json"
+        script = "step.py" if framework == PRONGHORN else "peers.py"
+        command = [sys.executable, str(HERE / script), *arguments, "--run", run, "--out", str(out)]
+        command += ["--commit", commit] if framework == PRONGHORN else ["--folder", str(folder)]
+        try:
+            done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=limit)
+            if done.returncode == 0:
+                (row,) = json.loads(out.read_text())
+                return row
+            error = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        except subprocess.TimeoutExpired:
+            error = f"not done within {limit:.0f} s"
+    return {"framework": framework, "arguments": arguments, "run": run, "error": error[-300:]}
+
+
+def with_mfu(rows: list[dict]) -> list[dict]:
+    """Peers' share of the peak: the arithmetic of a job is that of our row of the same job."""
+    key = ("model", "adapter", "batch", "seq")
+    per_token = {
+        tuple(row[k] for k in key): row["mfu"] / row["tokens_per_second"] for row in rows if row.get("mfu")
+    }
+    for row in rows:
+        if "error" not in row and "mfu" not in row and tuple(row[k] for k in key) in per_token:
+            row["mfu"] = per_token[tuple(row[k] for k in key)] * row["tokens_per_second"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", action="append", choices=sorted(SUITES), required=True)
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the peers' models are or are written"
+    )
+    parser.add_argument("--only", action="append", help="frameworks to run; all if not given")
+    parser.add_argument("--limit", type=float, default=150.0, help="seconds a job may take")
+    parser.add_argument(
+        "--budget", type=float, default=3600.0, help="seconds after which nothing new is started"
+    )
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result files")
+    parser.add_argument("--commit", default=None, help="commit to record where the tree has no .git")
+    options = parser.parse_args()
+    begin, commit = time.monotonic(), common.commit(options.commit)
+    run = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    for suite in options.suite:
+        rows: list[dict] = []
+        for framework, arguments in SUITES[suite]:
+            if options.only and framework not in options.only:
+                continue
+            if time.monotonic() - begin > options.budget:
+                print(f"{suite}: out of time before {framework} {' '.join(arguments)}", flush=True)
+                continue
+            model = arguments[arguments.index("--model") + 1]
+            folder = options.folder / model
+            if framework != PRONGHORN and not (folder / "config.json").is_file():
+                script = [sys.executable, str(HERE / "random_llama.py"), "--model", model, str(folder)]
+                subprocess.run(script, check=True, capture_output=True)
+            row = run_job(framework, arguments, folder, run, commit, options.limit)
+            rows.append(row)
+            print(_line(row, time.monotonic() - begin), flush=True)
+            common.write(options.out / f"step-{suite}.json", with_mfu(rows))
+
+
+def _line(row: dict, seconds: float) -> str:
+    if "error" in row:
+        return f"{seconds:5.0f} s  {row['framework']} {' '.join(row['arguments'])}: {row['error']}"
+    return (
+        f"{seconds:5.0f} s  {row['framework']} {row['model']} {row['weights']} {row['batch']}x{row['seq']} "
+        f"{row['memory_policy']} {row.get('attention', '')}: {row['tokens_per_second']:,.0f} tokens/s, "
+        f"{row['peak_device_gib']:.2f} GiB, loss {row['loss']:.3f}, gradient norm {row['grad_norm']:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
