@@ -163,7 +163,7 @@ def test_products_equal_those_with_the_dequantised_weight(implementation):
         array = quantize_4bit(jnp.asarray(reference.weight(shape, dtype)))
         x = jnp.asarray(reference.weight((rows, shape[1]), dtype, seed=1))
         with kernels(implementation):
-            y = array.times_transposed(x, jnp.float32)
+            y = array.product(x, jnp.float32)
         expected = jnp.einsum("ri,oi->ro", x, array.dequantize(), preferred_element_type=jnp.float32)
         assert y.dtype == jnp.float32
         assert_close(y, expected, dtype=dtype)

@@ -38,7 +38,8 @@ class QuantizedWeight(Protocol):
     """A frozen weight kept in fewer bits: a registered pytree with a shape.
 
     One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype, largest)`, x Wᵀ, and
-    `times(y, dtype, largest)`, y W, besides; `largest` is as in `project`.
+    `times(y, dtype, largest)`, y W, besides; `largest` is as in `project`. One that need not for a few rows (NF4) has
+    `product(x, dtype)`, x Wᵀ.
     """
 
     @property
@@ -185,6 +186,8 @@ def project(
     """
     if rounds_operands(weight):
         return weight.times_transposed(x, dtype, largest)  # type: ignore[union-attr]
+    if hasattr(weight, "product"):
+        return weight.product(x, dtype)
     return times_transposed(x, dense(weight, x.dtype), dtype)
 
 

@@ -96,7 +96,7 @@ class NF4Array:
             *self._parts(), shape=self.matrix_shape, dtype=self.dtype, block_size=self.block_size
         )
 
-    def times_transposed(self, x: jax.Array, dtype: Any) -> jax.Array:
+    def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """x [..., in] Wᵀ: few rows by a kernel that reads the codes, more by a matrix that is dequantised first."""
         rows = math.prod(x.shape[:-1])
         out, inner = self.matrix_shape
