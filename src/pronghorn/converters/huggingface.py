@@ -64,8 +64,9 @@ def load(
     Args:
       path: a Hugging Face folder, a `.gguf` file, or a hub name (cached, or downloaded).
       adapter: a PEFT folder to load on top.
-      quantization: "nf4", "fp4", "int8" or "fp8" (or a `QuantizationConfig`, which can leave modules out) for the linear
-        weights inside of layers. A folder that bitsandbytes quantised is loaded as it is, without this.
+      quantization: "nf4", "fp4", "int8" or "fp8", the path of a recipe that `pronghorn sensitivity` wrote (or a
+        `QuantizationConfig`, which can leave modules out) for the linear weights inside of layers. A folder that
+        bitsandbytes quantised is loaded as it is, without this.
       dtype: of weights and activations: "bfloat16", "float16", "float32"; None keeps the checkpoint's.
       layers: "unrolled" (faster steps) or "scanned" (faster compilation).
 
