@@ -15,7 +15,8 @@ import common
 import jax
 import jax.numpy as jnp
 
-from pronghorn.pallas_kernels.fp8_product import fp8_times, fp8_times_transposed, round_to_fp8
+from pronghorn.pallas_kernels.fp8_product import fp8_times, fp8_times_transposed
+from pronghorn.pallas_kernels.fp8_quantize import fp8_quantize, round_to_fp8
 from pronghorn.pallas_kernels.fp8_transpose import fp8_transpose
 
 # (out, in) of q and o; k and v; gate and up; down.
@@ -64,7 +65,16 @@ def rows(tokens: int) -> list[dict[str, Any]]:
             (xq, codes),
             flops=flops,
         )
-        add("Y, with maximum and cast", shape, fp8_times_transposed, (x, codes, scale), flops=flops)
+        largest = jnp.float32(6)
+        bounded = functools.partial(fp8_times_transposed, largest=largest)
+        add("Y, one scale for x, with the cast", shape, bounded, (x, codes, scale), flops=flops)
+        add(
+            "Y, a scale a row of x, with the cast",
+            shape,
+            fp8_times_transposed,
+            (x, codes, scale),
+            flops=flops,
+        )
         add("dX, with these and the transpose", shape, fp8_times, (dy, codes, scale), flops=flops)
         moved = 2 * codes.nbytes
         add("transpose of the weight, kernel", shape, fp8_transpose, (codes,), bytes=moved)
@@ -73,6 +83,8 @@ def rows(tokens: int) -> list[dict[str, Any]]:
         x = jax.random.normal(jax.random.key(0), (tokens, width), jnp.bfloat16)
         largest = jnp.float32(6)
         cast = (tokens, width)
+        of_rows = functools.partial(fp8_quantize, scales="row")
+        add("cast with scales a row", cast, of_rows, (x,), bytes=1.5 * x.nbytes)
         add("maximum and cast", cast, round_to_fp8, (x,), bytes=2.5 * x.nbytes)
         add(
             "cast alone", cast, lambda x, m: round_to_fp8(x, "e4m3", m)[0], (x, largest), bytes=1.5 * x.nbytes

@@ -204,8 +204,8 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in names}
     result = {**common.environment(options.commit), "settings": settings, "rows": rows}
     common.write(options.out, result)
-    if options.out.parent == common.RESULTS:
-        name = "fp8-gpu" if gpu else "fp8-cpu"
+    name = "fp8-gpu" if gpu else "fp8-cpu"
+    if options.out.parent == common.RESULTS and f"<!-- {name}:begin -->" in DOCUMENT.read_text():
         head, rest = DOCUMENT.read_text().split(f"<!-- {name}:begin -->", 1)
         tail = rest.split(f"<!-- {name}:end -->", 1)[1]
         DOCUMENT.write_text(f"{head}<!-- {name}:begin -->\n{table(result)}\n<!-- {name}:end -->{tail}")

@@ -1,17 +1,13 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels.fp8_product import (
-    FORMATS,
-    dequantize,
-    fp8_times,
-    fp8_times_transposed,
-    power_of_two_scale,
-    round_to_fp8,
-)
+from pronghorn.pallas_kernels.fp8_product import dequantize, fp8_times, fp8_times_transposed
+from pronghorn.pallas_kernels.fp8_quantize import FORMATS, fp8_quantize, power_of_two_scale, round_to_fp8
 from tests.compiling import compile_for_h100
 from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import normal
@@ -58,11 +54,14 @@ def test_products_equal_those_of_the_rounded_arrays(rows, dtype):
     codes, scales = weight(33, 70, rows=rows)
     full = dequantize(codes, scales, jnp.float32)
     x, dy = normal(1, (2, 5, 70), dtype), normal(2, (2, 5, 33), dtype)
+    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
     for implementation in ("pallas", "xla"):
-        value, scale = round_to_fp8(x)
-        y = fp8_times_transposed(x, codes, scales, implementation=implementation)
-        assert y.dtype == x.dtype
-        assert_close(y, (value.astype(jnp.float32) * scale) @ full.T, what=implementation)
+        for known in (largest, None):
+            value, scale = round_to_fp8(x) if known is not None else fp8_quantize(x, "row")
+            y = fp8_times_transposed(x, codes, scales, largest=known, implementation=implementation)
+            assert y.dtype == x.dtype
+            rounded = value.astype(jnp.float32) * (scale if known is not None else scale[..., None])
+            assert_close(y, rounded @ full.T, what=implementation)
         for format in FORMATS:
             folded = dy.astype(jnp.float32) * scales if rows else dy
             value, scale = round_to_fp8(folded, format)
@@ -82,14 +81,18 @@ def test_the_gradient_of_one_product_is_the_other(format):
     assert np.array_equal(pullback(dy)[0], fp8_times(dy, codes, scales, format=format))
 
 
-def test_a_largest_value_that_is_known_changes_nothing():
+def test_a_token_does_not_change_what_another_gets():
     codes, scales = weight(24, 40)
-    x, dy = normal(1, (6, 40), "bfloat16"), normal(2, (6, 24), "bfloat16")
-    for product, operand in ((fp8_times_transposed, x), (fp8_times, dy)):
-        largest = jnp.max(jnp.abs(operand)).astype(jnp.float32)
-        assert np.array_equal(
-            product(operand, codes, scales, largest=largest), product(operand, codes, scales)
-        )
+    x = normal(1, (6, 40), "bfloat16")
+    y = fp8_times_transposed(x, codes, scales)
+    assert np.array_equal(fp8_times_transposed(x.at[0].multiply(1e6), codes, scales)[1:], y[1:])
+
+
+def test_a_largest_gradient_that_is_known_changes_nothing():
+    codes, scales = weight(24, 40)
+    dy = normal(2, (6, 24), "bfloat16")
+    largest = jnp.max(jnp.abs(dy)).astype(jnp.float32)
+    assert np.array_equal(fp8_times(dy, codes, scales, largest=largest), fp8_times(dy, codes, scales))
 
 
 def test_what_does_not_fit_is_refused():
@@ -117,28 +120,29 @@ def test_lowers_for_an_h100_to_a_product_of_fp8_operands():
     assert "f8E5M2" in products[1]
 
 
-OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": "0"}  # as in a training step
 
 
-def two_products(x, dy, low, residual, codes, scales):
-    y = fp8_times_transposed(x, codes, scales, implementation="pallas") + low
+def three_products(x, dy, low, residual, codes, scales):
+    y = fp8_times_transposed(x, codes, scales, largest=jnp.float32(6), implementation="pallas") + low
     dx = fp8_times(dy, codes, scales, implementation="pallas") + residual
-    return y, dx
+    return y, dx, fp8_times_transposed(x + 1, codes, scales, implementation="pallas") + low
 
 
-def assert_both_are_in_fp8_with_what_is_added(hlo):
-    """The products are cuBLAS's of FP8, which adds the other operand; no pass of XLA's own transposes or adds."""
+def assert_all_are_in_fp8_with_what_is_added(hlo):
+    """cuBLAS multiplies FP8, and adds where no scale a row comes between: that is one pass; nothing else transposes."""
     calls = [line for line in hlo.splitlines() if '"__cublas$lt$matmul$f8"' in line]
-    assert len(calls) == 2 and all('"beta":1' in call for call in calls)
+    assert len(calls) == 3 and sum('"beta":1' in call for call in calls) == 2
     entry = hlo[hlo.index("ENTRY") :]
-    assert "fp8_transpose" in entry and "wrapped_transpose" not in entry and "loop_add" not in entry
+    assert "fp8_transpose" in entry and "wrapped_transpose" not in entry and "fp8_quantize" in entry
+    assert entry.count(" = bf16[128,256]{1,0} fusion(") == 1
 
 
 def test_compiles_for_an_h100_to_cublas_in_fp8():
     codes, scales = weight(256, 512)
     x, dy = jnp.ones((128, 512), jnp.bfloat16), jnp.ones((128, 256), jnp.bfloat16)
-    assert_both_are_in_fp8_with_what_is_added(
-        compile_for_h100(two_products, x, dy, dy, x, codes, scales, options=OPTIONS)
+    assert_all_are_in_fp8_with_what_is_added(
+        compile_for_h100(three_products, x, dy, dy, x, codes, scales, options=OPTIONS)
     )
 
 
@@ -148,9 +152,10 @@ def test_products_on_a_gpu_are_cublas_in_fp8_and_equal_the_oracle():
         pytest.skip("no FP8 products before Ada")
     codes, scales = weight(256, 512)
     x, dy = normal(1, (128, 512), "bfloat16"), normal(2, (128, 256), "bfloat16")
-    run = jax.jit(two_products, compiler_options=OPTIONS).lower(x, dy, dy, x, codes, scales).compile()
-    assert_both_are_in_fp8_with_what_is_added(run.as_text())
-    y, dx = run(x, dy, dy, x, codes, scales)
-    expected = fp8_times_transposed(x, codes, scales, dtype="float32", implementation="xla") + dy
-    assert_close(y, expected, what="Y")
+    run = jax.jit(three_products, compiler_options=OPTIONS).lower(x, dy, dy, x, codes, scales).compile()
+    assert_all_are_in_fp8_with_what_is_added(run.as_text())
+    y, dx, of_rows = run(x, dy, dy, x, codes, scales)
+    exact = functools.partial(fp8_times_transposed, dtype="float32", implementation="xla")
+    assert_close(y, exact(x, codes, scales, largest=jnp.float32(6)) + dy, what="Y")
     assert_close(dx, fp8_times(dy, codes, scales, dtype="float32", implementation="xla") + x, what="dX")
+    assert_close(of_rows, exact(x + 1, codes, scales) + dy, what="Y, scales of rows")

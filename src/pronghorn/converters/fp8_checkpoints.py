@@ -43,7 +43,7 @@ class FP8Tensor(QuantizedTensor):
 
 def is_fp8_config(value: Any) -> bool:
     """Whether config.json's `quantization_config` is one of these."""
-    return isinstance(value, dict) and value.get("quant_method") in _SCALES
+    return isinstance(value, dict) and str(value.get("quant_method")) in _SCALES
 
 
 def quantization_of(value: Mapping[str, Any]) -> QuantizationConfig:
@@ -54,7 +54,7 @@ def quantization_of(value: Mapping[str, Any]) -> QuantizationConfig:
     """
     if value["quant_method"] == "fp8":
         block = value.get("weight_block_size")
-        if block is not None and list(block) != [BLOCK, BLOCK]:
+        if block is not None and block != [BLOCK, BLOCK]:
             raise InputError(
                 f"config.json: quantization_config has blocks of {str(block)[:40]}, and known is {BLOCK} x {BLOCK}."
             )
@@ -71,7 +71,7 @@ def quantization_of(value: Mapping[str, Any]) -> QuantizationConfig:
                 "config.json: quantization_config has weights that are not 8-bit floats; supported of "
                 "compressed-tensors is float-quantized FP8."
             )
-        kinds.add(weights.get("strategy"))
+        kinds.add(str(weights.get("strategy")))
     known: dict[Any, Any] = {"tensor": "tensor", "channel": "row", "block": "block"}
     if not kinds or not kinds <= set(known):
         raise InputError(
@@ -79,9 +79,9 @@ def quantization_of(value: Mapping[str, Any]) -> QuantizationConfig:
             f"{', '.join(known)}."
         )
     # Patterns ("re:..") go by names of modules; the tensors say the same.
-    skip = [name for name in value.get("ignore") or () if not str(name).startswith("re:")]
+    skip = tuple(name for name in _names(value.get("ignore") or ()) if not name.startswith("re:"))
     scales: Any = known[kinds.pop()] if len(kinds) == 1 else "row"
-    return QuantizationConfig("fp8", skip=_names(skip), fp8_scales=scales)
+    return QuantizationConfig("fp8", skip=skip, fp8_scales=scales)
 
 
 def join_tensors(stored: Mapping[str, StoredTensor], quant_method: str) -> dict[str, Any]:

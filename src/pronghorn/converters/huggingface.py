@@ -312,13 +312,17 @@ def cut_tensors(
     """The tensors of a folder, each one that holds several cut into these: rows lie one after the other in the file.
 
     Raises:
-      InputError: a tensor does not have the rows of its parts.
+      InputError: a tensor does not have the rows of its parts, or is quantised.
     """
     cut = dict(stored)
     for name, parts in fused.items():
         if name not in cut:
             continue
         tensor = cut.pop(name)
+        if isinstance(tensor, bitsandbytes.QuantizedTensor):
+            raise InputError(
+                f"{tensor.file}: {name} holds several weights and is quantised as one; use the 16-bit model."
+            )
         if tensor.shape[:1] != (sum(rows for _, rows in parts),):
             raise InputError(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)} and config.json asks for "

@@ -3,14 +3,15 @@
 A weight W [out, in] is kept as e4m3 codes (sign, four bits of exponent, three of mantissa, up to 448) and fp32 scales,
 one for the tensor or one a row: W = s Wq. With k(Z) the smallest power of two for which max|Z| / k fits the format:
 
-    Y  = X Wᵀ = k(X) s (Xq Wqᵀ)                Xq = e4m3(X / k(X))
-    dX = dY W = k(dY) s (dYq Wq)                dYq = e4m3 or e5m2 (dY / k(dY))
+    Y  = X Wᵀ = k(X) s (Xq Wqᵀ)                Xq = e4m3(X / k(X))                       k one a row, or one
+    dX = dY W = k(dY) s (dYq Wq)                dYq = e4m3 or e5m2 (dY / k(dY))            one
 
-The scale of X or dY is found anew in every product, one for the tensor, which cuBLAS takes as it takes that of a weight,
-and adds a further product or a residual stream while it writes: the maximum and the cast are all that is done besides.
-It is a power of two, because dividing by one changes no mantissa: a value is rounded the same way whatever else is in
-the tensor, so other tokens touch a token only in what is below 2^-14 of the largest of all. With one scale a row of W, s
-multiplies the columns of Y in a pass of its own, and goes into dY before that is rounded.
+One scale, of X, dY or W, cuBLAS takes itself, and adds a further product or a residual stream while it writes. A scale
+for each row of X costs a pass over Y instead, with that addition in it. It is what X gets that can hold anything: single
+tokens of a language model are a thousand times the others where `down` reads them, and would leave those two bits. A
+normalised X needs no more than one, from a bound (`rms_norm.largest_normalized`) that spares a pass over X. Either way
+no token of a batch changes how another is rounded. dY has one scale, from its largest magnitude. With one scale a row of
+W, s multiplies the columns of Y in the same pass, and goes into dY before that is rounded.
 
 On Ada and Hopper the inner side of both operands must be contiguous: dY Wq reads a transposed copy of Wq, which
 `fp8_transpose` makes in every product.
@@ -23,26 +24,15 @@ Source: Micikevicius et al., FP8 Formats for Deep Learning, 2022, https://arxiv.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels.fp8_quantize import Format, fp8_quantize, round_to_fp8
 from pronghorn.pallas_kernels.fp8_transpose import fp8_transpose
-
-Format = Literal["e4m3", "e5m2"]
-
-
-class _Format(NamedTuple):
-    dtype: Any
-    exponent: int  # the largest number is 1.75 · 2^exponent
-
-
-FORMATS = {"e4m3": _Format(jnp.float8_e4m3fn, 8), "e5m2": _Format(jnp.float8_e5m2, 15)}
-
 
 def fp8_times_transposed(
     x: jax.Array,
@@ -62,7 +52,7 @@ def fp8_times_transposed(
       scales: fp32 [] or [out].
       gradient_format: what dY is rounded to, should this be differentiated; None for a product of dY as it is.
       dtype: of the result; that of x by default.
-      largest: max|x|, where it is known: that saves a pass over x.
+      largest: a bound of |x|, fp32 []: x has one scale then, and otherwise one a row.
       implementation: "pallas" (a product of FP8 operands, which XLA gives to cuBLAS; no kernel is launched) or "xla" (the
         oracle, the default on a CPU).
 
@@ -90,7 +80,7 @@ def fp8_times(
 ) -> jax.Array:
     """y W, y rounded to `format`, or multiplied as it is: [..., out] -> [..., in].
 
-    The other arguments are those of `fp8_times_transposed`.
+    `largest` is max|y| where it is known; the other arguments are those of `fp8_times_transposed`.
     """
     _check("fp8_times", y.shape[-1], codes, scales, 0)
     _check_format(format)
@@ -98,38 +88,10 @@ def fp8_times(
     return _times(y, codes, scales, largest, format, jnp.dtype(dtype or y.dtype), fast)
 
 
-def round_to_fp8(
-    x: jax.Array, format: Format = "e4m3", largest: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """(codes, scale): x = scale codes but for rounding, the scale the smallest power of two for which they fit.
-
-    A value that is not finite makes the scale NaN, or, where max|x| is given as `largest`, its code.
-    """
-    if largest is None:
-        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
-    scale, inverse = power_of_two_scale(largest, format)
-    return (x.astype(jnp.float32) * inverse).astype(FORMATS[format].dtype), scale
-
-
 def dequantize(codes: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
     """The weight [out, in] of codes and scales [] or [out], rounded once."""
     scales = scales[:, None] if scales.ndim else scales
     return (codes.astype(jnp.float32) * scales).astype(dtype)
-
-
-def power_of_two_scale(largest: Any, format: Format) -> tuple[Any, Any]:
-    """(k, 1 / k): the smallest power of two with largest / k <= the largest number of the format, in exact arithmetic.
-
-    On the host for numpy, on the device for jax. Powers are kept from 2^-126 to 2^126, which fp32 and bf16 hold without losing bits.
-    """
-    host = isinstance(largest, np.ndarray | np.generic)
-    xp: Any = np if host else jnp
-    bits = xp.asarray(largest, np.float32).view(np.int32)
-    # A mantissa over 1.75 carries into the exponent.
-    biased = ((bits + np.int32(0x1FFFFF)) >> 23) - np.int32(FORMATS[format].exponent)
-    biased = xp.minimum(xp.maximum(biased, np.int32(1)), np.int32(253))
-    scale, inverse = ((exponent << 23).view(np.float32) for exponent in (biased, 254 - biased))
-    return xp.where(largest < np.inf, scale, np.float32(np.nan)), inverse
 
 
 def _check(op: str, inner: int, codes: Any, scales: Any, axis: int) -> None:
@@ -149,8 +111,11 @@ def _check_format(format: str | None) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _times_transposed(x, codes, scales, largest, gradient_format, dtype, fast):
-    rounded, scale = round_to_fp8(x, "e4m3", largest)
-    return _product(rounded, codes, 1, scale * scales, dtype, fast)
+    if largest is not None:
+        rounded, scale = round_to_fp8(x, "e4m3", largest)
+        return _product(rounded, codes, 1, scale * scales, dtype, fast)
+    rounded, of_rows = fp8_quantize(x, "row", implementation="pallas" if fast else "xla")
+    return _product(rounded, codes, 1, scales, dtype, fast, of_rows[..., None])
 
 
 def _times_transposed_forward(x, codes, scales, largest, gradient_format, dtype, fast):
@@ -177,20 +142,23 @@ def _times(y, codes, scales, largest, format, dtype, fast):
     return _product(rounded, codes, 0, scale * scales, dtype, fast)
 
 
-def _product(a, codes, axis, scale, dtype, fast):
-    """scale (a · codes), contracted over an axis of codes; scale fp32 [], or [out] for the columns of the result."""
+def _product(a, codes, axis, scale, dtype, fast, of_rows=None):
+    """scale of_rows (a · codes), contracted over an axis of codes; scale fp32 [], or [out] for the columns."""
     dims = (((a.ndim - 1,), (axis,)), ((), ()))
     if not fast:
         a, codes = a.astype(jnp.float32), codes.astype(jnp.float32)
-        product = jax.lax.dot_general(a, codes, dims, preferred_element_type=jnp.float32)
-        return (product * scale).astype(dtype)
-    # XLA hands a scalar factor in the dtype of the product to cuBLAS, and not one with a cast behind it. fp16 does not
-    # reach as far as scales do.
-    narrow = scale.ndim == 0 and dtype != jnp.float16
+        product = jax.lax.dot_general(a, codes, dims, preferred_element_type=jnp.float32) * scale
+        return (product if of_rows is None else product * of_rows).astype(dtype)
     if axis == 0:
         codes = fp8_transpose(codes, implementation="pallas")
         dims = (((a.ndim - 1,), (1,)), ((), ()))
+    # XLA hands a scalar factor in the dtype of the product to cuBLAS, and not one with a cast behind it. fp16 does not
+    # reach as far as scales do.
+    narrow = scale.ndim == 0 and dtype != jnp.float16
     product = jax.lax.dot_general(
         a, codes, dims, preferred_element_type=dtype if narrow else jnp.float32
     )
-    return (product * scale.astype(product.dtype)).astype(dtype)
+    product *= scale.astype(product.dtype)
+    if of_rows is not None:
+        product *= of_rows.astype(product.dtype)
+    return product.astype(dtype)

@@ -1,28 +1,68 @@
-"""A matrix in FP8 (e4m3) with a scale a row or a block of 128 x 128, in one pass: what is read stays in registers.
+"""An array in FP8, with a scale a row, a block of 128 x 128, or one for the tensor.
 
-    k_i = power_of_two_scale(max_j |x_ij|)      q_ij = e4m3(x_ij / k_i)
+    k = the smallest power of two with max|x| / k <= the format's largest number      q = e4m3(x / k)
 
-the maximum over the row, or over the block, the scale as in `fp8_product`. XLA reads the matrix twice, once for the
-maxima and once for the cast; one scale a tensor leaves no other way, so that one is XLA's. There is no gradient.
+the maximum over the row, the block, or all. Dividing by a power of two changes no mantissa: a value is rounded the same
+way whatever else shares its scale, down to 2^-14 of the largest that does. A kernel finds the scales of rows and blocks
+and rounds in one pass, what it reads staying in registers, where XLA reads twice. One scale a tensor leaves no other
+way, so that one is XLA's, unless the largest magnitude is known. There is no gradient.
 """
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.fp8_product import FORMATS, power_of_two_scale
+
+Format = Literal["e4m3", "e5m2"]
+
+
+class _Format(NamedTuple):
+    dtype: Any
+    exponent: int  # the largest number is 1.75 · 2^exponent
+
+
+FORMATS = {"e4m3": _Format(jnp.float8_e4m3fn, 8), "e5m2": _Format(jnp.float8_e5m2, 15)}
 
 BLOCK = 128
 # Elements of a program that takes whole rows; a row that has more goes to the oracle.
 ROW_ELEMENTS = 8192
 MOST_COLUMNS = 32768
+
+
+def power_of_two_scale(largest: Any, format: Format) -> tuple[Any, Any]:
+    """(k, 1 / k): the smallest power of two with largest / k <= the largest number of the format, in exact arithmetic.
+
+    On the host for numpy, on the device for jax. Powers are kept from 2^-126 to 2^126, which fp32 and bf16 hold without losing bits.
+    """
+    host = isinstance(largest, np.ndarray | np.generic)
+    xp: Any = np if host else jnp
+    bits = xp.asarray(largest, np.float32).view(np.int32)
+    # A mantissa over 1.75 carries into the exponent.
+    biased = ((bits + np.int32(0x1FFFFF)) >> 23) - np.int32(FORMATS[format].exponent)
+    biased = xp.minimum(xp.maximum(biased, np.int32(1)), np.int32(253))
+    scale, inverse = ((exponent << 23).view(np.float32) for exponent in (biased, 254 - biased))
+    return xp.where(largest < np.inf, scale, np.float32(np.nan)), inverse
+
+
+def round_to_fp8(
+    x: jax.Array, format: Format = "e4m3", largest: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(codes, scale): x = scale codes but for rounding, the scale the smallest power of two for which they fit.
+
+    A value that is not finite makes the scale NaN, or, where max|x| is given as `largest`, its code.
+    """
+    if largest is None:
+        largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
+    scale, inverse = power_of_two_scale(largest, format)
+    return (x.astype(jnp.float32) * inverse).astype(FORMATS[format].dtype), scale
 
 
 def fp8_quantize(

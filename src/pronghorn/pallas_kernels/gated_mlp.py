@@ -203,9 +203,8 @@ def _compute(x, norm_weight, linears, options) -> _Forward:
     if finished:
         t = times_transposed(n, stacked_a(linears[:2], n.dtype), n.dtype)
         factors = GatedFactors(t, *shared_factors(linears[:2], norm.scales, n.dtype))
-    h, largest = _activated(gate, up, factors, options, linears[2])
-    add = x if options.residual else None
-    (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=add, largest=largest)
+    h = _activated(gate, up, factors, options)
+    (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=x if options.residual else None)
     return _Forward(y, inverse_rms, gate, up, t, t_down)
 
 
@@ -216,19 +215,13 @@ def _finished_by_kernels(linears, with_kernel) -> bool:
     return with_kernel and adapted and share_rank_products((gate, up)) and share_rank_products((down,))
 
 
-def _activated(gate, up, factors, options, down):
-    """(h, its largest magnitude where `down` asks for it and it costs nothing).
-
-    `factors` are the rank-r products that gate and up lack, or None.
-    """
+def _activated(gate, up, factors, options):
+    """h; `factors` are the rank-r products that gate and up lack, or None."""
     if factors is not None:
-        return lowrank_gated_forward(
-            gate, up, factors, activation=options.activation, with_largest=rounds_operands(down.weight)
-        )
-    h = gated_activation_forward(
+        return lowrank_gated_forward(gate, up, factors, activation=options.activation)
+    return gated_activation_forward(
         gate, up, activation=options.activation, with_kernel=options.norm.with_kernel
     )
-    return h, None
 
 
 def _without_adapters(linears):
@@ -274,7 +267,7 @@ def _gated_mlp_backward(options, residuals, dy):
         found = _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options)
     elif wanted_down & {"lora_a", "weight"}:
         gate, up, dy = jax.lax.optimization_barrier((saved["gate"], saved["up"], dy))
-        found = GatedGradients(h=_activated(gate, up, factors, options, saved["down"])[0])
+        found = GatedGradients(h=_activated(gate, up, factors, options))
     da = found.da_down
     if da is None and "lora_a" in wanted_down:
         da = over_tokens(g, found.h, jnp.float32)

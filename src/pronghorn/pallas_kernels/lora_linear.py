@@ -182,7 +182,7 @@ def project(
 ) -> jax.Array:
     """x [..., in] Wᵀ -> [..., out], by the weight's own product where it has one.
 
-    `largest` is the largest magnitude of x where it is known, which spares such a product a pass over x.
+    `largest`, fp32 [], is a bound of |x| where one is known: such a product needs one scale for x then.
     """
     if rounds_operands(weight):
         return weight.times_transposed(x, dtype, largest)  # type: ignore[union-attr]

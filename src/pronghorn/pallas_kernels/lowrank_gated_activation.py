@@ -79,26 +79,19 @@ class GatedGradients(NamedTuple):
 
 
 def lowrank_gated_forward(
-    gate: jax.Array,
-    up: jax.Array,
-    factors: GatedFactors,
-    *,
-    activation: Activation,
-    with_largest: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """(h [..., f] in the dtype of gate, fp32 max|h| if asked for); gate and up lack the products of `factors`."""
+    gate: jax.Array, up: jax.Array, factors: GatedFactors, *, activation: Activation
+) -> jax.Array:
+    """h [..., f] in the dtype of gate; gate and up [..., f] lack the rank-r products of `factors`."""
     shape, (rows, width) = gate.shape, _flat(gate)
     block, num_warps = _clipped(FORWARD_BLOCK, rows, width)
-    programs = launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1])
-    largest = (jax.ShapeDtypeStruct((programs,), jnp.float32),) if with_largest else ()
-    h, *largest = launch.pallas_call(
+    (h,) = launch.pallas_call(
         functools.partial(_forward_kernel, activation=activation, block=block, native=not launch.interpreting()),
         name="lowrank_gated_forward",
-        grid=(programs,),
-        out_shape=(jax.ShapeDtypeStruct((rows, width), gate.dtype), *largest),
+        grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
+        out_shape=(jax.ShapeDtypeStruct((rows, width), gate.dtype),),
         num_warps=num_warps,
     )(gate.reshape(rows, width), up.reshape(rows, width), _rows(factors.t), factors.b_gate, factors.b_up)
-    return h.reshape(shape), jnp.max(largest[0]) if with_largest else None
+    return h.reshape(shape)
 
 
 def lowrank_gated_backward(
@@ -206,9 +199,7 @@ def _side(count: int) -> jax.Array:
     return jnp.arange(max(LEAST_SIDE, launch.next_power_of_2(count)))
 
 
-def _forward_kernel(
-    gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *largest_ref, activation, block, native
-):
+def _forward_kernel(gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *, activation, block, native):
     program, column_blocks = pl.program_id(0), launch.cdiv(gate_ref.shape[1], block[1])
     rows = (program // column_blocks) * block[0] + jnp.arange(block[0])
     columns = (program % column_blocks) * block[1] + jnp.arange(block[1])
@@ -221,8 +212,6 @@ def _forward_kernel(
     value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
     h = (value * up).astype(h_ref.dtype)
     triton.store(h_ref.at[rows[:, None], columns[None, :]], h, mask=_mask(h_ref.shape, rows, columns))
-    if largest_ref:  # elements that do not exist are zeros: their gate and up are
-        largest_ref[0][program] = jnp.max(jnp.max(jnp.abs(h.astype(jnp.float32)), axis=0))
 
 
 def _backward_kernel(*refs, names, activation, block, runs, native):

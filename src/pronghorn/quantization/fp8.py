@@ -20,14 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pronghorn.pallas_kernels.fp8_product import (
-    dequantize,
-    fp8_times,
-    fp8_times_transposed,
+from pronghorn.pallas_kernels.fp8_product import dequantize, fp8_times, fp8_times_transposed
+from pronghorn.pallas_kernels.fp8_quantize import (
+    BLOCK,
+    fp8_quantize,
     power_of_two_scale,
     round_to_fp8,
+    spread,
 )
-from pronghorn.pallas_kernels.fp8_quantize import BLOCK, fp8_quantize, spread
 
 Scales = Literal["tensor", "row", "block"]
 Gradients = Literal["e4m3", "e5m2", "unrounded"]
@@ -83,7 +83,7 @@ class FP8Array:
         return dequantize(codes, scales, self.dtype)
 
     def times_transposed(self, x: jax.Array, dtype: Any, largest: jax.Array | None = None) -> jax.Array:
-        """x [..., in] Wᵀ -> [..., out] in `dtype`; `largest` is max|x| where it is known."""
+        """x [..., in] Wᵀ -> [..., out] in `dtype`; `largest` as in `fp8_times_transposed`."""
         if self.scales.ndim == 2 or self.activations == "unrounded":
             return _dot(x, self.dequantize().astype(x.dtype), 1, dtype)
         return fp8_times_transposed(
