@@ -110,6 +110,14 @@ class Loader:
         full = [packing_.efficiency(stream.base, stream.lengths, self.max_length) for stream in self.streams]
         return float(np.dot(shares, full))
 
+    @property
+    def padding(self) -> int:
+        """Positions of an epoch that hold no token; of a mixture as many as its shares let expect."""
+        positions = len(self) * self.rows_per_step * self.max_length
+        if self._interleaving is not None:
+            return round(positions * (1 - self.efficiency))
+        return positions - self.dataset.stats.real_tokens
+
     def batch_at(self, step: int) -> Batch:
         """The batch of a step, counted from 0 over all epochs: a pure function of the step (and the arguments)."""
         if step < 0:

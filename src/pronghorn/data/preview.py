@@ -66,15 +66,21 @@ def statistics(dataset: Dataset, loader: Loader | None = None) -> list[tuple[str
         table += _parts(dataset, loader)
     if loader is not None:
         kind = "packed" if loader.packing else "padded"
-        padded = len(loader) * loader.rows_per_step * loader.max_length - stats.real_tokens
         table.append(
             (
                 "an epoch",
                 f"{len(loader):,} steps of {loader.rows_per_step} {kind} rows of {loader.max_length:,} tokens; "
-                f"rows {loader.efficiency:.1%} full, {padded:,} padding tokens",
+                f"rows {loader.efficiency:.1%} full, {loader.padding:,} padding tokens",
             )
         )
     return table
+
+
+def summary(dataset: Dataset) -> str:
+    """One line for the report of a run: format and reason, lengths, and what was found."""
+    table = dict(statistics(dataset))
+    names = ("format", "lengths", "over-long", "left out", "duplicates")
+    return "; ".join(table[name] if name == "format" else f"{name} {table[name]}" for name in names)
 
 
 def _parts(dataset: MixedDataset, loader: Loader | None) -> list[tuple[str, str]]:

@@ -19,20 +19,19 @@ class RunFacts:
 
     Attributes:
       model: architecture, dtype, layer layout in a few words.
+      data: format of the rows and its reason, lengths, what was cut or left out, in a few words.
       rows, real_tokens, trained_tokens: of one pass over the data.
       padded_tokens: positions of one pass that hold no token.
-      truncated, dropped: rows that were cut or left out when they were tokenised.
       steps: updates of the whole run.
       steps_per_epoch: updates of one pass.
     """
 
     model: str
+    data: str
     rows: int
     real_tokens: int
     trained_tokens: int
     padded_tokens: int
-    truncated: int
-    dropped: int
     steps: int
     steps_per_epoch: int
 
@@ -53,8 +52,8 @@ def print_report(
         f"model          {facts.model}",
         f"parameters     {trained:,} trained ({share:.2f} %), {frozen:,} frozen",
         f"tokens         {facts.real_tokens:,} in {facts.rows:,} rows: {facts.trained_tokens:,} in the loss, "
-        f"{masked:,} masked; {facts.padded_tokens:,} padding a pass; {facts.truncated:,} rows truncated, "
-        f"{facts.dropped:,} dropped",
+        f"{masked:,} masked; {facts.padded_tokens:,} padding a pass",
+        f"rows           {visible(facts.data)}",
         f"steps          {facts.steps:,} of {plan.tokens_per_step:,} positions "
         f"({facts.steps / facts.steps_per_epoch:.2f} passes of {facts.steps_per_epoch:,} steps)",
         *plan.memory_lines(),

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from pronghorn.data.preview import summary
 from pronghorn.errors import RunError
 from pronghorn.lora import split
 from pronghorn.training import memory_plan, report, run_folder
@@ -441,12 +442,11 @@ class Run:
         per_epoch = len(trainer.loader)
         facts = report.RunFacts(
             model=f"{shape.family}, {shape.num_layers} layers ({layout}), hidden {shape.hidden_size}, {model.dtype}",
+            data=summary(trainer.dataset),
             rows=stats.rows,
             real_tokens=stats.real_tokens,
             trained_tokens=stats.trained_tokens,
-            padded_tokens=per_epoch * self.plan.tokens_per_step - stats.real_tokens,
-            truncated=stats.truncated,
-            dropped=stats.dropped,
+            padded_tokens=trainer.loader.padding,
             steps=self.total,
             steps_per_epoch=per_epoch,
         )
