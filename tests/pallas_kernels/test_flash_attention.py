@@ -36,10 +36,6 @@ from tests.tolerances import assert_close
 SMALL = AttentionBlocks(
     forward=KernelBlocks(16, 32, 4, 2), dkdv=KernelBlocks(32, 16, 4, 2), dq=KernelBlocks(32, 16, 4, 2)
 )
-# The same with the last product of each loop left to the next block's turn.
-LAGGING = AttentionBlocks(
-    *(dataclasses.replace(b, lag=1) for b in (SMALL.forward, SMALL.dkdv, SMALL.dq))
-)
 # Segments of one token, of many, an id that comes back, and padding at the end.
 PACKED = np.array([[1] + [2] * 40 + [3] + [1] * 20 + [0] * 5, [7] * 67])
 
@@ -112,7 +108,6 @@ CASES = {
     "softcap and scale": Case(softcap=1.5, scale=0.7, heads=2),
     "sinks, head dim 128, blocks by rule": Case(sinks=True, head_dim=128, dtype="bfloat16", blocks=None),
     "rows fill the blocks": Case(seq_len=64, batch=1, window=24),
-    "lagging products": Case(segments=True, window=30, sinks=True, softcap=3.0, blocks=LAGGING),
     "one token": Case(seq_len=1, sinks=True, blocks=None),
     "three tokens": Case(seq_len=3, head_dim=16, window=2),
 }
@@ -338,7 +333,6 @@ LARGE = {
             Case(1000, 4, 2, 96, "bfloat16", blocks=None, softcap=30.0, sinks=True),
             Case(1, 4, 2, 128, "bfloat16", blocks=None),
             Case(127, 4, 2, 64, "float16", blocks=None, window=17),
-            Case(577, 6, 2, 64, "bfloat16", segments=True, softcap=20.0, blocks=LAGGING),
         ]
     )
 }

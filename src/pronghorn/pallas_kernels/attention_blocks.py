@@ -1,8 +1,7 @@
 """Block sizes of the three flash attention kernels: measured ones where a file has them, else a rule.
 
 Measured ones are looked up in `tuned` by the width of the data type and the head dim (padded to a power of two). The
-rule starts from what was measured on an H100 with head dim 128 and shrinks until the tiles fit the device's shared
-memory.
+rule starts from what was fastest on an H100 and shrinks until the tiles fit the device's shared memory.
 """
 
 import dataclasses
@@ -25,17 +24,12 @@ _SCRATCH_KIB = 4
 
 @dataclasses.dataclass(frozen=True)
 class KernelBlocks:
-    """One kernel's tile and launch: powers of two, blocks of at least 16 rows (a Triton product's least size).
-
-    lag: 1 where the loop's last product of one block is left to the next block's turn, so that the tensor cores work
-    while the exponentials are taken; it costs registers.
-    """
+    """One kernel's tile and launch: powers of two, blocks of at least 16 rows (a Triton product's least size)."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
-    lag: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +51,13 @@ class AttentionBlocks:
 
         return AttentionBlocks(clip(self.forward), clip(self.dkdv), clip(self.dq))
 
+
+# The fastest on an H100 by `pronghorn tune` (jax 0.11.2), 16 bit, by padded head dim.
+_MEASURED = {
+    64: AttentionBlocks(KernelBlocks(64, 64, 4, 3), KernelBlocks(32, 128, 4, 3), KernelBlocks(64, 64, 4, 3)),
+    128: AttentionBlocks(KernelBlocks(128, 64, 4, 2), KernelBlocks(64, 64, 4, 2), KernelBlocks(128, 64, 8, 4)),
+    256: AttentionBlocks(KernelBlocks(128, 64, 8, 2), KernelBlocks(64, 64, 8, 2), KernelBlocks(128, 64, 8, 1)),
+}
 
 # The names under which `tuned` knows the kernels: what it holds is [block_q, block_k, num_warps, num_stages].
 TUNED = {
@@ -83,14 +84,8 @@ def _rule(padded: int, itemsize: int, capability: str) -> AttentionBlocks:
         rows, streamed = (64, 32) if padded <= 64 else (32, 32) if padded <= 128 else (16, 16)
         queries, keys = KernelBlocks(rows, streamed, 4, 2), KernelBlocks(streamed, rows, 4, 2)
         blocks = AttentionBlocks(forward=queries, dkdv=keys, dq=queries)
-    elif padded <= 128:
-        blocks = AttentionBlocks(
-            KernelBlocks(128, 64, 4, 2), KernelBlocks(64, 128, 8, 3), KernelBlocks(128, 64, 8, 3)
-        )
-    else:  # the fp32 accumulators of 256 columns need eight warps' registers
-        blocks = AttentionBlocks(
-            KernelBlocks(128, 64, 8, 2), KernelBlocks(32, 64, 8, 2), KernelBlocks(64, 32, 8, 2)
-        )
+    else:
+        blocks = _MEASURED[64 if padded <= 64 else 128 if padded <= 128 else 256]
     limit = (_SHARED_KIB.get(capability, 99) - _SCRATCH_KIB) * 1024
     return AttentionBlocks(
         **{kernel: _fit(kernel, getattr(blocks, kernel), padded, itemsize, limit) for kernel in TUNED}
@@ -110,8 +105,7 @@ def shared_memory_bytes(kernel: str, b: KernelBlocks, head_dim: int, dtype: jax.
     itemsize = jnp.dtype(dtype).itemsize
     row = max(16, next_power_of_2(head_dim)) * (itemsize if itemsize == 2 else 6)
     kept, streamed = (b.block_k, b.block_q) if kernel == "dkdv" else (b.block_q, b.block_k)
-    tiles = 3 if b.lag and kernel != "forward" else 2  # the operand of a product that lags is loaded once more
-    return row * ((1 if kernel == "forward" else 2) * kept + tiles * b.num_stages * streamed)
+    return row * ((1 if kernel == "forward" else 2) * kept + 2 * b.num_stages * streamed)
 
 
 def _fit(kernel: str, blocks: KernelBlocks, padded: int, itemsize: int, limit: int) -> KernelBlocks:

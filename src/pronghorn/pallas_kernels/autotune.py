@@ -77,6 +77,9 @@ def tune(
             [pool.submit(_compile, job, choice) if job.too_large(choice) is None else None for choice in job.candidates]
             for job in jobs
         ]
+        # Tracing holds Python's lock for milliseconds at a time, and a launch would wait for it: compile first.
+        pending = [future for futures in compiled for future in futures if future is not None]
+        concurrent.futures.wait([*makers.values(), *pending], timeout=max(0.0, min(left(), budget / 2)))
         for job, futures in zip(jobs, compiled, strict=True):
             found = _measure(job, futures, makers, left)
             rows += found

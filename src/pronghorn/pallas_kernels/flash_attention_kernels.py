@@ -84,48 +84,22 @@ def _forward_kernel(
         maximum = jnp.zeros((b.block_q,), jnp.float32) + highest
         total = jnp.zeros((b.block_q,), jnp.float32) + exp2(jnp.zeros((b.block_q,), jnp.float32) + (sink - highest), spec)
 
-    def softmax(s, maximum, total):
-        """(p, the factor of what was summed so far, maximum, total) after the scores s."""
-        new_maximum = jnp.maximum(maximum, jnp.max(s, axis=1) * spec.base2)
-        p = exponentials(s, spec, new_maximum[:, None])
-        correction = exp2(maximum - new_maximum, spec)
-        return p, correction, new_maximum, total * correction + jnp.sum(p, axis=1)
-
-    def masked_scores(k0, edge):
-        k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        s = scores(dot(q, k, ROWS_BY_ROWS, spec), spec)
-        return jnp.where(keys.visible(k0, b.block_k), s, float("-inf")) if edge else s
-
-    def add_values(accumulator, correction, p, k0, edge):
-        v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        return accumulator * correction[:, None] + dot(p.astype(v.dtype), v, ROWS_BY_COLUMNS, spec)
-
     def body(block, _, carry, edge):
         accumulator, maximum, total = carry
         k0 = block * b.block_k
-        p, correction, maximum, total = softmax(masked_scores(k0, edge), maximum, total)
-        return add_values(accumulator, correction, p, k0, edge), maximum, total
+        k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        s = scores(dot(q, k, ROWS_BY_ROWS, spec), spec)
+        if edge:
+            s = jnp.where(keys.visible(k0, b.block_k), s, float("-inf"))
+        new_maximum = jnp.maximum(maximum, jnp.max(s, axis=1) * spec.base2)
+        p = exponentials(s, spec, new_maximum[:, None])
+        correction = exp2(maximum - new_maximum, spec)
+        total = total * correction + jnp.sum(p, axis=1)
+        v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
+        accumulator = accumulator * correction[:, None] + dot(p.astype(v.dtype), v, ROWS_BY_COLUMNS, spec)
+        return accumulator, new_maximum, total
 
-    def lagging_body(block, _, carry, edge):
-        # The last block's product with v stands before this block's softmax, and runs on the tensor cores behind it.
-        accumulator, maximum, total, p, correction, last = carry
-        k0 = block * b.block_k
-        s = masked_scores(k0, edge)
-        accumulator = add_values(accumulator, correction, p, last, True)
-        p, correction, maximum, total = softmax(s, maximum, total)
-        return accumulator, maximum, total, p, correction, k0
-
-    if b.lag:
-        nothing = jnp.zeros((b.block_q, b.block_k), jnp.float32), jnp.ones((b.block_q,), jnp.float32)
-        carry = (accumulator, maximum, total, *nothing, keys.blocks.start * b.block_k)
-        accumulator, maximum, total, p, correction, last = walk(
-            keys.blocks, lagging_body, carry, split=_split(q)
-        )
-        accumulator = add_values(accumulator, correction, p, last, True)
-    else:
-        accumulator, maximum, total = walk(
-            keys.blocks, body, (accumulator, maximum, total), split=_split(q)
-        )
+    accumulator, maximum, total = walk(keys.blocks, body, (accumulator, maximum, total), split=_split(q))
     store_tile(o_ref, q0, accumulator * (1.0 / total)[:, None], seq_len, head_dim)
     inside = None if seq_len % b.block_q == 0 else keys.rows < seq_len
     triton.store(lse_ref.at[pl.ds(q0, b.block_q)], maximum + jnp.log2(total), mask=inside)
@@ -146,42 +120,22 @@ def _dq_kernel(
     lse = load_vector(lse_ref, None, q0, b.block_q, seq_len)
     delta = load_vector(delta_ref, None, q0, b.block_q, seq_len)
 
-    def logit_gradients(k0, edge):
+    def body(block, _, dq, edge):
+        k0 = block * b.block_k
         k = load_tile(k_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
         v = load_tile(v_ref, None, k0, b.block_k, seq_len if edge else None, head_dim)
-        return dot(q, k, ROWS_BY_ROWS, spec), dot(do, v, ROWS_BY_ROWS, spec), k
-
-    def elementwise(s, dp, k0, edge):
-        s = scores(s, spec)
+        qk, dp = dot(q, k, ROWS_BY_ROWS, spec), dot(do, v, ROWS_BY_ROWS, spec)
+        s = scores(qk, spec)
         p = exponentials(s, spec, lse[:, None])
         if edge:
             p = jnp.where(keys.visible(k0, b.block_k), p, 0.0)
         ds = p * (dp - delta[:, None])
-        return ds if spec.softcap is None else ds * (1.0 - s * s)
-
-    def body(block, _, dq, edge):
-        k0 = block * b.block_k
-        s, dp, k = logit_gradients(k0, edge)
-        return dq + dot(elementwise(s, dp, k0, edge).astype(k.dtype), k, ROWS_BY_COLUMNS, spec)
-
-    def add_keys(dq, ds, k0):
-        k = load_tile(k_ref, None, k0, b.block_k, seq_len, head_dim)
+        if spec.softcap is not None:
+            ds = ds * (1.0 - s * s)
         return dq + dot(ds.astype(k.dtype), k, ROWS_BY_COLUMNS, spec)
 
-    def lagging_body(block, _, carry, edge):
-        dq, ds, last = carry
-        k0 = block * b.block_k
-        s, dp, _ = logit_gradients(k0, edge)
-        dq = add_keys(dq, ds, last)
-        return dq, elementwise(s, dp, k0, edge), k0
-
     dq = jnp.zeros((b.block_q, q_ref.shape[-1]), jnp.float32)
-    if b.lag:
-        nothing = jnp.zeros((b.block_q, b.block_k), jnp.float32)
-        carry = (dq, nothing, keys.blocks.start * b.block_k)
-        dq = add_keys(*walk(keys.blocks, lagging_body, carry, split=_split(q)))
-    else:
-        dq = walk(keys.blocks, body, dq, split=_split(q))
+    dq = walk(keys.blocks, body, dq, split=_split(q))
     store_tile(dq_ref, q0, dq * spec.scale, seq_len, head_dim)
 
 
@@ -219,49 +173,29 @@ def _dkdv_kernel(
     v = load_tile(v_ref, None, k0, b.block_k, seq_len, head_dim)
     first_head = pl.program_id(0) * heads
 
-    def probabilities(qk, lse, q0, edge):
-        """(p, the scores) of the block, transposed."""
+    def body(block, head, carry, edge):
+        dk, dv = carry
+        head, q0 = first_head + head, block * b.block_q
+        q = load_tile(q_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
+        do = load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
+        lse = load_vector(lse_ref, head, q0, b.block_q, seq_len)
+        delta = load_vector(delta_ref, head, q0, b.block_q, seq_len)
+        # Both products before the exponentials, which the compiler then takes between the second one's instructions.
+        qk, dp = dot(k, q, ROWS_BY_ROWS, spec), dot(v, do, ROWS_BY_ROWS, spec)
         s = scores(qk, spec)
         p = exponentials(s, spec, lse[None, :])
         if edge:
             rows = (q0 + jnp.arange(b.block_q, dtype=jnp.int32))[None, :]
             seen = rows >= keys[:, None]  # rows past the sequence add nothing: their q, do and delta are 0
             p = jnp.where(seen if end is None else seen & (rows < end[:, None]), p, 0.0)
-        return p, s
-
-    def add_queries(dk, ds, q):
-        return dk + dot(ds.astype(q.dtype), q, ROWS_BY_COLUMNS, spec)
-
-    def load_queries(head, q0, edge):
-        return load_tile(q_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
-
-    def body(block, head, carry, edge):
-        dk, dv, *lagging = carry
-        head, q0 = first_head + head, block * b.block_q
-        q = load_queries(head, q0, edge)
-        do = load_tile(do_ref, head, q0, b.block_q, seq_len if edge else None, head_dim)
-        lse = load_vector(lse_ref, head, q0, b.block_q, seq_len)
-        delta = load_vector(delta_ref, head, q0, b.block_q, seq_len)
-        # Both products before the exponentials, which the compiler then takes between the second one's instructions.
-        qk, dp = dot(k, q, ROWS_BY_ROWS, spec), dot(v, do, ROWS_BY_ROWS, spec)
-        if lagging:
-            ds, last_head, last = lagging
-            dk = add_queries(dk, ds, load_queries(last_head, last, True))
-        p, s = probabilities(qk, lse, q0, edge)
         dv = dv + dot(p.astype(do.dtype), do, ROWS_BY_COLUMNS, spec)
         ds = p * (dp - delta[None, :])
         if spec.softcap is not None:
             ds = ds * (1.0 - s * s)
-        return (dk, dv, ds, head, q0) if lagging else (add_queries(dk, ds, q), dv)
+        return dk + dot(ds.astype(q.dtype), q, ROWS_BY_COLUMNS, spec), dv
 
     zeros = jnp.zeros((b.block_k, k_ref.shape[-1]), jnp.float32)
-    if b.lag:
-        nothing = jnp.zeros((b.block_k, b.block_q), jnp.float32)
-        carry = (zeros, zeros, nothing, first_head, blocks.start * b.block_q)
-        dk, dv, ds, head, q0 = walk(blocks, body, carry, heads=heads, split=_split(k))
-        dk = add_queries(dk, ds, load_queries(head, q0, True))
-    else:
-        dk, dv = walk(blocks, body, (zeros, zeros), heads=heads, split=_split(k))
+    dk, dv = walk(blocks, body, (zeros, zeros), heads=heads, split=_split(k))
     store_tile(dk_ref, k0, dk * spec.scale, seq_len, head_dim)
     store_tile(dv_ref, k0, dv, seq_len, head_dim)
 
