@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.linear_cross_entropy import (
     default_tile_rows,
     linear_cross_entropy,
@@ -19,9 +19,6 @@ from pronghorn.pallas_kernels.linear_cross_entropy import (
 )
 from tests.lowering import lower_for_h100
 from tests.tolerances import assert_close
-
-# The module, not the function that the package exports under the same name.
-op = sys.modules[linear_cross_entropy.__module__]
 
 op = importlib.import_module(
     "pronghorn.pallas_kernels.linear_cross_entropy"
@@ -218,6 +215,14 @@ def test_the_number_of_tiles_follows_from_the_rows_that_count(monkeypatch):
         assert len(counted) == tiles
 
 
+@pytest.mark.parametrize("counted", [64, 17])
+def test_a_gpu_s_loop_of_fixed_length_and_its_loop_for_fewer_rows_equal_the_oracle(counted):
+    arrays, labels = _example(64, 301)
+    labels = np.where(np.arange(64) < counted, np.abs(labels), IGNORE)[::-1]
+    with launch.interpret(False):  # "xla" runs no kernel that would need a GPU
+        _check_against_oracle(arrays, labels, implementation="xla", names=["hidden", "weight"])
+
+
 def test_a_label_outside_the_vocabulary_is_nan_in_its_row_only():
     arrays, _ = _example(4, 301)
     labels = np.array([4, 301, -1, 300])
@@ -327,6 +332,7 @@ def test_the_default_tile_stays_within_its_budget(monkeypatch, on_gpu, budget, m
         rows = default_tile_rows(10**6, vocab_size)
         assert rows % multiple == 0 and budget / 2 < rows * vocab_size * 4 <= budget
     assert default_tile_rows(67, 1003) == -(-67 // multiple) * multiple
+    assert default_tile_rows(10**6, 128256, about=2560) == (2048 if on_gpu else 64)
 
 
 # ------------------------------------------------------------------------------------------------------ transformations

@@ -4,7 +4,7 @@
     loss_sum = Σ_i c_i loss(x_i, y_i)   loss as in `cross_entropy`, c the token weights
 
 The rows whose label is not ignored are taken in tiles, gathered from h; ignored rows are never multiplied, and the
-number of tiles follows from how many rows count (a loop with a dynamic bound). cuBLAS multiplies; one kernel turns a
+number of tiles follows from how many rows count. cuBLAS multiplies; one kernel turns a
 tile of logits into its gradient G = c ∂loss/∂x, in place, together with the loss. Since the loss is a scalar, the
 gradient can be finished in the forward rule, up to the factor that arrives in backward:
 
@@ -38,7 +38,8 @@ from pronghorn.pallas_kernels.cross_entropy import check_labels, cross_entropy_r
 from pronghorn.pallas_kernels.cross_entropy_kernels import LossOptions
 
 # The fp32 tile of logits: 1,024 rows of 128,256 columns on a GPU. A product of 1,024 rows already fills an H100, and a
-# smaller tile wastes less where the last one is partly empty.
+# smaller tile wastes less where the last one is partly empty. Where W learns, each tile also reads and writes the fp32
+# sum of dW, [V, d]: there a tile has about d rows, and is as large as that sum.
 TILE_BYTES_GPU = 512 * 2**20
 TILE_BYTES_CPU = 32 * 2**20
 FP16_GRADIENT_SCALE = 4096.0
@@ -64,7 +65,7 @@ class _Static(NamedTuple):
     options: LossOptions
     lora_scale: float
     ignore_index: int
-    tile_rows: int
+    tile_rows: int | None
     implementation: str
 
 
@@ -97,7 +98,7 @@ def linear_cross_entropy(
       lora_scale: s of the formula.
       label_smoothing, softcap, logit_scale: as in `cross_entropy`; the bias is inside the scale and the cap.
       tile_rows: rows of logits held at a time; by default as many as keep the fp32 tile below 512 MiB on a GPU and
-        32 MiB on a CPU. It changes the memory, not the loss.
+        32 MiB on a CPU, and on a GPU about d where the weight gets a gradient. It changes the memory, not the loss.
       implementation: "pallas", or "xla" for the same tiles in jnp.
 
     Returns:
@@ -138,10 +139,15 @@ def linear_token_losses(
     return _tiles(static, head, labels, _NOTHING)[0]
 
 
-def default_tile_rows(rows: int, vocab_size: int) -> int:
-    """Rows a tile: the byte budget of the platform, in multiples of 128 (a GPU) or 8, and no more than there are."""
+def default_tile_rows(rows: int, vocab_size: int, about: int = 1) -> int:
+    """Rows a tile: the byte budget of the platform, in multiples of 128 (a GPU) or 8, and no more than there are.
+
+    about: rows that a GPU's tile has even beyond the budget, down to the next power of two.
+    """
     budget, multiple = (TILE_BYTES_GPU, 128) if launch.on_gpu() else (TILE_BYTES_CPU, 8)
     most = max(multiple, budget // (4 * vocab_size) // multiple * multiple)
+    if launch.on_gpu():
+        most = max(most, 1 << (about.bit_length() - 1))
     return min(most, multiple * launch.cdiv(max(rows, 1), multiple))
 
 
@@ -207,7 +213,6 @@ def _prepare(
         raise InputError("linear_cross_entropy: give both lora_a and lora_b, or neither.")
     if tile_rows is not None and tile_rows < 1:
         raise InputError(f"linear_cross_entropy: tile_rows={tile_rows} must be at least 1.")
-    tile_rows = tile_rows or default_tile_rows(rows, vocab_size)
     return _Static(options, lora_scale, ignore_index, tile_rows, launch.resolve(implementation))
 
 
@@ -250,14 +255,20 @@ def _tiles(static: _Static, head: Head, labels: jax.Array, wanted: Head) -> tupl
     hidden's gradient is in hidden's dtype, the others in fp32; None where not wanted.
     """
     (rows, width), dtype = head.hidden.shape, head.hidden.dtype
-    shapes = Head((rows, width), *(None if leaf is None else leaf.shape for leaf in head[1:]))
-    start = [
-        jnp.zeros(shape, jnp.float32) if want else None for shape, want in zip(shapes, wanted, strict=True)
-    ]
-    start[0] = jnp.zeros((rows, width), dtype) if wanted.hidden else None
-    start[5] = None
+
+    def nothing() -> tuple[jax.Array, Head]:
+        """Losses and gradients before the first tile."""
+        shapes = Head((rows, width), *(None if leaf is None else leaf.shape for leaf in head[1:]))
+        sums = [
+            jnp.zeros(shape, jnp.float32) if want else None
+            for shape, want in zip(shapes, wanted, strict=True)
+        ]
+        sums[0] = jnp.zeros((rows, width), dtype) if wanted.hidden else None
+        sums[5] = None
+        return jnp.zeros((rows,), jnp.float32), Head(*sums)
+
     if rows == 0:
-        return jnp.zeros((0,), jnp.float32), Head(*start), jnp.float32(1.0)
+        return *nothing(), jnp.float32(1.0)
     # A product wants its operands in one dtype: cast once, not in every tile.
     lora_a, lora_b = (None if leaf is None else leaf.astype(dtype) for leaf in (head.lora_a, head.lora_b))
     head = head._replace(weight=head.weight.astype(dtype), lora_a=lora_a, lora_b=lora_b)
@@ -267,10 +278,14 @@ def _tiles(static: _Static, head: Head, labels: jax.Array, wanted: Head) -> tupl
 
     # Rows that count, in their own order; beyond them indices past the end, distinct and rising: gathers fill them
     # with zeros and scatters drop them.
-    slots = launch.cdiv(rows, static.tile_rows) * static.tile_rows
+    tile_rows = static.tile_rows or default_tile_rows(
+        rows, head.weight.shape[0], width if wanted.weight else 1
+    )
+    most = launch.cdiv(rows, tile_rows)
+    slots = most * tile_rows
     order = jnp.flatnonzero(~ignored, size=slots, fill_value=rows)
     order = jnp.where(order < rows, order, rows + jnp.arange(slots)).astype(jnp.int32)
-    num_tiles = launch.cdiv(jnp.sum(~ignored), static.tile_rows)
+    num_tiles = launch.cdiv(jnp.sum(~ignored), tile_rows)
 
     def take(values, index, fill):
         return values.at[index].get(
@@ -282,7 +297,7 @@ def _tiles(static: _Static, head: Head, labels: jax.Array, wanted: Head) -> tupl
 
     def step(tile, carry):
         losses, gradients = carry
-        index = lax.dynamic_slice(order, (tile * static.tile_rows,), (static.tile_rows,))
+        index = lax.dynamic_slice(order, (tile * tile_rows,), (tile_rows,))
         hidden, tile_labels = take(head.hidden, index, 0), take(safe, index, 0)
         logits = _logits(head, hidden, static.lora_scale)
         if not any(wanted[:5]):
@@ -297,7 +312,20 @@ def _tiles(static: _Static, head: Head, labels: jax.Array, wanted: Head) -> tupl
         hidden_sum = put(gradients.hidden, index, hidden_tile) if wanted.hidden else None
         return put(losses, index, tile_losses), Head(hidden_sum, *sums)
 
-    losses, gradients = lax.fori_loop(0, num_tiles, step, (jnp.zeros((rows,), jnp.float32), Head(*start)))
+    def every_tile() -> tuple[jax.Array, Head]:
+        return lax.fori_loop(0, most, step, nothing())
+
+    def tiles_that_count() -> tuple[jax.Array, Head]:
+        return lax.fori_loop(0, num_tiles, step, nothing())
+
+    # Where the device computes a loop's bound, the host waits for it before every turn: 60 to 100 us a tile on an H100,
+    # where nothing runs. So that loop is kept for a batch that can leave out a tile.
+    if launch.interpreting():  # on a CPU nothing waits, and one loop is compiled sooner than two
+        losses, gradients = tiles_that_count()
+    elif most == 1:
+        losses, gradients = every_tile()
+    else:
+        losses, gradients = lax.cond(num_tiles == most, every_tile, tiles_that_count)
     return jnp.where(ignored, 0.0, losses * factor), gradients, unit
 
 
