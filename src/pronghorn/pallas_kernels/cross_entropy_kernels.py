@@ -188,18 +188,21 @@ def _write_gradient(
     before end at that pass's reduction, a barrier for the whole program.
     """
     vocab_size = logits_ref.shape[0]
+    blocks = launch.cdiv(vocab_size, block)
     smooth = options.label_smoothing / vocab_size
     label_gradient = jnp.expm1(-nll) + (options.label_smoothing - smooth)
 
     def step(index, carry):
-        columns, z, mask = _load_block(logits_ref, index * block, options, block)
+        # Backwards: the end of the row was read last and may still lie in the L2 cache.
+        start = (blocks - 1 - index) * block
+        columns, z, mask = _load_block(logits_ref, start, options, block)
         gradient = jnp.where(columns == label, label_gradient, jnp.exp(z - lse) - smooth)
         gradient = gradient * transform_slope(z, options) * coefficient
         gradient = jnp.where(coefficient == 0.0, 0.0, gradient).astype(gradient_ref.dtype)
-        triton.store(gradient_ref.at[pl.ds(index * block, block)], gradient, mask=mask)
+        triton.store(gradient_ref.at[pl.ds(start, block)], gradient, mask=mask)
         return carry
 
-    lax.fori_loop(0, launch.cdiv(vocab_size, block), step, 0)
+    lax.fori_loop(0, blocks, step, 0)
 
 
 def _forward_kernel(logits_ref, label_ref, loss_ref, lse_ref, nll_ref, *, options, block):
