@@ -74,7 +74,7 @@ GATED_ACTIVATION = (
     (4096, 2048, 16), (2048, 2048, 8), (2048, 2048, 16), (4096, 2048, 8), (1024, 1024, 8), (8192, 2048, 16),
 )  # fmt: skip
 ROPE = ((4096, 32), (2048, 16), (2048, 32), (2048, 8), (4096, 16), (8192, 32))
-CROSS_ENTROPY = ((4096, 8), (4096, 4), (8192, 8), (8192, 16), (2048, 4), (4096, 16))
+CROSS_ENTROPY = ((4096, 8), (4096, 4), (8192, 8), (8192, 16), (2048, 4), (4096, 16), (8192, 32), (4096, 32))
 NF4_PRODUCT = {
     ("nf4_product", 1): (
         (8, 1024, 4), (4, 2048, 4), (4, 1024, 2), (8, 2048, 8), (16, 1024, 4), (16, 512, 4), (8, 512, 2), (2, 4096, 4),
@@ -138,7 +138,7 @@ def attention_jobs(shape: shapes.AttentionShape, dtype) -> list[Job]:
         q, k, v, do = inputs()
         out, logsumexp = flash_attention_kernels.forward(q, k, v, None, None, spec())
         delta = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
-        return q, k, v, do, logsumexp, delta
+        return q, k, v, out, do, logsumexp, delta
 
     def last_group(kernel, x):
         return x[-1:, :, -group if kernel in ("forward", "dq") else -1 :]
@@ -164,8 +164,8 @@ def attention_jobs(shape: shapes.AttentionShape, dtype) -> list[Job]:
     }
     runs = {
         "forward": lambda q, k, v, _: flash_attention_kernels.forward(q, k, v, None, None, spec()),
-        "dkdv": lambda *a: flash_attention_kernels.backward_dkdv(*a, None, spec()),
-        "dq": lambda *a: flash_attention_kernels.backward_dq(*a, None, spec()),
+        "dkdv": lambda q, k, v, _, *a: flash_attention_kernels.backward_dkdv(q, k, v, *a, None, spec()),
+        "dq": lambda *a: flash_attention_kernels.backward_dq(*a[:-1], None, spec())[0],
     }
     # Products a kernel computes, in units of 2 · (visible pairs) · head_dim.
     products = {"forward": 2, "dkdv": 4, "dq": 3}

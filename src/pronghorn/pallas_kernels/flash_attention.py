@@ -230,12 +230,11 @@ def _attention_forward(spec: AttentionSpec, q, k, v, sinks, k_start, q_end):
 
 
 def _attention_backward(spec: AttentionSpec, saved, do):
-    # dq, and dk with dv, are two launches: one that nobody asks for is dead code and is dropped.
+    # Two launches: dk and dv that nobody asks for are dead code and are dropped. The first also computes
+    # delta_t = o_t · do_t, since it holds do.
     q, k, v, sinks, k_start, q_end, out, logsumexp = saved
     do = do.astype(q.dtype)
-    # delta_t = o_t · do_t, [batch, heads, seq]
-    delta = jnp.sum(out.astype(jnp.float32) * do.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
-    dq = kernels.backward_dq(q, k, v, do, logsumexp, delta, k_start, spec)
+    dq, delta = kernels.backward_dq(q, k, v, out, do, logsumexp, k_start, spec)
     dk, dv = kernels.backward_dkdv(q, k, v, do, logsumexp, delta, q_end, spec)
     dsinks = None
     if sinks is not None:

@@ -109,8 +109,9 @@ def _forward_kernel(
 
 
 def _dq_kernel(
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, k_start_ref, dq_ref, *, spec, seq_len: int, head_dim: int
-):
+    q_ref, k_ref, v_ref, o_ref, do_ref, lse_ref, k_start_ref, dq_ref, delta_ref,
+    *, spec, seq_len: int, head_dim: int,
+):  # fmt: skip
     """Grid (head, batch, query block backwards). Refs: [seq, padded]; lse, delta, k_start: [seq]."""
     b = spec.blocks.dq
     q0 = (cdiv(seq_len, b.block_q) - 1 - pl.program_id(2)) * b.block_q
@@ -118,7 +119,10 @@ def _dq_kernel(
     q = load_tile(q_ref, None, q0, b.block_q, seq_len, head_dim)
     do = load_tile(do_ref, None, q0, b.block_q, seq_len, head_dim)
     lse = load_vector(lse_ref, None, q0, b.block_q, seq_len)
-    delta = load_vector(delta_ref, None, q0, b.block_q, seq_len)
+    o = load_tile(o_ref, None, q0, b.block_q, seq_len, head_dim)
+    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=1)
+    inside = None if seq_len % b.block_q == 0 else keys.rows < seq_len
+    triton.store(delta_ref.at[pl.ds(q0, b.block_q)], delta, mask=inside)
 
     def body(block, _, dq, edge):
         k0 = block * b.block_k
@@ -254,8 +258,8 @@ def forward(
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def backward_dq(q, k, v, do, lse, delta, k_start, spec: AttentionSpec) -> jax.Array:
-    """dq, like q. lse in base 2 and delta: fp32 [batch, heads, seq]."""
+def backward_dq(q, k, v, o, do, lse, k_start, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
+    """(dq, like q; delta, like lse). lse in base 2: fp32 [batch, heads, seq]."""
     batch, seq_len, num_heads, head_dim = q.shape
     query, key, row = _specs(q, k)
     b = spec.blocks.dq
@@ -263,12 +267,12 @@ def backward_dq(q, k, v, do, lse, delta, k_start, spec: AttentionSpec) -> jax.Ar
         functools.partial(_dq_kernel, spec=spec, seq_len=seq_len, head_dim=head_dim),
         name="flash_attention_dq",
         grid=(num_heads, batch, cdiv(seq_len, b.block_q)),
-        in_specs=[query, key, key, query, row, row, _bound_spec(k_start)],
-        out_specs=query,
-        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        in_specs=[query, key, key, query, query, row, _bound_spec(k_start)],
+        out_specs=(query, row),
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
         num_warps=b.num_warps,
         num_stages=b.num_stages,
-    )(q, k, v, do, lse, delta, k_start)
+    )(q, k, v, o, do, lse, k_start)
 
 
 def _group_parts(programs: int, group: int) -> int:
@@ -281,7 +285,7 @@ def _group_parts(programs: int, group: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def backward_dkdv(q, k, v, do, lse, delta, q_end, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """(dk, dv), like k and v. Summed over a group's query heads inside the kernel; a small problem cuts the group
+    """(dk, dv), like k and v, given `backward_dq`'s delta. Summed over a group's query heads inside the kernel; a small problem cuts the group
     into parts whose fp32 sums XLA adds, in a fixed order either way."""
     batch, seq_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
