@@ -1,8 +1,9 @@
 """What FP8 base weights cost in accuracy, on SmolLM2-135M: loss, gradient of every adapter leaf, and a short training.
 
 Adapters (rank 16, every linear) are trained for a few steps on the base in fp32 first, since one whose B is zero has no
-gradient in A. At that point the loss and the gradients of each variant are compared with those of the base in fp32.
-Then some of the variants go on training side by side, on the same batches.
+gradient in A. At that point each variant's loss and gradient, summed over some batches, are compared with those of the
+base in fp32, and with those of the FP8 weights multiplied exactly, which leaves what rounding activations and gradients
+costs. Then some of the variants go on training side by side, on the same batches.
 
     python benchmarks/fp8_accuracy.py      # on a CPU through the oracle of the FP8 products, on a GPU by cuBLAS
 """
@@ -30,6 +31,7 @@ from pronghorn.training.step import compile_step, compute_dtypes, init_state, ma
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "numerics.md"
 LIMIT = 0.99
+REFERENCES = ("fp32", "fp8 weights alone")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +45,18 @@ class Variant:
 
 
 def variants(dtype: str) -> list[Variant]:
-    """fp32 first: what the others are compared with. The rest computes in `dtype`."""
+    """fp32 and the FP8 weights multiplied exactly, which the others are compared with, and these, in `dtype`."""
 
     def fp8(name: str, train: bool = False, **options: Any) -> Variant:
         return Variant(name, dtype, QuantizationConfig("fp8", **options), train)
 
+    exact = QuantizationConfig("fp8", fp8_gradients="unrounded", fp8_activations="unrounded")
     return [
         Variant("fp32", "float32", train=dtype == "float32"),
+        Variant("fp8 weights alone", "float32", exact),
         fp8("fp8, gradients e4m3", train=True),
         fp8("fp8, gradients e5m2", fp8_gradients="e5m2"),
         fp8("fp8, gradients unrounded", fp8_gradients="unrounded"),
-        fp8("fp8 weights alone", fp8_gradients="unrounded", fp8_activations="unrounded"),
         fp8("fp8, a scale a row", fp8_scales="row"),
         Variant("nf4", dtype, QuantizationConfig("nf4")),
         Variant("bf16", "bfloat16", train=dtype == "bfloat16"),
@@ -116,6 +119,18 @@ class Job:
             found.append(float(metrics["loss"]))
         return jax.tree.unflatten(structure, state_leaves).trainable, found
 
+    def loss_and_gradient(self, parts: tuple, trainable: Any, first: int) -> tuple[float, Any]:
+        """(mean loss, gradient of its sum in fp64) over the batches from `first` on."""
+        graph, _, frozen = parts
+        run = jax.jit(jax.value_and_grad(losses.next_token(graph, reduction="sum"), has_aux=True))
+        total, loss_sum, count = None, 0.0, 0
+        for index in range(first, first + self.options.gradient_batches):
+            (loss, aux), gradient = run(trainable, frozen, self.micro_batch(self.train, index))
+            gradient = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), gradient)
+            total = gradient if total is None else jax.tree.map(np.add, total, gradient)
+            loss_sum, count = loss_sum + float(loss), count + int(aux["token_count"])
+        return loss_sum / count, jax.tree.map(lambda leaf: leaf / count, total)
+
     def held_out_loss(self, parts: tuple, trainable: Any) -> float:
         graph, _, frozen = parts
         run = jax.jit(evaluation_sums(graph))
@@ -129,32 +144,32 @@ class Job:
 def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """A row for each variant."""
     job = Job(options, folder)
-    chosen = variants(options.dtype)
+    chosen = [v for v in variants(options.dtype) if options.only in v.name or v.name in REFERENCES]
     parts = job.split(chosen[0])
     start, _ = job.steps(parts, parts[1], 0, options.warm_up)
     start = jax.tree.map(np.asarray, start)
-    batch = job.micro_batch(job.train, options.warm_up)
-    rows, reference = [], None
+    rows, gradients = [], {}
     for variant in chosen:
         parts = job.split(variant)
-        graph, _, frozen = parts
-        run = jax.jit(jax.value_and_grad(losses.next_token(graph), has_aux=True))
-        (loss, _), gradient = run(start, frozen, batch)
-        gradient = jax.tree.map(np.asarray, gradient)
-        reference = gradient if reference is None else reference
-        found = cosines(gradient, reference)
+        loss, gradient = job.loss_and_gradient(parts, start, options.warm_up)
+        if variant.name in REFERENCES:
+            gradients[variant.name] = gradient
         row = {
             "variant": variant.name,
             "dtype": variant.dtype,
-            "loss": float(loss),
-            "cosine_min": float(found.min()),
-            "cosine_mean": float(found.mean()),
-            "leaves": len(found),
-            "leaves_below_limit": int(np.sum(found < LIMIT)),
+            "loss": loss,
             "grad_norm": norm(gradient),
             "held_out_loss": job.held_out_loss(parts, start),
         }
-        if variant.train:
+        for name, reference in gradients.items():
+            found = cosines(gradient, reference)
+            row |= {"leaves": len(found)}
+            row[f"cosine with {name}"] = {
+                "lowest": float(found.min()),
+                "mean": float(found.mean()),
+                "leaves_below_limit": int(np.sum(found < LIMIT)),
+            }
+        if variant.train and options.steps:
             trained, row["losses"] = job.steps(parts, start, options.warm_up, options.steps)
             row["held_out_loss_trained"] = job.held_out_loss(parts, trained)
         print({k: v for k, v in row.items() if k != "losses"}, flush=True)
@@ -166,20 +181,22 @@ def table(result: dict[str, Any]) -> str:
     """Markdown of a result file."""
     rows, settings = result["rows"], result["settings"]
     lines = [
-        f"SmolLM2-135M, adapters of rank 16 after {settings['warm_up']} steps, {rows[0]['leaves']} leaves, "
-        f"{settings['batch']} x {settings['seq']} tokens, on {result['device']}; fp32 is what the others are compared "
-        f"with. Trained: held-out loss after {settings['steps']} further steps.",
+        f"SmolLM2-135M, adapters of rank 16 after {settings['warm_up']} steps, {rows[0]['leaves']} leaves, gradient of "
+        f"{settings['gradient_batches']} batches of {settings['batch']} x {settings['seq']} tokens, on "
+        f"{result['device']}. Cosines are the lowest of any leaf and the mean. Trained: held-out loss after "
+        f"{settings['steps']} further steps.",
         "",
-        "| frozen weights | computed in | loss | gradient cosine, lowest leaf | mean | gradient norm | held-out loss "
-        "| trained |",
+        "| frozen weights | computed in | loss | cosine with fp32 | with the same FP8 weights multiplied exactly | "
+        "gradient norm | held-out loss | trained |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        pairs = [row.get(f"cosine with {name}") for name in REFERENCES]
+        shown = [f"{pair['lowest']:.4f}, {pair['mean']:.4f}" if pair else "" for pair in pairs]
         trained = row.get("held_out_loss_trained")
         lines.append(
-            f"| {row['variant']} | {row['dtype']} | {row['loss']:.4f} | {row['cosine_min']:.4f} | "
-            f"{row['cosine_mean']:.4f} | {row['grad_norm']:.4f} | {row['held_out_loss']:.4f} | "
-            f"{'' if trained is None else f'{trained:.4f}'} |"
+            f"| {row['variant']} | {row['dtype']} | {row['loss']:.4f} | {shown[0]} | {shown[1]} | "
+            f"{row['grad_norm']:.4f} | {row['held_out_loss']:.4f} | {'' if trained is None else f'{trained:.4f}'} |"
         )
     return "\n".join(lines)
 
@@ -196,11 +213,15 @@ def main() -> None:
     )
     parser.add_argument("--warm-up", type=int, default=20 if gpu else 6)
     parser.add_argument("--steps", type=int, default=100 if gpu else 16)
+    parser.add_argument("--gradient-batches", type=int, default=4 if gpu else 8)
+    parser.add_argument(
+        "--only", default="", help="variants whose name has this; the first two are always measured"
+    )
     parser.add_argument("--held-out", type=int, default=16 if gpu else 4, help="batches of held-out rows")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(options, _base_folder(str(find_model()), Path(folder)))
-    names = ("dtype", "batch", "seq", "warm_up", "steps", "held_out")
+    names = ("dtype", "batch", "seq", "rows", "warm_up", "gradient_batches", "steps", "held_out")
     settings = {name: getattr(options, name) for name in names}
     result = {**common.environment(options.commit), "settings": settings, "rows": rows}
     common.write(options.out, result)
