@@ -48,8 +48,7 @@ def test_a_value_is_rounded_the_same_whatever_else_is_in_the_tensor(format):
     assert beside[1] > alone[1] and np.array_equal(*values)
 
 
-@pytest.mark.parametrize("rows", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows,dtype", [(False, "float32"), (True, "bfloat16"), (False, "float16")])
 def test_products_equal_those_of_the_rounded_arrays(rows, dtype):
     codes, scales = weight(33, 70, rows=rows)
     full = dequantize(codes, scales, jnp.float32)
@@ -73,7 +72,7 @@ def test_products_equal_those_of_the_rounded_arrays(rows, dtype):
         )
 
 
-@pytest.mark.parametrize("format", [*FORMATS, None])
+@pytest.mark.parametrize("format", ["e5m2", None])
 def test_the_gradient_of_one_product_is_the_other(format):
     codes, scales = weight(24, 40)
     x, dy = normal(1, (6, 40), "bfloat16"), normal(2, (6, 24), "bfloat16")
