@@ -149,18 +149,18 @@ def plan_job(job: JobConfig) -> "MemoryPlan":
 
 def shape_of_adapter(folder: Path, architecture: DecoderConfig) -> LoRAConfig:
     """What makes an adapter as large as the one in a PEFT folder (with its largest rank, where it has several)."""
-    from pronghorn.converters.peft import module_names
     from pronghorn.converters.peft_config import expected_modules, read_config
-    from pronghorn.lora import sites
+    from pronghorn.converters.peft_sites import module_names, part_names, peft_sites
     from pronghorn.models.decoder import Decoder
 
     config, model = read_config(folder), Decoder.abstract(architecture)
-    chosen = expected_modules(folder, config, module_names(model), sites(model))
+    places = peft_sites(model)
+    chosen = expected_modules(folder, config, module_names(model), places)
     if not chosen:
         raise InputError(f"{folder}: the adapter fits nothing in the model; it belongs to another model.")
     return LoRAConfig(
         rank=max(config["r"], *config["rank_pattern"].values(), 1),
-        targets=tuple(sorted(chosen)),
+        targets=tuple(part_names(places, chosen)),
         dropout=config["lora_dropout"],
     )
 

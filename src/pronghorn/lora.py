@@ -28,6 +28,7 @@ from pronghorn.errors import InputError
 from pronghorn.fingerprint import base_hash
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
+from pronghorn.models.families import family_named
 from pronghorn.models.layers import Embedding, Linear, LoRAParam
 
 ALL_LINEAR = "all-linear"
@@ -42,7 +43,8 @@ class LoRAConfig:
       rank: r, the inner size of every adapter.
       alpha: numerator of the scale; None means `rank`, so that the scale is 1 (sqrt(r) for rsLoRA).
       targets: "all-linear" (every linear inside the layers, not the head), or names and patterns. A name matches the
-        end of a module's name ("q_proj", "mlp.up_proj", "lm_head", "embed_tokens"), a pattern with `*`, `?` or `[`
+        end of a module's name ("q_proj", "mlp.up_proj", "lm_head", "embed_tokens"), ours or else that of transformers
+        ("qkv_proj" of Phi 3 is q, k and v), a pattern with `*`, `?` or `[`
         matches all of it as a shell would ("layers.*.mlp.up_proj"), and "re:..." is a regular expression for all of it.
       dropout: share of the inputs of A that is dropped while training.
       use_rslora: scale by alpha / sqrt(r).
@@ -231,6 +233,13 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
     chosen: set[str] = set()
     for target in targets:
         matched = {name for name, site in found.items() if _matches(site, target)}
+        if not matched:  # a name that only transformers has: c_fc, or qkv_proj for several of ours
+            theirs = transformers_names(model)
+            matched = {
+                name
+                for name, site in found.items()
+                if _matches(dataclasses.replace(site, name=theirs[name]), target)
+            }
         if not matched:
             endings = sorted({".".join(name.split(".")[-2:]) for name in found if "." in name})
             raise InputError(
@@ -247,6 +256,19 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
     if not names:
         raise InputError("lora.targets and lora.layers together choose nothing; widen one of them.")
     return names
+
+
+def transformers_names(model: Decoder) -> dict[str, str]:
+    """{our name of a site: the module's path in transformers without its "model."}; parts of one linear share it."""
+    family = family_named(model.config.family)
+    tensors = family.tensor_names(model.config)
+    for fused, parts in family.fused_tensors(model.config).items():
+        pieces = {piece for piece, _ in parts}
+        tensors = {ours: fused if theirs in pieces else theirs for ours, theirs in tensors.items()}
+    return {
+        name: tensors.get(f"{name}.weight", "lm_head.weight").removesuffix(".weight").removeprefix("model.")
+        for name in sites(model)
+    }
 
 
 def _matches(site: Site, target: str) -> bool:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from pronghorn.converters.safetensors_files import open_weights
 from pronghorn.lora import merge, merge_lora, split
 from pronghorn.models import Decoder, flat_arrays, rope
 from pronghorn.models.families import family_named
+from pronghorn.models.tensor_names import by_our_names
 from tests.models.reference import forward, gradient_error, random_ids, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
 TOKENS, FIRST = 500, 301  # tokens of a row, and of the first of two documents packed into one
 CHUNK = 20  # tokens decoded at a time, over twice as many
-CHECKS = ("logits", "gradients", "decoding", "round trip", "transformers reads it", "PEFT")
-LIMITS = dict.fromkeys(CHECKS, MODEL_LOGITS) | {"gradients": MODEL_GRADIENT, "round trip": 0.0}
+CHECKS = ("logits", "gradients", "decoding", "round trip", "transformers reads it", "PEFT", "NF4")
+LIMITS = dict.fromkeys(CHECKS, MODEL_LOGITS) | {"gradients": MODEL_GRADIENT, "round trip": 0.0, "NF4": 1e-3}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
 
 
@@ -57,8 +59,6 @@ LONGROPE = {
     "short_factor": [1.0 + 0.01 * i for i in range(6)],
     "long_factor": [1.0 + 0.7 * i for i in range(6)],
 }
-# Their files hold several linears as one, which PEFT adapts as one: not exchanged yet.
-WITHOUT_PEFT = ("phi3", "glm", "glm4")
 # family name -> case. Windows of 17 tokens cut in every check.
 CASES = {
     "llama": Case("llama", {"mlp_bias": True}, "scanned"),
@@ -157,11 +157,6 @@ CASES = {
 }
 
 
-def checks_of(family: str) -> list[str]:
-    """The checks that a family is put through."""
-    return [check for check in CHECKS if check != "PEFT" or family not in WITHOUT_PEFT]
-
-
 @functools.cache
 def results(family: str) -> dict[str, Result]:
     """Every check of a family, by its name."""
@@ -175,7 +170,7 @@ def results(family: str) -> dict[str, Result]:
         worst = _worst(torch_model, case, Path(folder))
     return {
         check: Result(family, case.model_type, check, worst[check], worst[check] <= LIMITS[check])
-        for check in checks_of(family)
+        for check in CHECKS
     }
 
 
@@ -191,15 +186,14 @@ def _worst(torch_model: Any, case: Case, folder: Path) -> dict[str, float]:
     logits, gradients = _our_results(model, ids, segments)
     assert np.std(expected_logits) > 0.1, "the comparison is of something"
     save_model(model, folder / "ours")
-    adapters = (
-        {} if model.config.family in WITHOUT_PEFT else {"PEFT": _peft_difference(torch_model, model, folder)}
-    )
-    return adapters | {
+    return {
         "logits": float(np.max(np.abs(logits - expected_logits))),
         "gradients": _gradient_difference(model, gradients, expected_gradients),
         "decoding": _decoding_difference(model, ids[:1, : 2 * CHUNK], logits[: 2 * CHUNK]),
         "round trip": _files_difference(folder / "theirs", folder / "ours"),
         "transformers reads it": _reread_difference(torch_model, model, folder / "ours", ids[:1, :50]),
+        "PEFT": _peft_difference(torch_model, model, folder),
+        "NF4": _nf4_difference(torch_model, folder, ids[:1, :CHUNK]),
     }
 
 
@@ -235,21 +229,19 @@ def _our_results(model: Decoder, ids: np.ndarray, segments: np.ndarray) -> tuple
     return np.asarray(logits).reshape(-1, logits.shape[-1]), named
 
 
+def _by_our_names(model: Decoder, theirs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    family = family_named(model.config.family)
+    return by_our_names(theirs, family.tensor_names(model.config), family.fused_tensors(model.config))
+
+
 def _gradient_difference(model: Decoder, gradients: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
     """The worst of all parameters, each relative to its norm."""
-    family = family_named(model.config.family)
-    rows: dict[str, np.ndarray] = {}
-    for name, parts in family.fused_tensors(model.config).items():
-        whole = expected.pop(name)
-        cuts = np.cumsum([count for _, count in parts])[:-1]
-        rows |= dict(zip([part for part, _ in parts], np.split(whole, cuts), strict=True))
-    expected = expected | rows
-    names = family.tensor_names(model.config)
-    names = {
-        ours: theirs for ours, theirs in names.items() if not theirs.endswith(("act_fn.beta", "act_fn.eps"))
-    }
-    assert sorted(names.values()) == sorted(expected), "every parameter is compared"
-    return max(gradient_error(gradients[ours], expected[theirs]) for ours, theirs in names.items())
+    named = _by_our_names(model, expected)
+    constant = ("act_fn.beta", "act_fn.eps")
+    assert sorted(named) == sorted(n for n in gradients if not n.endswith(constant)), (
+        "every parameter is compared"
+    )
+    return max(gradient_error(gradients[name], gradient) for name, gradient in named.items())
 
 
 def _decoding_difference(model: Decoder, ids: np.ndarray, expected: np.ndarray) -> float:
@@ -305,15 +297,52 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     save_adapter(adapted, folder / "adapter")
     again = PeftModel.from_pretrained(copy.deepcopy(torch_model), str(folder / "adapter"))
     expected, reread = (built.merge_and_unload().state_dict() for built in (theirs, again))
-    merged, base = flat_arrays(merge_lora(adapted)), torch_model.state_dict()
-    worst, changed = 0.0, 0
-    for ours, name in family_named(model.config.family).tensor_names(model.config).items():
-        changed += not bool((expected[name] == base[name]).all())
-        for found in (np.asarray(merged[ours]), reread[name].numpy()):
-            worst = max(worst, float(np.max(np.abs(found - expected[name].numpy()))))
+    expected, reread, base = (
+        _by_our_names(model, {name: tensor.numpy() for name, tensor in state.items()})
+        for state in (expected, reread, torch_model.state_dict())
+    )
+    merged = flat_arrays(merge_lora(adapted))
+    changed = sum(not np.array_equal(expected[name], base[name]) for name in base)
     linears = 4 + (3 if model.config.gated_mlp else 2)
     assert changed == linears * model.config.num_layers, "every linear was adapted"
-    return worst
+    return max(
+        float(np.max(np.abs(found - expected[name])))
+        for name in base
+        for found in (np.asarray(merged[name]), reread[name])
+    )
 
 
-__all__ = ["CASES", "CHECKS", "LIMITS", "Result", "checks_of", "results"]
+def _nf4_difference(torch_model: Any, folder: Path, ids: np.ndarray) -> float:
+    """Logits of a folder that transformers and bitsandbytes quantised, read here, against those of the original with
+    the weights that bitsandbytes makes of it."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder / "theirs", quantization_config=options, dtype=torch.float32, device_map="cpu"
+    )
+    theirs.save_pretrained(folder / "nf4")  # in front of any forward pass, which repacks the weights on some CPUs
+    coarse, quantized = copy.deepcopy(torch_model), 0
+    weights = coarse.state_dict()
+    for name, parameter in theirs.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            # As rows of one block: where a row ends inside of one, bitsandbytes 0.50 dequantises wrongly on a CPU.
+            state.shape = torch.Size((parameter.numel() * 2 // state.blocksize, state.blocksize))
+            weights[name].copy_(dequantize_4bit(parameter.data, state).reshape(weights[name].shape))
+            quantized += 1
+    assert quantized, "bitsandbytes quantised something"
+    with torch.no_grad():
+        expected = coarse(torch.from_numpy(ids).long()).logits.numpy()
+    found = load_model(folder / "nf4", dtype="float32")(jnp.asarray(ids))
+    return float(np.max(np.abs(np.asarray(found) - expected)))
+
+
+__all__ = ["CASES", "CHECKS", "LIMITS", "Result", "results"]

@@ -4,7 +4,8 @@
 embedding's are `lora_embedding_A` `[r, vocab]` and `lora_embedding_B` `[d, r]`, without `.weight`. The scale is not
 stored: it follows from `r`, `lora_alpha`, `use_rslora` and the two patterns of `adapter_config.json`. The trained rows
 of new tokens are `...embed_tokens.token_adapter.trainable_tokens_delta` `[n, d]`: the rows themselves, whatever the
-name says. What LoRA is not (DoRA, biases, whole modules, starts that changed the base) is refused in words.
+name says. What LoRA is not (DoRA, biases, whole modules, starts that changed the base) is refused in words. Linears
+that transformers has as one and we have as several are in `peft_sites.py`.
 
 Beside PEFT's two files stands `pronghorn.json`: rank, alpha, targets, the fingerprint of the base model, a hash of the
 chat template and of the weights, so that an adapter cannot quietly meet another model.
@@ -38,6 +39,14 @@ from pronghorn.converters.peft_config import (
     read_config,
     targets_of,
 )
+from pronghorn.converters.peft_sites import (
+    FusedSite,
+    alpha_of,
+    cut_factors,
+    factors_at,
+    module_names,
+    peft_sites,
+)
 from pronghorn.converters.safetensors_files import (
     StoredTensor,
     TensorSpec,
@@ -48,20 +57,9 @@ from pronghorn.converters.safetensors_files import (
 from pronghorn.errors import InputError
 from pronghorn.files import new_folder
 from pronghorn.fingerprint import base_hash, same_base
-from pronghorn.lora import (
-    EMBEDDING,
-    HEAD,
-    AdapterInfo,
-    Factors,
-    Site,
-    adapter_scale,
-    attach,
-    sites,
-)
+from pronghorn.lora import EMBEDDING, HEAD, AdapterInfo, Factors, Site, adapter_scale, attach, sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
-from pronghorn.models.families import family_named
-from pronghorn.models.layers import Embedding
 from pronghorn.new_tokens import with_tokens
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -95,13 +93,14 @@ def save_adapter(
       RunError: the disk is full or cannot be written.
     """
     out_dir, info = Path(out_dir), model.adapter
-    adapted = _adapted(model)
+    found = {name: (site, factors_at(site)) for name, site in peft_sites(model).items()}
+    adapted = {name: (site, factors) for name, (site, factors) in found.items() if factors is not None}
     if info is None or not adapted:
         raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
     modules = module_names(model)
     arrays: dict[str, tuple[TensorSpec, Any]] = {}
-    for name, (site, factors) in adapted.items():
-        embedding = isinstance(site.module, Embedding)
+    for name, (_, factors) in adapted.items():
+        embedding = name == EMBEDDING
         for letter, array in (("A", factors.a), ("B", factors.b)):
             suffix = f".lora_embedding_{letter}" if embedding else f".lora_{letter}.weight"
             spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
@@ -161,9 +160,9 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     config = read_config(folder)
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
-    places, modules = sites(model), module_names(model)
+    places, modules = peft_sites(model), module_names(model)
     found = _group(folder, tensors, {module: name for name, module in modules.items()})
-    _check_base_copies(folder, model, places, found, new_token_range(folder, config, modules)[:2])
+    _check_base_copies(folder, places, found, new_token_range(folder, config, modules)[:2])
     rows = {name: parts["rows"] for name, parts in found.items() if "rows" in parts}
     found = {name: parts for name, parts in found.items() if "a" in parts or "b" in parts}
     expected = expected_modules(folder, config, modules, places)
@@ -185,11 +184,13 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     for name, parts in found.items():
         rank = pattern_value(folder, config, "rank_pattern", modules[name], config["r"])
         alpha = pattern_value(folder, config, "alpha_pattern", modules[name], config["lora_alpha"])
-        factors[name] = _factors(
-            folder, places[name], parts, rank, adapter_scale(rank, alpha, config["use_rslora"])
-        )
-        if alpha != config["lora_alpha"]:
-            alphas[name] = float(alpha)
+        site, scale = places[name], adapter_scale(rank, alpha, config["use_rslora"])
+        read = _factors(folder, site, parts, rank, scale)
+        for ours, own in (cut_factors(site, read) if isinstance(site, FusedSite) else {name: read}).items():
+            factors[ours] = own
+            own_alpha = alpha_of(own, float(alpha), config["use_rslora"])
+            if own_alpha != config["lora_alpha"]:
+                alphas[ours] = own_alpha
     layers = config["layers_to_transform"]
     return attach(
         model,
@@ -289,26 +290,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _adapted(model: Decoder) -> dict[str, tuple[Site, Factors]]:
-    """The sites that have an adapter. In a stack, two factors of zeros mean that this layer has none."""
-    adapted = {}
-    for name, site in sites(model).items():
-        factors = site.factors
-        if factors is None:
-            continue
-        if site.index is not None and not jnp.any(factors.a) and not jnp.any(factors.b):
-            continue
-        adapted[name] = (site, factors)
-    return adapted
-
-
-def module_names(model: Decoder) -> dict[str, str]:
-    """{our module name: the module's path in transformers} of every site."""
-    tensor_names = family_named(model.config.family).tensor_names(model.config)
-    names = {name: tensor_names.get(f"{name}.weight", "lm_head.weight") for name in sites(model)}
-    return {name: theirs.removesuffix(".weight") for name, theirs in names.items()}
-
-
 def _read_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, StoredTensor]:
     if not (folder / WEIGHTS_NAME).exists():
         if (folder / "adapter_model.bin").exists():
@@ -356,8 +337,7 @@ def _group(
 
 def _check_base_copies(
     folder: Path,
-    model: Decoder,
-    places: Mapping[str, Site],
+    places: Mapping[str, Site | FusedSite],
     found: Mapping[str, Mapping[str, StoredTensor]],
     new: tuple[int, int],
 ) -> None:
@@ -367,9 +347,10 @@ def _check_base_copies(
     """
     first, count = new
     for name, parts in found.items():
-        if "base" not in parts:
+        site = places[name]
+        if "base" not in parts or isinstance(site, FusedSite):
             continue
-        weight = places[name].module.weight.get_value()
+        weight = site.module.weight.get_value()
         if hasattr(weight, "dequantize"):
             continue  # only embeddings and heads are stored, and a quantised one is not the stored one anyway
         own, stored = np.asarray(weight), parts["base"]
@@ -385,7 +366,7 @@ def _check_base_copies(
             )
 
 
-def _factors(folder: Path, site: Site, parts: Mapping[str, StoredTensor], rank: int, scale: float) -> Factors:
+def _factors(folder: Path, site: Site | FusedSite, parts: Mapping[str, StoredTensor], rank: int, scale: float) -> Factors:
     if "a" not in parts or "b" not in parts:
         raise InputError(f"{folder}: the adapter of {site.name} lacks one of its two factors; copy it again.")
     fan_out, fan_in = site.shape

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pronghorn.converters.peft_sites import FusedSite, alpha_of
 from pronghorn.errors import InputError
 from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo, Factors, Site, sites
 from pronghorn.models.decoder import Decoder
@@ -62,7 +63,7 @@ _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_of(
-    model: Decoder, info: AdapterInfo, adapted: Mapping[str, tuple[Site, Factors]], modules: Mapping[str, str]
+    model: Decoder, info: AdapterInfo, adapted: Mapping[str, tuple[Site | FusedSite, Factors]], modules: Mapping[str, str]
 ) -> dict[str, Any]:
     """The configuration that makes PEFT build exactly these adapters.
 
@@ -74,7 +75,10 @@ def config_of(
     """
     targets, layers = _shortest_targets(model, adapted, modules)
     ranks = {name: int(factors.a.shape[0]) for name, (_, factors) in adapted.items()}
-    alphas = {name: dict(info.alpha_pattern).get(name, info.alpha) for name in adapted}
+    alphas = {
+        name: alpha_of(factors, dict(info.alpha_pattern).get(name, info.alpha), info.use_rslora)
+        for name, (_, factors) in adapted.items()
+    }
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -130,7 +134,7 @@ def new_token_range(folder: Path, config: Mapping[str, Any], modules: Mapping[st
 
 
 def _shortest_targets(
-    model: Decoder, adapted: Mapping[str, tuple[Site, Factors]], modules: Mapping[str, str]
+    model: Decoder, adapted: Mapping[str, tuple[Site | FusedSite, Factors]], modules: Mapping[str, str]
 ) -> tuple[list[str], list[int] | None]:
     """(target_modules, layers_to_transform) that choose exactly the adapted modules.
 
@@ -273,7 +277,7 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_modules(
-    folder: Path, config: Mapping[str, Any], modules: Mapping[str, str], places: Mapping[str, Site]
+    folder: Path, config: Mapping[str, Any], modules: Mapping[str, str], places: Mapping[str, Site | FusedSite]
 ) -> set[str]:
     """The modules that PEFT would adapt for this configuration."""
     targets, excluded = config["target_modules"], config["exclude_modules"]

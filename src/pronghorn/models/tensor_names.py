@@ -5,6 +5,9 @@ rows. Those are cut when a checkpoint is read and put together when it is writte
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.layers import LAYER_NORMS
@@ -64,3 +67,20 @@ def fused_tensors(config: DecoderConfig, modules: Sequence[str]) -> dict[str, tu
         for index in range(config.num_layers)
         for module in modules
     }
+
+
+def by_our_names(
+    arrays: Mapping[str, Any], names: Mapping[str, str], fused: Mapping[str, tuple[tuple[str, int], ...]]
+) -> dict[str, Any]:
+    """Arrays of transformers by our names, those of linears that are several of ours cut by rows.
+
+    Args:
+      arrays: by the names of transformers; those that the family does not have are left out.
+      names, fused: of the family.
+    """
+    arrays = dict(arrays)
+    for name, parts in fused.items():
+        if name in arrays:
+            cuts = np.cumsum([rows for _, rows in parts])[:-1]
+            arrays |= dict(zip([part for part, _ in parts], np.split(arrays.pop(name), cuts), strict=True))
+    return {ours: arrays[theirs] for ours, theirs in names.items() if theirs in arrays}

@@ -7,6 +7,7 @@ A departure is reported at the first layer where it shows, since everything afte
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,9 @@ import numpy as np
 
 from pronghorn.errors import InputError
 from pronghorn.lora import merge, split
+from pronghorn.models.families import family_named
 from pronghorn.models.parameters import named_parameters
+from pronghorn.models.tensor_names import by_our_names
 from pronghorn.training import losses
 from pronghorn.versions import installed_versions
 
@@ -114,7 +117,8 @@ def verify_model(
     if adapter is not None:
         model = load_adapter(model, adapter)
     input_ids = _prompt(load_tokenizer(folder), model.config.vocab_size, tokens, seed)
-    theirs = _run_transformers(folder, adapter, input_ids, gradients)
+    canonical = functools.partial(_canonical, model)
+    theirs = _run_transformers(folder, adapter, input_ids, canonical if gradients else None)
     ours = _run_pronghorn(model, input_ids, gradients, names=set(theirs["gradients"]))
     return _report(path, adapter, tokens, ours, theirs, gradients)
 
@@ -172,16 +176,26 @@ def _run_pronghorn(model: Any, input_ids: np.ndarray, gradients: bool, names: se
         if not gradients:
             return result | {"loss": float(_loss(graph, trainable, frozen, batch)), "gradients": {}}
         (loss, _), grads = _loss_and_gradient(graph, trainable, frozen, batch)
-    leaves = named_parameters(merge(graph, grads, frozen))
-    return result | {
-        "loss": float(loss),
-        "gradients": {name: np.asarray(leaves[name].get()) for name in names if name in leaves},
-    }
+    gradient = merge(graph, grads, frozen)
+    found = {name: np.asarray(p.get()) for name, p in named_parameters(gradient).items() if name in names}
+    if model.adapter is not None:
+        from pronghorn.converters.peft_sites import FusedSite, fused_gradients, peft_sites
+
+        moved = peft_sites(gradient)
+        for name, site in peft_sites(model).items():
+            if isinstance(site, FusedSite):
+                letters = fused_gradients(site, moved[name])  # type: ignore[arg-type]  # the same model's
+                found |= {f"{name}.lora_{letter}": value for letter, value in letters.items()}
+    return result | {"loss": float(loss), "gradients": found}
 
 
 def _run_transformers(
-    folder: str, adapter: str | None, input_ids: np.ndarray, gradients: bool
+    folder: str,
+    adapter: str | None,
+    input_ids: np.ndarray,
+    canonical: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None,
 ) -> dict[str, Any]:
+    """Gradients are taken where there is a function that gives them our names."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -192,26 +206,29 @@ def _run_transformers(
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
-    base = reference
-    canonical = _canonical_names(reference)
+    trunk = reference.model
     if adapter is not None:
         from peft import PeftModel
 
         reference = PeftModel.from_pretrained(reference, adapter, is_trainable=True).eval()
-        canonical = {
-            name: peft_name
-            for name, parameter in reference.named_parameters()
-            if parameter.requires_grad and (peft_name := _canonical_adapter_name(name)) is not None
-        }
     seen: list[np.ndarray] = []
 
-    def record(_module, _arguments, output):
+    def record(output: Any) -> None:
         seen.append((output[0] if isinstance(output, tuple) else output).detach().numpy().copy())
 
-    trunk = base.model
-    hooks = [m.register_forward_hook(record) for m in (trunk.embed_tokens, *trunk.layers, trunk.norm)]
+    # What the first layer is given: some families scale the embedding inside of its module, some outside.
+    hooks = [
+        trunk.layers[0].register_forward_pre_hook(
+            lambda _module, given, named: record(given[0] if given else named["hidden_states"]),
+            with_kwargs=True,
+        )
+    ]
+    hooks += [
+        m.register_forward_hook(lambda _m, _given, output: record(output))
+        for m in (*trunk.layers, trunk.norm)
+    ]
     ids = torch.from_numpy(input_ids.astype(np.int64))
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(canonical is not None):
         logits = reference(input_ids=ids, use_cache=False).logits[0]
         # In fp64: PyTorch's fp32 cross entropy on a CPU sums a large vocabulary with an error that all rows share. With
         # 49,152 words it moved the loss by 7e-6 and one gradient by 8e-4, ten times what two models differ by.
@@ -219,11 +236,11 @@ def _run_transformers(
     for hook in hooks:
         hook.remove()
     found: dict[str, np.ndarray] = {}
-    if gradients:
+    if canonical is not None:
         loss.backward()
-        for name, parameter in reference.named_parameters():
-            if parameter.grad is not None and name in canonical:
-                found[canonical[name]] = parameter.grad.numpy()
+        named = reference.named_parameters()
+        found = {name: parameter.grad.numpy() for name, parameter in named if parameter.grad is not None}
+        found = canonical(found)
     return {
         "layers": seen,
         "logits": logits.detach().numpy(),
@@ -232,20 +249,26 @@ def _run_transformers(
     }
 
 
-def _canonical_names(reference: Any) -> dict[str, str]:
-    """Hugging Face parameter name -> our single-layer name."""
-    from pronghorn.models.families import family_for
+def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Gradients of transformers, or of PEFT's factors where the model has an adapter, by our names."""
+    if model.adapter is None:
+        family = family_named(model.config.family)
+        return by_our_names(gradients, family.tensor_names(model.config), family.fused_tensors(model.config))
+    from pronghorn.converters.peft_sites import FusedSite, module_names, peft_sites, trained_entries
 
-    family = family_for(reference.config.to_dict())
-    config = family.config_from_hf(reference.config.to_dict())
-    return {theirs: ours for ours, theirs in family.tensor_names(config).items()}
-
-
-def _canonical_adapter_name(name: str) -> str | None:
-    """`base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight` -> `layers.0.mlp.up_proj.lora_A`."""
-    name = name.removeprefix("base_model.model.").removeprefix("model.")
-    name = name.removesuffix(".weight").removesuffix(".default")
-    return name if ".lora_" in name else None
+    places = peft_sites(model)
+    ours = {module: name for name, module in module_names(model).items()}
+    found = {}
+    for name, gradient in gradients.items():
+        # base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight
+        name = name.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".default")
+        module, _, factor = name.rpartition(".")
+        if factor.startswith("lora_"):
+            place = places[ours[module]]
+            if factor == "lora_B" and isinstance(place, FusedSite):
+                gradient = gradient * trained_entries(place)
+            found[f"{place.name}.{factor}"] = gradient
+    return found
 
 
 def _layer_difference(name: str, ours: np.ndarray, theirs: np.ndarray) -> Difference:

@@ -1,0 +1,168 @@
+"""Where PEFT puts adapters: the linears of transformers, some of which are several of ours.
+
+Phi 3 stores q, k and v as `qkv_proj` and gate and up as `gate_up_proj`; here each part has an adapter of its own. Both
+ways are exact, as long as the parts share a scale. With parts p of `rows_p` rows each:
+
+    reading   B's rows are cut: part p has A and B_p. Where no column of B serves two parts (what we write), a part
+              keeps only the columns that are its own, and a part without any has no adapter.
+    writing   Parts that share one A bit for bit: that A and the B_p, one above the other. Otherwise the A_p lie one
+              above the other and B is zero but for its blocks B_p: the rank is the sum of theirs, alpha grows alike.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.errors import InputError
+from pronghorn.lora import Factors, Site, adapter_scale, sites
+from pronghorn.models.decoder import Decoder
+from pronghorn.models.families import family_named
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedSite:
+    """A linear of transformers that is several of ours, named "layers.3.self_attn.qkv_proj"."""
+
+    name: str
+    parts: tuple[Site, ...]
+
+    @property
+    def layer(self) -> int | None:
+        return self.parts[0].layer
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(fan out, fan in)."""
+        return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+
+def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
+    """Every place where PEFT can put an adapter, by our name of it."""
+    family, found = family_named(model.config.family), dict[str, Site | FusedSite](sites(model))
+    ours = {theirs: name for name, theirs in family.tensor_names(model.config).items()}
+    for tensor, pieces in family.fused_tensors(model.config).items():
+        if not tensor.endswith(".weight"):
+            continue
+        parts = tuple(found.pop(ours[piece].removesuffix(".weight")) for piece, _ in pieces)
+        name = f"{parts[0].name.rpartition('.')[0]}.{_module(tensor).rpartition('.')[2]}"
+        found[name] = FusedSite(name, parts)  # type: ignore[arg-type]  # a part is no fused site
+    return found
+
+
+def module_names(model: Decoder) -> dict[str, str]:
+    """{our name of a place: the module's path in transformers} of all `peft_sites`."""
+    family = family_named(model.config.family)
+    tensors = family.tensor_names(model.config)
+    fused = {pieces[0][0]: name for name, pieces in family.fused_tensors(model.config).items()}
+    names = {}
+    for name, site in peft_sites(model).items():
+        first = site.parts[0].name if isinstance(site, FusedSite) else name
+        tensor = tensors.get(f"{first}.weight", "lm_head.weight")
+        names[name] = _module(fused.get(tensor, tensor))
+    return names
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def part_names(places: Mapping[str, Site | FusedSite], chosen: set[str]) -> list[str]:
+    """Our own linears of the chosen places."""
+    names = []
+    for name in sorted(chosen):
+        site = places[name]
+        names += [part.name for part in site.parts] if isinstance(site, FusedSite) else [name]
+    return names
+
+
+def factors_at(site: Site | FusedSite) -> Factors | None:
+    """The adapter at a place as PEFT has it, or None.
+
+    Raises:
+      InputError: the parts of one linear have different scales.
+    """
+    if isinstance(site, Site):
+        factors = site.factors
+        # In a stack, two factors of zeros mean that this layer has none.
+        if factors is None or (site.index is not None and not jnp.any(factors.a) and not jnp.any(factors.b)):
+            return None
+        return factors
+    found = [factors_at(part) for part in site.parts]
+    present = [factors for factors in found if factors is not None]
+    if not present:
+        return None
+    scale = present[0].scale
+    if any(factors.scale != scale for factors in present):
+        raise InputError(
+            f"{site.name} is one linear in transformers, and the adapters of its parts have different scales, which "
+            "PEFT cannot hold; save the model with save_merged."
+        )
+    arrays = [np.asarray(factors.a) for factors in present]
+    if len(present) == len(found) and all(a.tobytes() == arrays[0].tobytes() for a in arrays):
+        return Factors(arrays[0], np.concatenate([np.asarray(factors.b) for factors in present]), scale)
+    blocks = [None if factors is None else np.asarray(factors.b) for factors in found]
+    return Factors(np.concatenate(arrays), _block_diagonal(site, blocks), scale)
+
+
+def _block_diagonal(site: FusedSite, blocks: list[np.ndarray | None]) -> np.ndarray:
+    """PEFT's B from those of the parts; a part without one has rows of zeros."""
+    b = np.zeros((site.shape[0], sum(block.shape[1] for block in blocks if block is not None)), np.float32)
+    row = column = 0
+    for part, block in zip(site.parts, blocks, strict=True):
+        if block is not None:
+            b[row : row + part.shape[0], column : column + block.shape[1]] = block
+            column += block.shape[1]
+        row += part.shape[0]
+    return b
+
+
+def fused_gradients(site: FusedSite, gradients: FusedSite) -> dict[str, np.ndarray]:
+    """{"A": .., "B": ..}: the gradients of PEFT's factors on one linear, from those of ours on its parts.
+
+    Args:
+      site, gradients: of a model, and of the same model with gradients in place of its factors.
+    """
+    joined, moved = factors_at(site), factors_at(gradients)
+    if joined is None or moved is None:
+        return {}
+    if joined.a.shape == moved.a.shape:
+        return {"A": moved.a, "B": moved.b}
+    found = [part.factors for part in gradients.parts if part.factors is not None]  # of one A
+    return {
+        "A": np.sum([factors.a for factors in found], axis=0),
+        "B": np.concatenate([factors.b for factors in found]),
+    }
+
+
+def trained_entries(site: FusedSite) -> np.ndarray | float:
+    """1 where an entry of PEFT's B is one of ours, 0 where it is a zero outside of the blocks."""
+    joined = factors_at(site)
+    ones = [None if part.factors is None else np.ones(part.factors.b.shape) for part in site.parts]
+    mask = _block_diagonal(site, ones)
+    return mask if joined is not None and mask.shape == joined.b.shape else 1.0
+
+
+def cut_factors(site: FusedSite, factors: Factors) -> dict[str, Factors]:
+    """{our name: factors} of the parts of an adapter on a linear that is several of ours."""
+    a, b = np.asarray(factors.a), np.asarray(factors.b)
+    pieces = np.split(b, np.cumsum([part.shape[0] for part in site.parts])[:-1])
+    used = [np.any(piece != 0, axis=0) for piece in pieces]
+    counts = np.sum(used, axis=0)
+    if counts.max() != 1:  # one A for all parts, or not trained yet
+        used = [np.ones_like(columns) for columns in used]
+    return {
+        part.name: Factors(jnp.asarray(a[columns]), jnp.asarray(piece[:, columns]), factors.scale)
+        for part, piece, columns in zip(site.parts, pieces, used, strict=True)
+        if columns.any()
+    }
+
+
+def alpha_of(factors: Any, usual: float, use_rslora: bool) -> float:
+    """The alpha that gives these factors their scale; the usual one wherever it does."""
+    rank = int(factors.a.shape[0])
+    if adapter_scale(rank, usual, use_rslora) == factors.scale:
+        return usual
+    return factors.scale * (rank**0.5 if use_rslora else rank)
