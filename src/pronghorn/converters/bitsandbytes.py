@@ -29,6 +29,7 @@ from pronghorn.errors import InputError
 from pronghorn.quantization import Int8Array, NF4Array, QuantizationConfig
 from pronghorn.quantization.int8 import empty_like_int8
 from pronghorn.quantization.nf4 import BLOCK_SIZES, empty_like_4bit
+from pronghorn.quantization.rows import cut_rows, may_cut_nested
 from pronghorn.quantization.tables import CODE_TABLES
 
 BitsAndBytesArray = NF4Array | Int8Array
@@ -53,6 +54,7 @@ class QuantizedTensor:
       form: its `NF4Array` or `Int8Array` with `jax.ShapeDtypeStruct` leaves.
       parts: {field of `form`: stored tensor}.
       offset: the nested offset of a 4-bit weight.
+      cut: (form of the tensor in the file, first row) where this is a few rows of it: one of several linears.
     """
 
     dtype: np.dtype
@@ -61,6 +63,7 @@ class QuantizedTensor:
     form: BitsAndBytesArray
     parts: Mapping[str, StoredTensor]
     offset: float | None = None
+    cut: tuple[BitsAndBytesArray, int] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -69,12 +72,40 @@ class QuantizedTensor:
 
     def read(self) -> BitsAndBytesArray:
         """The weight with numpy leaves, every bit as stored."""
+        form = self.form if self.cut is None else self.cut[0]
         arrays: dict[str, Any] = {field: tensor.read() for field, tensor in self.parts.items()}
-        if isinstance(self.form, NF4Array):
+        if isinstance(form, NF4Array):
             arrays["codes"] = arrays["codes"].reshape(-1).view(np.uint8)
             if self.offset is not None:
                 arrays["nested_offset"] = np.asarray(self.offset, np.float32)
-        return dataclasses.replace(self.form, **arrays)
+        array = dataclasses.replace(form, **arrays)
+        return array if self.cut is None else cut_rows(array, self.cut[1], self.shape[0])
+
+    def rows(self, first: int, count: int) -> "QuantizedTensor":
+        """Rows `first .. first + count`, one of the linears that the file holds as one.
+
+        Raises:
+          InputError: a block belongs to two of them.
+        """
+        if not isinstance(self.form, NF4Array | Int8Array):
+            raise InputError(
+                f"{self.file}: a tensor {list(self.shape)} holds several weights and is quantised as one; "
+                "use the 16-bit model."
+            )
+        shape = (count, *self.shape[1:])
+        form: BitsAndBytesArray = empty_like_int8(shape, self.dtype)
+        if isinstance(self.form, NF4Array):
+            size = self.form.block_size
+            if any(edge * shape[1] % size for edge in (first, first + count)):
+                raise InputError(
+                    f"{self.file}: a tensor {list(self.shape)} that holds several linears is quantised in blocks of "
+                    f"{size}, one of which belongs to two of them; use the 16-bit checkpoint."
+                )
+            nested = may_cut_nested(self.form, first, count)
+            form = empty_like_4bit(
+                shape, self.dtype, kind=self.form.kind, nested=nested, block_size=size
+            )
+        return dataclasses.replace(self, shape=shape, form=form, cut=(self.form, first))
 
 
 def is_quantization_config(value: Any) -> bool:
@@ -210,10 +241,12 @@ def describe(arrays: Mapping[str, BitsAndBytesArray], others: list[str], dtype: 
     Raises:
       InputError: weights of several kinds, which one such file cannot describe.
     """
+    # Every tensor says by itself whether its scales are nested; the configuration is for what is quantised anew.
+    nested = any(getattr(array, "nested", False) for array in arrays.values())
     forms = {
         QuantizationConfig("int8", nested=False)
         if isinstance(array, Int8Array)
-        else QuantizationConfig(array.kind, nested=array.nested)  # type: ignore[arg-type]
+        else QuantizationConfig(array.kind, nested=nested)  # type: ignore[arg-type]
         for array in arrays.values()
     }
     if len(forms) > 1:

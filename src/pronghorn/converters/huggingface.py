@@ -22,6 +22,7 @@ from pronghorn.converters.quantized_weights import (
     check_scales,
     in_8_bits,
     is_known_config,
+    join_fused,
     join_tensors,
     packed_weights,
     quantized_forms,
@@ -272,30 +273,27 @@ def write_model(
         return np.concatenate([fetch(part) for part, _ in fused[name]]) if name in fused else fetch(name)
 
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
-    packed = packed_weights(model, {name: theirs for theirs, name in ours.items()}, quantization, keep_quantized)
-    if packed:
-        clash = [theirs for theirs in packed if theirs in parts]
-        if clash:
-            raise InputError(
-                f"{folder}: the family stores {clash[0]} and others as one tensor, which cannot be quantised yet; "
-                "save it in 16 bits with save_merged."
-            )
-        others = [
-            theirs
+    named = {name: theirs for theirs, name in ours.items()}
+    joined = join_fused(packed_weights(model, named, quantization, keep_quantized), fused)
+    if joined:
+        others = dict.fromkeys(
+            file_name
             for theirs, name in ours.items()
-            if name.startswith("layers.") and theirs not in packed and len(parameters[name].shape) == 2
-        ]
-        described = bitsandbytes.describe(packed, others, target or jnp.dtype(model.dtype).name)
+            if (file_name := parts.get(theirs, theirs)) not in joined
+            and name.startswith("layers.")
+            and len(parameters[name].shape) == 2
+        )
+        described = bitsandbytes.describe(joined, list(others), target or jnp.dtype(model.dtype).name)
         edited = json.loads(text) | {bitsandbytes.CONFIG_KEY: described}
         text = json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
     small = {
         name: array
-        for theirs, weight in packed.items()
+        for theirs, weight in joined.items()
         for name, array in bitsandbytes.file_tensors(theirs, weight).items()
     }
     carry_files(folder, model.source, tokenizer_from)
     (folder / "config.json").write_bytes(text.encode("utf-8"))
-    names = dict.fromkeys(parts.get(name, name) for name in ours if name not in packed)
+    names = dict.fromkeys(file for name in ours if (file := parts.get(name, name)) not in joined)
     specs = {name: file_spec(name) for name in names}
     specs |= {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
     write_weights(
@@ -307,27 +305,29 @@ def write_model(
 
 
 def cut_tensors(
-    stored: Mapping[str, StoredTensor], fused: Mapping[str, tuple[tuple[str, int], ...]]
-) -> dict[str, StoredTensor]:
+    stored: Mapping[str, Any], fused: Mapping[str, tuple[tuple[str, int], ...]]
+) -> dict[str, Any]:
     """The tensors of a folder, each one that holds several cut into these: rows lie one after the other in the file.
 
     Raises:
-      InputError: a tensor does not have the rows of its parts, or is quantised.
+      InputError: a tensor does not have the rows of its parts, or is quantised in blocks that two of them share.
     """
     cut = dict(stored)
     for name, parts in fused.items():
         if name not in cut:
             continue
         tensor = cut.pop(name)
-        if isinstance(tensor, bitsandbytes.QuantizedTensor):
-            raise InputError(
-                f"{tensor.file}: {name} holds several weights and is quantised as one; use the 16-bit model."
-            )
         if tensor.shape[:1] != (sum(rows for _, rows in parts),):
             raise InputError(
                 f"{tensor.file}: {name} has shape {list(tensor.shape)} and config.json asks for "
                 f"{sum(rows for _, rows in parts)} rows; config.json belongs to another model."
             )
+        if isinstance(tensor, bitsandbytes.QuantizedTensor):
+            first = 0
+            for part, rows in parts:
+                cut[part] = tensor.rows(first, rows)
+                first += rows
+            continue
         offset = tensor.offset
         for part, rows in parts:
             cut[part] = dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), offset=offset)

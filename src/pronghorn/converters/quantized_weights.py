@@ -23,6 +23,7 @@ from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization import FP8Array, Int8Array, QuantizationConfig, is_quantized, quantize
 from pronghorn.quantization.quantize_model import QuantizedArray, choose, empty_like, finite_scales
+from pronghorn.quantization.rows import join_rows
 
 _NAMED = 5
 
@@ -154,3 +155,19 @@ def packed_weights(
             value = quantize(jnp.asarray(merged_weight(places[name.removesuffix(".weight")])), ways[name])
         packed[names[name]] = jax.tree.map(np.asarray, value)
     return packed
+
+
+def join_fused(
+    packed: Mapping[str, Any], fused: Mapping[str, tuple[tuple[str, int], ...]]
+) -> dict[str, Any]:
+    """The quantised weights of a file, those that it holds as one put together.
+
+    Left out, to be written in 16 bits with the values that they had, are those that are not all quantised in one way.
+    """
+    joined = dict(packed)
+    for name, pieces in fused.items():
+        parts = [joined.pop(part, None) for part, _ in pieces]
+        whole = None if any(part is None for part in parts) else join_rows(parts)
+        if whole is not None:
+            joined[name] = whole
+    return joined
