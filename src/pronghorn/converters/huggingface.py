@@ -35,6 +35,7 @@ from pronghorn.converters.safetensors_files import (
     write_weights,
 )
 from pronghorn.converters.sources import resolve_model_path
+from pronghorn.converters.text_towers import WRAPPERS, text_config, tower_tensors
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder
 from pronghorn.lora import merged_config, merged_weight, sites
@@ -118,7 +119,8 @@ def load_model(
     family = family_for(hf_config)
     config = family.config_from_hf(hf_config)
     joined = join_tensors(folder, open_weights(folder))
-    stored = cut_tensors(joined, family.fused_tensors(config))
+    tower = tower_tensors(joined)
+    stored = cut_tensors(tower, family.fused_tensors(config))
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
@@ -142,12 +144,14 @@ def load_model(
     make_abstract(named_parameters(model), forms)
     assign(model, _LazyWeights(table, dtype, forms, ways))
     check_scales(folder, model, forms)
-    model.source = Source(path=str(folder), hf_config=text, dtype=commonest)
+    wrapped = any(name not in joined for name in tower)
+    model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=wrapped)
     return model
 
 
 def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
-    """`config.json` as a dict, and its text; without the quantization_config of bitsandbytes or FP8.
+    """`config.json` as a dict, and its text; without the quantization_config of bitsandbytes or FP8, and of a model that
+    also sees images that of its text tower.
 
     Raises:
       InputError: it is missing, too large, or no JSON object.
@@ -173,6 +177,11 @@ def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
     if is_known_config(config.get(bitsandbytes.CONFIG_KEY)):
         # How weights are stored is no part of the architecture; `quantized_weights` has it.
         del config[bitsandbytes.CONFIG_KEY]
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    if config.get("model_type") in WRAPPERS:
+        config = text_config(config)
+        family = family_for(config)
+        config["architectures"] = family.config_to_hf(family.config_from_hf(config))["architectures"]
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     return config, text
 

@@ -54,6 +54,7 @@ from pronghorn.converters.safetensors_files import (
     read_header,
     write_file,
 )
+from pronghorn.converters.text_towers import tower_name
 from pronghorn.errors import InputError
 from pronghorn.files import new_folder
 from pronghorn.fingerprint import base_hash, same_base
@@ -161,7 +162,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
     places, modules = peft_sites(model), module_names(model)
-    found = _group(folder, tensors, {module: name for name, module in modules.items()})
+    found = _group(folder, tensors, {tower_name(module): name for name, module in modules.items()})
     _check_base_copies(folder, places, found, new_token_range(folder, config, modules)[:2])
     rows = {name: parts["rows"] for name, parts in found.items() if "rows" in parts}
     found = {name: parts for name, parts in found.items() if "a" in parts or "b" in parts}
@@ -316,7 +317,7 @@ def _group(
     unknown = []
     for key, tensor in tensors.items():
         suffix = next((suffix for suffix in _SUFFIXES if key.endswith(suffix)), "")
-        name = names.get(key.removeprefix(PREFIX).removesuffix(suffix)) if suffix else None
+        name = names.get(tower_name(key.removeprefix(PREFIX).removesuffix(suffix))) if suffix else None
         embedding = "lora_embedding" in suffix
         rows = suffix.startswith(".token_adapter")
         if (

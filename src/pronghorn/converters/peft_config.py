@@ -146,6 +146,8 @@ def _shortest_targets(
             layers.setdefault(_last(modules[name]), set()).add(site.layer)
     special = [modules[name] for name in adapted if name in (HEAD, EMBEDDING)]
     every = set(range(model.config.num_layers))
+    if model.source is not None and model.source.wrapped:  # other towers have modules of these names
+        return sorted(modules[name] for name in adapted), None
     if all(where == every for where in layers.values()):
         return sorted([*layers, *map(_last, special)]), None
     first = next(iter(layers.values()))

@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pronghorn.converters.text_towers import wrapped_name
 from pronghorn.errors import InputError
 from pronghorn.lora import Factors, Site, adapter_scale, sites
 from pronghorn.models.decoder import Decoder
@@ -62,6 +63,8 @@ def module_names(model: Decoder) -> dict[str, str]:
         first = site.parts[0].name if isinstance(site, FusedSite) else name
         tensor = tensors.get(f"{first}.weight", "lm_head.weight")
         names[name] = _module(fused.get(tensor, tensor))
+    if model.source is not None and model.source.wrapped:
+        return {name: wrapped_name(module) for name, module in names.items()}
     return names
 
 

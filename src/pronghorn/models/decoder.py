@@ -46,13 +46,15 @@ class Source:
 
     Attributes:
       path: the folder or hub name.
-      hf_config: text of the original config.json.
+      hf_config: text of the original config.json, or of the one that a text tower would have.
       dtype: of the checkpoint's weights, such as "bfloat16".
+      wrapped: the model is the text tower of what lies in the folder.
     """
 
     path: str
     hf_config: str
     dtype: str
+    wrapped: bool = False
 
 
 class Segment(nnx.Module):

@@ -1,4 +1,4 @@
-"""Gemma 3, text only (1B, 270M, and text towers saved by themselves).
+"""Gemma 3: 1B, 270M, and the text towers of 4B, 12B and 27B, whose `text_config` leaves out what is the default.
 
 Special: as Gemma 2 without soft caps, and heads of q and k are normalised; five sliding layers to a full one, each
 kind with a rope of its own (`rope_local_base_freq` for the sliding ones, never scaled).
@@ -22,6 +22,11 @@ from pronghorn.models.gemma2 import KNOWN, sandwich_switches, write_sandwich
 from pronghorn.models.tensor_names import llama_tensor_names
 
 _DEFAULTS = DEFAULTS | {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
     "hidden_activation": "gelu_pytorch_tanh",
     "max_position_embeddings": 131072,
     "rope_theta": 1000000.0,

@@ -197,16 +197,20 @@ def _run_transformers(
 ) -> dict[str, Any]:
     """Gradients are taken where there is a function that gives them our names."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    reference = AutoModelForCausalLM.from_pretrained(
+    from pronghorn.converters.text_towers import WRAPPERS
+
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
+    reader: Any = AutoModelForImageTextToText if kind in WRAPPERS else AutoModelForCausalLM
+    reference = reader.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
-    trunk = reference.model
+    trunk = getattr(reference.model, "language_model", reference.model)
     if adapter is not None:
         from peft import PeftModel
 

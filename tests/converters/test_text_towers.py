@@ -1,0 +1,142 @@
+"""Models that also see images: their text tower is read, trained and written as the text model that it is."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+
+from pronghorn.converters.huggingface import load_model, read_config, save_model
+from pronghorn.converters.peft import load_adapter, save_adapter
+from pronghorn.converters.safetensors_files import open_weights
+from pronghorn.converters.text_towers import tower_tensors
+from pronghorn.errors import InputError
+from pronghorn.lora import LoRAConfig, add_lora, merge_lora
+from pronghorn.models import family_for, flat_arrays
+from pronghorn.verification import verify_model
+from tests.converters.test_peft import randomised
+from tests.models.reference import SIZES, forward, random_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+SPECIAL = {
+    "gemma3": (
+        {"model_type": "gemma3_text", "head_dim": 12, "sliding_window": 7, "num_hidden_layers": 2},
+        {"model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 4, "image_token_index": 130, "boi_token_index": 1, "eoi_token_index": 2},
+    ),
+    "mistral3": (
+        {"model_type": "mistral", "head_dim": 10, "num_hidden_layers": 2},
+        {"model_type": "pixtral", "head_dim": 8},
+        {"image_token_index": 130, "tie_word_embeddings": False},
+    ),
+}
+
+
+@functools.cache
+def wrapper(kind):
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text, vision, own = SPECIAL[kind]
+    config = AutoConfig.for_model(
+        kind, text_config=SIZES | text | {"pad_token_id": None}, vision_config=VISION | vision, **own
+    )
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name else 0.1 * noise)
+    return model
+
+
+@pytest.fixture(scope="module", params=sorted(SPECIAL))
+def pair(request, tmp_path_factory):
+    """(kind, folder, our text model)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    wrapper(request.param).save_pretrained(folder)
+    return request.param, folder, load_model(folder)
+
+
+def logits_of(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(ids).long()).logits.numpy()
+
+
+def test_tower_computes_what_the_wrapper_computes_and_is_saved_as_a_text_model(pair, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    kind, folder, model = pair
+    ids = random_ids(40)
+    expected = logits_of(wrapper(kind), ids)
+    assert np.max(np.abs(forward(model, ids) - expected)) <= 1e-4
+    save_model(model, tmp_path / "text")
+    reread = AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager").eval()
+    assert type(reread).__name__ in ("Gemma3ForCausalLM", "MistralForCausalLM")
+    np.testing.assert_allclose(logits_of(reread, ids), expected, atol=1e-6)
+    theirs, ours = tower_tensors(open_weights(folder)), open_weights(tmp_path / "text")
+    assert all(theirs[name].read().tobytes() == tensor.read().tobytes() for name, tensor in ours.items())
+
+
+def test_adapter_fits_the_wrapper_in_peft_and_comes_back(pair, tmp_path):
+    from peft import PeftModel
+
+    kind, _, model = pair
+    adapted = randomised(add_lora(model, LoRAConfig(rank=2, targets=("q_proj", "down_proj"))))
+    save_adapter(adapted, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(wrapper(kind)), str(tmp_path / "adapter"))
+    merged = {k: np.asarray(v) for k, v in flat_arrays(merge_lora(adapted)).items()}
+    state = theirs.merge_and_unload().state_dict()
+    for name in ("layers.1.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"):
+        np.testing.assert_allclose(state[f"model.language_model.{name}"].numpy(), merged[name], atol=1e-6)
+    again = flat_arrays(merge_lora(load_adapter(model, tmp_path / "adapter")))
+    assert all(np.array_equal(array, merged[name]) for name, array in again.items())
+
+
+def test_verify_compares_the_tower(pair):
+    report = verify_model(str(pair[1]), tokens=40, gradients=False)
+    assert report.passed, str(report)
+
+
+def test_published_text_config_of_gemma_3_4b_is_read_with_its_defaults(tmp_path):
+    published = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "boi_token_index": 255999,
+        "eoi_token_index": 256000,
+        "eos_token_id": [1, 106],
+        "image_token_index": 262144,
+        "initializer_range": 0.02,
+        "mm_tokens_per_image": 256,
+        "model_type": "gemma3",
+        "text_config": {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "model_type": "gemma3_text",
+            "num_hidden_layers": 34,
+            "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+            "sliding_window": 1024,
+        },
+        "torch_dtype": "bfloat16",
+        "vision_config": {"model_type": "siglip_vision_model"},
+    }
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    hf, _ = read_config(tmp_path)
+    config = family_for(hf).config_from_hf(hf)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
+    assert (config.sliding_window, config.rope.factor, config.rope.base) == (1024, 8.0, 1e6)
+    assert config.tie_word_embeddings and config.layer_kinds[5] == "full" and config.num_layers == 34
+    (tmp_path / "config.json").write_text(json.dumps(published | {"text_config": None}))
+    with pytest.raises(InputError, match="needs a text_config"):
+        read_config(tmp_path)
