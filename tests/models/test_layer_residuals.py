@@ -85,3 +85,17 @@ def test_normalised_heads_add_what_was_normalised(layers):
 def test_full_fine_tuning_saves_no_more_than_the_stream_needs():
     found = saved_for_backward(build("unrolled"), adapters=False)
     assert_layers_save(found, "unrolled", SAVED[:-4])
+
+
+def test_layer_norms_and_mlps_without_a_gate_save_no_more():
+    model = build("unrolled", norm="layer", norm_bias=True, gated_mlp=False, activation="gelu_tanh")
+    found = saved_for_backward(model, adapters=True)
+    one_wide = [*SAVED[:6], (FFN,), (RANK,)]  # W_up n alone, and T of o
+    assert_layers_save(found, "unrolled", one_wide)
+
+
+def test_norms_on_outputs_add_what_they_normalise():
+    found = saved_for_backward(build("unrolled", block="post"), adapters=True)
+    # Of attention and MLP; T of o, and its input, which is attention's output in another shape.
+    outputs = [(HIDDEN,), (HIDDEN,), (RANK,), (HEADS * HEAD_DIM,)]
+    assert_layers_save(found, "unrolled", [*SAVED[:8], *outputs])

@@ -2,7 +2,8 @@
 
 Where a family is plain these are a few ops whose hand-derived gradients choose what a layer saves: its input, q, k and
 v, attention's output and logsumexp, the residual stream after attention, gate and up, and a few numbers a token. What
-has no such op yet (layer norm, MLPs that are not gated, norms on outputs) is put together from smaller ones.
+has no such op (layer norm, MLPs that are not gated, norms on outputs) is put together from smaller ones under
+`jax.checkpoint`, so that it saves no more: the elementwise parts run again in the backward pass, the products do not.
 """
 
 from typing import Any
@@ -79,8 +80,13 @@ def project_qkv(
             dropout=dropout,
         )
     else:
-        n = x if norm is None else norm(x)
-        q, k, v = (_linear(attention, name, n, dropout_key) for name in names)
+
+        @jax.checkpoint
+        def project(x):
+            n = x if norm is None else norm(x)
+            return [_linear(attention, name, n, dropout_key) for name in names]
+
+        q, k, v = project(x)
     if config.qk_norm_over == "width":
         q, k = normalize_heads(attention, q, k)
     batch, seq, _ = x.shape
@@ -170,27 +176,38 @@ def feed_forward(
         if plain:
             return out
     else:
-        out = mlp(layer.mlp, x if norm is None else norm(x), config=config, dropout_key=dropout_key)
+        out = mlp(layer.mlp, x, norm, config=config, dropout_key=dropout_key)
     if config.block in ("post", "sandwich"):
         out = layer.post_feedforward_layernorm(out)
     return _scaled_sum(residual, out, config.residual_scale)
 
 
 def mlp(
-    module: MLP, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
+    module: MLP, x: jax.Array, norm: Any, *, config: DecoderConfig, dropout_key: jax.Array | None = None
 ) -> jax.Array:
-    """W_down (f(W_gate x) * W_up x) (Shazeer 2020), or W_down f(W_up x), `[batch, seq, d]` -> the same."""
-    up = _linear(module, "up_proj", x, dropout_key)
-    if config.gated_mlp:
-        gate = _linear(module, "gate_proj", x, dropout_key)
-        activation: Any = config.activation
-        hidden = gated_activation(gate, up, activation=activation)
-    else:
-        # Only what came in is saved.
-        hidden = jax.checkpoint(_activation, static_argnums=(1,))(
-            up, config.activation, _xielu(module.act_fn)
-        )
-    return _linear(module, "down_proj", hidden, dropout_key)
+    """W_down (f(W_gate n) * W_up n) (Shazeer 2020), or W_down f(W_up n), `[batch, seq, d]` -> the same; n is x after
+    the norm, or x where there is none.
+
+    Saved: x, and W_up n (and W_gate n). What is elementwise is computed again, the products never are.
+    """
+    names = ("gate_proj", "up_proj") if config.gated_mlp else ("up_proj",)
+
+    @jax.checkpoint
+    def widen(x):
+        n = x if norm is None else norm(x)
+        return [_linear(module, name, n, dropout_key) for name in names]
+
+    @jax.checkpoint
+    def narrow(wide):
+        if config.gated_mlp:
+            activation: Any = config.activation
+            hidden = gated_activation(*wide, activation=activation)
+        else:
+            (up,) = wide
+            hidden = _activation(up, config.activation, _xielu(module.act_fn))
+        return _linear(module, "down_proj", hidden, dropout_key)
+
+    return narrow(widen(x))
 
 
 def _xielu(module: XIELU | None) -> tuple[jax.Array, ...] | None:

@@ -4,6 +4,7 @@ Modules declare parameters, as the configuration asks for them. Weights keep the
 With `leading=(layers,)` every parameter of a module is stacked on a leading axis, to be scanned over.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models.config import DecoderConfig
+from pronghorn.pallas_kernels.layer_norm import layer_norm, layer_norm_reference
 from pronghorn.pallas_kernels.lora_linear import lora_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 
@@ -137,8 +139,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + eps) * (offset + weight) + bias, in fp32 (Ba et al. 2016).
 
-    The weight may have more axes than the last, which is the one that is normalised: `[heads, head_dim]`. Nothing but
-    x is saved for the backward pass.
+    The weight may have more axes than the last, which is the one that is normalised: `[heads, head_dim]`.
     """
 
     def __init__(
@@ -159,16 +160,11 @@ class LayerNorm(nnx.Module):
         self.weight_offset = config.norm_weight_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        normalize = jax.checkpoint(_layer_norm, static_argnums=(3, 4))
-        return normalize(x, self.weight.get_value(), value_or_none(self.bias), self.eps, self.weight_offset)
-
-
-def _layer_norm(x: jax.Array, weight: jax.Array, bias: Any, eps: float, weight_offset: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
-    y = y * (weight.astype(jnp.float32) + weight_offset)
-    return (y if bias is None else y + bias.astype(jnp.float32)).astype(x.dtype)
+        weight, bias = self.weight.get_value(), value_or_none(self.bias)
+        if weight.ndim == 1:
+            return layer_norm(x, weight, bias, eps=self.eps, weight_offset=self.weight_offset)
+        reference = functools.partial(layer_norm_reference, eps=self.eps, weight_offset=self.weight_offset)
+        return jax.checkpoint(reference)(x, weight, bias)  # of small heads: nothing but x is saved
 
 
 def hidden_norm(config: DecoderConfig, *, dtype: Any, leading: tuple = ()) -> RMSNorm | LayerNorm:

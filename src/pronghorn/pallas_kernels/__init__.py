@@ -9,6 +9,7 @@ from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
 from pronghorn.pallas_kernels.gated_mlp import gated_mlp
 from pronghorn.pallas_kernels.launch import kernels
+from pronghorn.pallas_kernels.layer_norm import layer_norm
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
 from pronghorn.pallas_kernels.lora_linear import lora_linear
 from pronghorn.pallas_kernels.norm_linears import norm_linears
@@ -25,6 +26,7 @@ __all__ = [
     "gated_activation",
     "gated_mlp",
     "kernels",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_token_losses",
     "lora_linear",

@@ -30,7 +30,7 @@ EDGE_ROWS = (1, 3, 577)
 
 
 class RowShape(NamedTuple):
-    """rms_norm: x [rows, width]. gated_activation: gate and up [rows, width]."""
+    """rms_norm and layer_norm: x [rows, width]. gated_activation: gate and up [rows, width]."""
 
     name: str
     rows: int
@@ -47,6 +47,12 @@ LARGE_RMS_NORM = (
     *(RowShape(model.name, TOKENS, model.hidden) for model in MODELS),
     RowShape("Gemma-3-27B", TOKENS, 5376),
     RowShape("Qwen3 query heads", TOKENS * 32, 128),
+)
+
+LARGE_LAYER_NORM = (
+    RowShape("StarCoder2-3B", TOKENS, 3072),
+    RowShape("Command-R", TOKENS, 8192),
+    RowShape("StableLM-2-1.6B", TOKENS, 2048),
 )
 
 SMALL_GATED_ACTIVATION = (
