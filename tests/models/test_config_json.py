@@ -286,6 +286,35 @@ def test_refusals_name_the_key(change, named):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("hf", "named"),
+    [
+        (
+            {"model_type": "mamba2", "hidden_size": 64, "state_size": 128, "conv_kernel": 4, "use_cache": True},
+            r"beyond a plain decoder it sets state_size, conv_kernel\)",
+        ),
+        (
+            {"model_type": "deepseek_v3"} | {f"key_{i}": i for i in range(9)},
+            r"key_0, key_1, key_2, key_3, key_4, key_5 and 3 more keys\)",
+        ),
+        ({"model_type": "x_vl", "text_config": {"model_type": "x_text"}}, "text tower of model_type 'x_text'"),
+        (LLAMA_3_1_8B | {"model_type": "brand_new"}, "no key of it is unusual"),
+        (
+            {"model_type": "granitemoehybrid", "num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},
+            "layer_types .* state-space",
+        ),
+    ],
+)
+def test_other_architectures_are_refused_in_one_sentence_with_what_stopped_them_and_what_there_is(hf, named):
+    with pytest.raises(InputError, match=named) as refused:
+        family_for(hf)
+    text = str(refused.value)
+    assert "\n" not in text and text.endswith(".")
+    if hf["model_type"] != "granitemoehybrid":
+        supported = [name for family in FAMILIES for name in family.model_types]
+        assert all(name in text for name in [*supported, "mistral3"]) and hf["model_type"] in text
+
+
 def test_windows_that_contradict_each_other_are_refused():
     with pytest.raises(InputError, match="layer_types"):
         family_for(QWEN_2_5_0_5B | {"layer_types": ["sliding_attention"] * 24})

@@ -106,6 +106,108 @@ PHI_4_MINI = {
     "use_cache": True,
     "vocab_size": 200064,
 }
+LFM_2_1_2B = {
+    "architectures": ["Lfm2ForCausalLM"],
+    "block_auto_adjust_ff_dim": True,
+    "block_dim": 2048,
+    "block_ff_dim": 12288,
+    "block_ffn_dim_multiplier": 1.0,
+    "block_multiple_of": 256,
+    "block_norm_eps": 1e-05,
+    "block_use_swiglu": True,
+    "bos_token_id": 1,
+    "conv_L_cache": 3,
+    "conv_bias": False,
+    "conv_dim": 2048,
+    "eos_token_id": 7,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 128000,
+    "model_type": "lfm2",
+    "norm_eps": 1e-05,
+    "num_attention_heads": 32,
+    "num_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pad_token_id": 0,
+    "rope_theta": 1000000.0,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_pos_enc": True,
+    "vocab_size": 65536,
+}
+GRANITE_4_MICRO = {
+    "architectures": ["GraniteMoeHybridForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attention_multiplier": 0.015625,
+    "embedding_multiplier": 12,
+    "hidden_act": "silu",
+    "hidden_size": 2560,
+    "init_method": "mup",
+    "initializer_range": 0.1,
+    "intermediate_size": 8192,
+    "layer_types": ["attention"] * 40,
+    "logits_scaling": 10,
+    "mamba_chunk_size": 256,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
+    "mamba_d_head": 40,
+    "mamba_d_state": 256,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_n_heads": 128,
+    "mamba_proj_bias": False,
+    "max_position_embeddings": 131072,
+    "model_type": "granitemoehybrid",
+    "normalization_function": "rmsnorm",
+    "num_attention_heads": 40,
+    "num_experts_per_tok": 0,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "num_local_experts": 0,
+    "output_router_logits": False,
+    "position_embedding_type": "rope",
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.01,
+    "shared_intermediate_size": 8192,
+    "tie_word_embeddings": True,
+    "vocab_size": 100352,
+}
+MINISTRAL_3_3B = {
+    "attention_dropout": 0.0,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "initializer_range": 0.02,
+    "intermediate_size": 9216,
+    "max_position_embeddings": 262144,
+    "model_type": "ministral3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 26,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 16.0,
+        "llama_4_scaling_beta": 0.1,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 16384,
+        "rope_theta": 1000000.0,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "vocab_size": 131072,
+}
 
 
 def read(hf):
@@ -133,7 +235,31 @@ def test_phi_4_mini_is_read_although_it_names_code_of_its_own_and_no_other_code_
         family_for(PHI_4_MINI | {"auto_map": {"AutoModel": "other.Model"}})
 
 
-@pytest.mark.parametrize("hf", [GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI], ids=lambda hf: hf["model_type"])
+def test_lfm_2_convolves_where_it_does_not_attend_and_cuts_its_ffn():
+    config = read(LFM_2_1_2B)
+    assert config.layer_kinds[:4] == ("conv", "conv", "full", "conv") and config.layer_kinds.count("full") == 6
+    assert (config.intermediate_size, config.conv_width, config.tie_word_embeddings) == (8192, 3, True)
+
+
+def test_granite_4_micro_is_dense_and_scaled():
+    config = read(GRANITE_4_MICRO)
+    assert (config.attention_scale, config.logit_scale, config.residual_scale) == (0.015625, 0.1, 0.22)
+    assert config.layer_ropes == () and config.rope.base == 1e7
+    with pytest.raises(InputError, match="num_local_experts=62"):
+        read(GRANITE_4_MICRO | {"num_local_experts": 62})
+
+
+def test_ministral_3_scales_queries_by_contexts_passed():
+    config = read(MINISTRAL_3_3B)
+    assert (config.query_scale_beta, config.rope.original_max_position_embeddings) == (0.1, 16384)
+    assert config.rope.kind == "yarn" and config.rope.factor == 16.0
+
+
+@pytest.mark.parametrize(
+    "hf",
+    [GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI, LFM_2_1_2B, GRANITE_4_MICRO, MINISTRAL_3_3B],
+    ids=lambda hf: hf["model_type"],
+)
 def test_published_rewritten_and_written_files_are_read_alike(hf):
     family, config = family_for(hf), read(hf)
     assert read(family.config_to_hf(config)) == config

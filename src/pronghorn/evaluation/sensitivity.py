@@ -62,6 +62,7 @@ class Sensitivity:
         self._ends = nnx.split(model)
         positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         self._angles = rope.layer_angles(model.config, positions)
+        self._query_scale = rope.query_scale(model.config, positions)
         names = family_named(model.config.family).tensor_names(model.config)
         chosen = choose(named_parameters(model), names, QuantizationConfig())
         self._places = {names[ours].removesuffix(".weight"): _place(ours) for ours in chosen}
@@ -135,7 +136,8 @@ class Sensitivity:
             for path, weight in changed.items():
                 _at(state, path).set_value(weight)
         kind, layer_rope = self.model.config.layer_pattern[index]
-        return _layer(graph, state, x, self._angles[layer_rope], config=self.model.config, kind=kind)
+        angles = (*self._angles[layer_rope], self._query_scale)
+        return _layer(graph, state, x, angles, config=self.model.config, kind=kind)
 
     def _above(self, index: int, x: jax.Array) -> jax.Array:
         for upper in range(index, len(self._layers)):
@@ -168,8 +170,9 @@ def _embed(graph: Any, state: Any, input_ids: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("config", "kind"))
 def _layer(graph: Any, state: Any, x: jax.Array, angles: Any, *, config: Any, kind: Any) -> jax.Array:
-    cos, sin = angles
-    return decoder_layer(nnx.merge(graph, state), x, cos, sin, None, config=config, kind=kind)
+    cos, sin, query_scale = angles
+    layer = nnx.merge(graph, state)
+    return decoder_layer(layer, x, cos, sin, None, config=config, kind=kind, query_scale=query_scale)
 
 
 def _tiles(x: jax.Array) -> tuple[jax.Array, int]:

@@ -6,6 +6,7 @@ has no such op (layer norm, MLPs that are not gated, norms on outputs) is put to
 `jax.checkpoint`, so that it saves no more: the elementwise parts run again in the backward pass, the products do not.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models.config import DecoderConfig, LayerKind
-from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
+from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, Taps, value_or_none
 from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
@@ -24,7 +25,8 @@ from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 # A dropout mask of its own for every linear of a layer: the layer's key is folded with this number.
 _DROPOUT_STREAM = {
-    "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6
+    "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6, "in_proj": 7,
+    "out_proj": 8,
 }  # fmt: skip
 
 
@@ -109,6 +111,11 @@ def normalize_heads(attention: Attention, q: Any, k: Any) -> tuple[Any, Any]:
     return q, k
 
 
+def scaled_queries(q: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Queries `[batch, seq, heads, head_dim]` times their factor, rounded to their dtype as in transformers."""
+    return q if scale is None else q * scale.astype(q.dtype)[..., None, None]
+
+
 def _halves(x: jax.Array, config: DecoderConfig) -> jax.Array:
     """Rotated dims from neighbouring pairs to two halves, the order that our rope takes.
 
@@ -139,6 +146,60 @@ def add_attention(
     if normalized:
         out = layer.post_attention_layernorm(out)
     return _scaled_sum(x, out, config.residual_scale)
+
+
+def add_convolution(
+    layer: DecoderLayer,
+    x: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    config: DecoderConfig,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """x `[batch, seq, d]` + W_out (c * conv(b * h)), with b, c and h the thirds of W_in norm(x) (Liquid AI 2025).
+
+    The convolution is each feature's own, over its last `conv_width` tokens. Saved: x and W_in norm(x).
+    """
+
+    @jax.checkpoint
+    def widen(x):
+        return _linear(layer.conv, "in_proj", layer.input_layernorm(x), dropout_key)
+
+    @jax.checkpoint
+    def narrow(wide):
+        gated, gate = convolution_inputs(wide)
+        taps = [
+            earlier_tokens(gated, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)
+        ]
+        return _linear(layer.conv, "out_proj", gate * weighted_taps(layer.conv.conv, taps), dropout_key)
+
+    return x + narrow(widen(x))
+
+
+def convolution_inputs(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(what is convolved, what the outcome is multiplied by), each `[batch, seq, d]`."""
+    b, c, h = jnp.split(wide, 3, axis=-1)
+    return b * h, c
+
+
+def weighted_taps(conv: Taps, taps: Sequence[jax.Array]) -> jax.Array:
+    """The sum of the taps `[batch, seq, d]`, the token itself last, each feature with its own weights; in fp32."""
+    weight = conv.weight.get_value()[:, 0].astype(jnp.float32)
+    total = sum(tap.astype(jnp.float32) * weight[:, i] for i, tap in enumerate(taps))
+    if conv.bias is not None:
+        total = total + conv.bias.get_value().astype(jnp.float32)
+    return jnp.asarray(total, taps[-1].dtype)
+
+
+def earlier_tokens(values: jax.Array, ago: int, segment_ids: jax.Array | None) -> jax.Array:
+    """Values `[batch, seq, d]` of `ago` tokens before, zero where that is in front of the row or of the segment."""
+    if ago == 0:
+        return values
+    earlier = jnp.pad(values, ((0, 0), (ago, 0), (0, 0)))[:, : values.shape[1]]
+    if segment_ids is None:
+        return earlier
+    same = jnp.pad(segment_ids, ((0, 0), (ago, 0)), constant_values=-1)[:, : values.shape[1]] == segment_ids
+    return jnp.where(same[..., None], earlier, 0)
 
 
 def feed_forward(
@@ -247,6 +308,7 @@ def decoder_layer(
     *,
     config: DecoderConfig,
     kind: LayerKind,
+    query_scale: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """One layer: `DecoderConfig.block` has its formula.
@@ -256,9 +318,15 @@ def decoder_layer(
       x: `[batch, seq, d]`, the residual stream in the model's dtype.
       cos, sin: fp32 `[batch, seq, rotated / 2]`; None where the layer is told no positions.
       segment_ids: int `[batch, seq]`, or None for one segment a row.
-      kind: "full", or "sliding" for a window of config.sliding_window tokens.
+      query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
+      kind: "full", "sliding" for a window of config.sliding_window tokens, or "conv".
       dropout_key: of this layer; None drops nothing.
     """
+    if kind == "conv":
+        with jax.named_scope("conv"):
+            mixed = add_convolution(layer, x, segment_ids, config=config, dropout_key=dropout_key)
+        with jax.named_scope("mlp"):
+            return feed_forward(layer, mixed, mixed, config=config, dropout_key=dropout_key)
     attention = layer.self_attn
     with jax.named_scope("attention"):
         x, q, k, v = project_qkv(layer, x, config=config, dropout_key=dropout_key)
@@ -266,6 +334,7 @@ def decoder_layer(
             q, k = apply_rope(q, k, cos, sin)
         if config.qk_norm_after_rope:
             q, k = normalize_heads(attention, q, k)
+        q = scaled_queries(q, query_scale)
         heads = flash_attention(
             q,
             k,

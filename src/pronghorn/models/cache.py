@@ -16,13 +16,24 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.models import rope
-from pronghorn.models.blocks import add_attention, feed_forward, normalize_heads, project_qkv
+from pronghorn.models.blocks import (
+    add_attention,
+    convolution_inputs,
+    feed_forward,
+    normalize_heads,
+    project_qkv,
+    scaled_queries,
+    weighted_taps,
+)
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
 from pronghorn.models.layers import DecoderLayer, value_or_none
 
 
 class LayerCache(NamedTuple):
-    """Keys and values, each `[batch, max_length, kv_heads, head_dim]`; stacked layers have a leading axis."""
+    """Keys and values, each `[batch, max_length, kv_heads, head_dim]`; stacked layers have a leading axis.
+
+    A convolution keeps what it runs over as keys, `[batch, max_length, 1, d]`, and no values.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -33,12 +44,22 @@ class Rotation(NamedTuple):
 
     query: tuple[jax.Array, jax.Array] | tuple[None, None]
     slots: tuple[jax.Array, jax.Array] | tuple[None, None] | None
+    query_scale: jax.Array | None = None
 
 
 def empty_cache(
-    config: DecoderConfig, batch: int, max_length: int, *, dtype: Any, leading: tuple = ()
+    config: DecoderConfig,
+    batch: int,
+    max_length: int,
+    *,
+    dtype: Any,
+    leading: tuple = (),
+    kind: LayerKind = "full",
 ) -> LayerCache:
     """Zeros for one layer, or for a stack of `leading[0]` layers."""
+    if kind == "conv":
+        shape = (*leading, batch, max_length, 1, config.hidden_size)
+        return LayerCache(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 0), dtype))
     shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
     return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -55,6 +76,7 @@ def rotation(config: DecoderConfig, positions: jax.Array, max_length: int) -> di
             slots[kind]
             if kind != "none" and rope.depends_on_length(rope.with_rope(config, kind).rope)
             else None,
+            rope.query_scale(config, positions),
         )
         for kind in query
     }
@@ -112,6 +134,28 @@ def _rotated(x: jax.Array, cos_sin: tuple) -> jax.Array:
     return x if cos is None else rope.rotate(x, cos, sin)
 
 
+def _cached_convolution(
+    layer: DecoderLayer, x: jax.Array, cache: LayerCache, positions: jax.Array, *, config: DecoderConfig
+) -> tuple[jax.Array, LayerCache]:
+    module = layer.conv
+    gated, gate = convolution_inputs(module.in_proj(layer.input_layernorm(x)))
+    slots = _stored(cache.keys, gated[:, :, None], positions)
+    rows, taps = jnp.arange(x.shape[0])[:, None], []
+    for ago in range(config.conv_width - 1, -1, -1):
+        found = slots[rows, jnp.maximum(positions - ago, 0), 0]
+        taps.append(jnp.where((positions >= ago)[..., None], found, 0).astype(gated.dtype))
+    mixed = x + module.out_proj(gate * weighted_taps(module.conv, taps))
+    return feed_forward(layer, mixed, mixed, config=config), cache._replace(keys=slots)
+
+
+def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    """The slots `[batch, max_length, ..]` with new values `[batch, tokens, ..]` at their positions."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    # An index past the end is dropped; a negative one would wrap round.
+    at = jnp.where(positions < 0, slots.shape[1], positions)
+    return slots.at[rows, at].set(new.astype(slots.dtype), mode="drop")
+
+
 def cached_decoder_layer(
     layer: DecoderLayer,
     x: jax.Array,
@@ -129,6 +173,8 @@ def cached_decoder_layer(
       cache: of this layer.
       positions: int `[batch, tokens]`, increasing in each row, -1 for padding.
     """
+    if kind == "conv":
+        return _cached_convolution(layer, x, cache, positions, config=config)
     attention = layer.self_attn
     x, q, k, v = project_qkv(layer, x, config=config)
     q = _rotated(q, angles.query)
@@ -138,13 +184,7 @@ def cached_decoder_layer(
         k = _rotated(k, angles.query)
         if config.qk_norm_after_rope:
             _, k = normalize_heads(attention, None, k)
-    rows = jnp.arange(x.shape[0])[:, None]
-    # An index past the end is dropped; a negative one would wrap round.
-    slots = jnp.where(positions < 0, cache.keys.shape[1], positions)
-    cache = LayerCache(
-        cache.keys.at[rows, slots].set(k.astype(cache.keys.dtype), mode="drop"),
-        cache.values.at[rows, slots].set(v.astype(cache.values.dtype), mode="drop"),
-    )
+    cache = LayerCache(_stored(cache.keys, k, positions), _stored(cache.values, v, positions))
     rotated = cache
     if angles.slots is not None:
         keys = _rotated(cache.keys, angles.slots)
@@ -152,7 +192,7 @@ def cached_decoder_layer(
             _, keys = normalize_heads(attention, None, keys)
         rotated = cache._replace(keys=keys)
     heads = cached_attention(
-        q,
+        scaled_queries(q, angles.query_scale),
         rotated,
         positions,
         sliding_window=config.sliding_window if kind == "sliding" else None,

@@ -8,7 +8,7 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-LayerKind = Literal["full", "sliding"]
+LayerKind = Literal["full", "sliding", "conv"]
 LayerRope = Literal["global", "local", "none"]
 Block = Literal["pre", "post", "sandwich", "parallel"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -65,9 +65,11 @@ class DecoderConfig:
         weights of its own ("heads"), or all heads as one vector ("width"); in front of rope, or after it.
       embedding_scale, residual_scale, logit_scale: factors on the embedding, on what each half of a layer adds, and on
         the logits (before their softcap).
-      layer_kinds: what each layer sees. layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or
+      layer_kinds: what each layer sees: all before it, a window, or the last conv_width tokens through a gated
+        convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases). layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or
         none. Empty means all alike.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
+      query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original context)).
     """
 
     family: str
@@ -106,6 +108,9 @@ class DecoderConfig:
     layer_ropes: tuple[LayerRope, ...] = ()
     local_rope: RopeConfig | None = None
     rope_interleaved: bool = False
+    query_scale_beta: float = 0.0
+    conv_width: int = 0
+    conv_bias: bool = False
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -116,6 +121,8 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if "sliding" in self.layer_kinds and self.sliding_window is None:
             raise ValueError("layer_kinds has 'sliding' and sliding_window is None")
+        if "conv" in self.layer_kinds and self.conv_width < 1:
+            raise ValueError("layer_kinds has 'conv' and conv_width is 0")
         if self.layer_ropes and len(self.layer_ropes) != self.num_layers:
             raise ValueError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if set(self.layer_ropes) <= {"global"}:

@@ -139,6 +139,13 @@ def refuse_unknown(
         )
 
 
+def unusual_keys(hf: HfConfig) -> list[str]:
+    """The keys that a plain decoder does not have, of a configuration that no family reads."""
+    usual = HARMLESS | COMMON_KEYS | set(NEUTRAL)
+    usual |= {"attention_bias", "auto_map", "layer_types", "mlp_bias", "sliding_window", "use_sliding_window"}
+    return [key for key, value in hf.items() if value is not None and key not in usual]
+
+
 def read_common(
     hf: HfConfig,
     *,

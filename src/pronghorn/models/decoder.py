@@ -79,7 +79,8 @@ class Segment(nnx.Module):
         self.repeats = repeats
         self.stacked = stacked
         self.layers = nnx.List([
-            DecoderLayer(config, dtype=dtype, rngs=rngs, leading=leading) for _ in range(period)
+            DecoderLayer(config, dtype=dtype, rngs=rngs, leading=leading, kind=config.layer_kinds[start + i])
+            for i in range(period)
         ])  # fmt: skip
 
 
@@ -211,7 +212,7 @@ class Decoder(nnx.Module):
             x, segment_outputs = _run_segment(
                 segment,
                 x,
-                (angles, segment_ids),
+                (angles, segment_ids, rope.query_scale(self.config, positions)),
                 dropout_key,
                 config=self.config,
                 memory_policy=memory_policy,
@@ -270,8 +271,9 @@ class Decoder(nnx.Module):
                     max_length,
                     dtype=self.dtype,
                     leading=(segment.repeats,) if segment.stacked else (),
+                    kind=self.config.layer_kinds[segment.start + position],
                 )
-                for _ in segment.layers
+                for position in range(len(segment.layers))
             )
             for segment in self.segments
         )
@@ -323,25 +325,25 @@ def _run_layer(
     offload: bool,
 ):
     kind, layer_rope = pattern
-    angles, segment_ids = shared
+    angles, segment_ids, query_scale = shared
     if offload:  # named here, inside of what is checkpointed: a policy can only move what it sees computed
         x = checkpoint_name(x, "layer_input")
     cos, sin = angles[layer_rope]
     layer = nnx.merge(graph, state)
-    return decoder_layer(layer, x, cos, sin, segment_ids, config=config, kind=kind, dropout_key=key)
+    return decoder_layer(layer, x, cos, sin, segment_ids, config=config, kind=kind, query_scale=query_scale, dropout_key=key)
 
 
 def _run_segment(
     segment: Segment,
     x: jax.Array,
-    shared: tuple[dict[LayerRope, Any], jax.Array | None],
+    shared: tuple[dict[LayerRope, Any], jax.Array | None, jax.Array | None],
     dropout_key: jax.Array | None,
     *,
     config: DecoderConfig,
     memory_policy: str,
     return_layers: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """All layers of a segment; `shared` is (angles by rope, segment_ids). The outputs are empty unless asked for."""
+    """All layers of a segment; `shared` is (angles by rope, segment_ids, factors of the queries). The outputs are empty unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
     period = len(split)
     functions: list[Callable[..., jax.Array]] = []

@@ -1,5 +1,7 @@
 """The families that pronghorn knows, by the `model_type` of a `config.json`."""
 
+from collections.abc import Mapping
+
 from pronghorn.errors import InputError
 from pronghorn.models import (
     apertus,
@@ -13,10 +15,15 @@ from pronghorn.models import (
     gemma3,
     glm,
     granite,
+    granite4,
     helium,
     hunyuan,
+    hyperclovax,
+    internlm3,
+    lfm2,
     llama,
     ministral,
+    ministral3,
     mistral,
     nemotron,
     olmo2,
@@ -28,8 +35,11 @@ from pronghorn.models import (
     smollm3,
     stablelm,
     starcoder2,
+    vaultgemma,
 )
-from pronghorn.models.config_json import Family, HfConfig
+from pronghorn.models.config_json import Family, HfConfig, unusual_keys
+
+_NAMED = 6
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -59,6 +69,13 @@ FAMILIES: tuple[Family, ...] = (
     arcee.FAMILY,
     glm.GLM,
     glm.GLM4,
+    granite4.FAMILY,
+    vaultgemma.FAMILY,
+    hyperclovax.FAMILY,
+    internlm3.INTERNLM3,
+    internlm3.IQUESTCODER,
+    ministral3.FAMILY,
+    lfm2.FAMILY,
 )
 
 
@@ -80,11 +97,22 @@ def family_for(hf_config: HfConfig) -> Family:
     if model_type is None:
         raise InputError(f"config.json has no model_type; supported are {supported}.")
     remote = (
-        ", and its auto_map asks for code from the model folder, which is never run"
+        ", whose auto_map asks for code from the model folder, which is never run"
         if hf_config.get("auto_map")
         else ""
     )
-    raise InputError(f"config.json: model_type is {model_type!r}{remote}; supported are {supported}.")
+    inner = hf_config.get("text_config")
+    if isinstance(inner, Mapping):
+        found = f"a wrapper of a text tower of model_type {inner.get('model_type')!r}"
+    elif keys := unusual_keys(hf_config):
+        found = f"beyond a plain decoder it sets {', '.join(keys[:_NAMED])}"
+        found += f" and {len(keys) - _NAMED} more keys" * (len(keys) > _NAMED)
+    else:
+        found = "no key of it is unusual, so it may be a small file to add (docs/adding-a-model.md)"
+    raise InputError(
+        f"config.json: model_type {model_type!r}{remote} is not supported ({found}); supported are {supported}, and "
+        "the text towers of gemma3 and mistral3."
+    )
 
 
 def family_named(name: str) -> Family:

@@ -47,20 +47,25 @@ def sandwich_switches(hf: HfConfig) -> dict[str, Any]:
     }
 
 
-def config_from_hf(hf: HfConfig) -> DecoderConfig:
-    """Read a config.json; InputError names what it refuses."""
+def read(hf: HfConfig, *, family: str, **switches: Any) -> DecoderConfig:
+    """Gemma 2 and what differs from it in a few switches."""
     hf = _DEFAULTS | dict(hf)
     kinds: tuple[LayerKind, ...] = ("sliding", "full")
     count = positive(hf, "num_hidden_layers")
     return read_common(
         hf,
-        family="gemma2",
+        family=family,
         known=KNOWN,
         default_kv_heads=4,
         activation_key="hidden_activation",
         layer_kinds=read_layer_types(hf, tuple(kinds[i % 2] for i in range(count))),
-        **sandwich_switches(hf),
+        **(sandwich_switches(hf) | switches),
     )
+
+
+def config_from_hf(hf: HfConfig) -> DecoderConfig:
+    """Read a config.json; InputError names what it refuses."""
+    return read(hf, family="gemma2")
 
 
 def write_sandwich(config: DecoderConfig, model_type: str, architecture: str) -> dict[str, Any]:

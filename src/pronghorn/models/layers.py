@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pronghorn.models.config import DecoderConfig
+from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.pallas_kernels.layer_norm import layer_norm, layer_norm_reference
 from pronghorn.pallas_kernels.lora_linear import lora_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
@@ -208,6 +208,27 @@ class Attention(nnx.Module):
         self.sinks = nnx.data(None if sinks is None else _param(sinks, ("heads",), leading))
 
 
+class Taps(nnx.Module):
+    """Weights of a convolution along the tokens, each feature by itself: `[d, 1, width]`, and a bias `[d]` or None."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
+        shape = (*leading, config.hidden_size, 1, config.conv_width)
+        self.weight = _param(_normal(rngs, shape, dtype), ("hidden", "one", "taps"), leading)
+        bias = jnp.zeros((*leading, config.hidden_size), dtype) if config.conv_bias else None
+        self.bias = nnx.data(None if bias is None else _param(bias, ("hidden",), leading))
+
+
+class ShortConv(nnx.Module):
+    """Parameters of LFM 2's gated convolution: `{in,out}_proj`, and `conv` between them."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
+        hidden = config.hidden_size
+        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        self.in_proj = Linear(hidden, 3 * hidden, axes=("ffn", "hidden"), bias=config.conv_bias, **common)
+        self.conv = Taps(config, **common)
+        self.out_proj = Linear(hidden, hidden, axes=("hidden", "ffn"), bias=config.conv_bias, **common)
+
+
 class XIELU(nnx.Module):
     """Parameters of xIELU (Huang and Schlag 2024, arXiv:2411.13010): two trained numbers, and two that are not."""
 
@@ -250,17 +271,32 @@ LAYER_NORMS = {
 
 
 class DecoderLayer(nnx.Module):
-    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn`, `mlp`, and its LAYER_NORMS."""
+    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv`), `mlp`, and its
+    LAYER_NORMS."""
+
+    self_attn: Attention
+    conv: ShortConv
 
     input_layernorm: RMSNorm | LayerNorm
     post_attention_layernorm: RMSNorm | LayerNorm
     pre_feedforward_layernorm: RMSNorm | LayerNorm
     post_feedforward_layernorm: RMSNorm | LayerNorm
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        leading: tuple[int, ...] = (),
+        kind: LayerKind = "full",
+    ):
         for name in LAYER_NORMS[config.block]:
             setattr(self, name, hidden_norm(config, dtype=dtype, leading=leading))
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs, leading=leading)
+        if kind == "conv":
+            self.conv = ShortConv(config, dtype=dtype, rngs=rngs, leading=leading)
+        else:
+            self.self_attn = Attention(config, dtype=dtype, rngs=rngs, leading=leading)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs, leading=leading)
 
 

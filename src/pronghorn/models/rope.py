@@ -121,6 +121,14 @@ def layer_angles(
     return angles
 
 
+def query_scale(config: DecoderConfig, positions: jax.Array) -> jax.Array | None:
+    """The factor of every query, fp32 `[batch, seq]` (Llama 4, 2025), or None where there is none."""
+    if not config.query_scale_beta:
+        return None
+    contexts = jnp.floor(jnp.maximum(positions, 0) / _original_context(config))
+    return 1 + config.query_scale_beta * jnp.log1p(contexts)
+
+
 def with_rope(config: DecoderConfig, kind: LayerRope) -> DecoderConfig:
     """The configuration with `rope` as layers of that kind have it."""
     if kind != "local":

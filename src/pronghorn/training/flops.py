@@ -88,7 +88,7 @@ def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount
     return FlopCount(
         per_token=4.0 * sum(fixed.values()) + 6.0 * sum(trained.values()),
         per_pair=per_layer_pair * full,
-        per_window_pair=per_layer_pair * (config.num_layers - full),
+        per_window_pair=per_layer_pair * config.layer_kinds.count("sliding"),
         sliding_window=config.sliding_window,
     )
 
