@@ -32,9 +32,11 @@ def main() -> int:
         command += ["-p", "no:cacheprovider", "--tb=short", "--durations=15"]
         if options.workers:
             command += ["-n", str(options.workers), "-v"]
-        # Several processes share the card, and none needs much of it.
+        # Several processes share the card, and none needs much of it. Timing candidate products for one another's
+        # oracles on a shared card takes minutes and decides nothing here.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
         outcome = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            command, cwd=ROOT, env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
         )
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     tests = [
