@@ -35,10 +35,15 @@ def peer(framework: str, model: str, rows: int, tokens: int, *more: str) -> tupl
     return framework, [*arguments, *more]
 
 
-def checkpointed(model: str, rows: int, tokens: int, *more: str) -> list[tuple[str, list[str]]]:
-    """A job that recomputes: ours offloads to the host, Unsloth too, Liger and transformers keep layer inputs."""
+def checkpointed(
+    model: str, rows: int, tokens: int, *more: str, policy: str = "offload_projections"
+) -> list[tuple[str, list[str]]]:
+    """A job that recomputes: ours offloads to the host, Unsloth too, Liger and transformers keep layer inputs.
+
+    Layers are scanned: unrolled they are a few per cent faster, and XLA keeps gigabytes more in flight.
+    """
     return [
-        ours(model, rows, tokens, "--memory-policy", "offload", *more),
+        ours(model, rows, tokens, "--layers", "scanned", "--memory-policy", policy, *more),
         peer(UNSLOTH, model, rows, tokens, "--checkpointing", "offload", *more),
         peer(LIGER, model, rows, tokens, "--checkpointing", "full", *more),
     ]
@@ -64,8 +69,8 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
         *checkpointed(BIG, 1, 32768)[:2],
     ],
     f"{BIG}-nf4": [
-        *checkpointed(BIG, 2, 4096, "--weights", "nf4"),
-        *checkpointed(BIG, 1, 32768, "--weights", "nf4")[:2],
+        *checkpointed(BIG, 2, 4096, "--weights", "nf4", policy="offload_attention"),
+        *checkpointed(BIG, 1, 32768, "--weights", "nf4", policy="offload_attention")[:2],
     ],
     SMALL: [
         *kept(SMALL, 1, 512)[:2],
