@@ -22,6 +22,17 @@ from pronghorn.training import TrainConfig
         ("save_every", 0),
         ("seed", -1),
         ("output_dir", ""),
+        ("optimizer", "sgd"),
+        ("min_learning_rate_ratio", 1.5),
+        ("decay_fraction", 0.0),
+        ("lora_plus_ratio", 0.0),
+        ("embedding_learning_rate", 0.0),
+        ("layer_decay", 1.1),
+        ("learning_rate_ratios", (("*", -1.0),)),
+        ("max_grad_value", 0.0),
+        ("ema_decay", 1.0),
+        ("save_ema", True),
+        ("initial_loss_scale", 0.0),
     ],
 )
 def test_a_value_out_of_range_is_refused_by_name(field, value):

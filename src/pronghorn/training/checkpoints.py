@@ -365,4 +365,14 @@ def restore(checkpoint: Checkpoint, state: Any) -> Any:
                 f"{leaf.dtype}{list(leaf.shape)}; resume with the same model and adapter."
             )
     # A copy: on a CPU jax would borrow numpy's memory, and the step donates the state.
-    return jax.tree.unflatten(jax.tree.structure(state), [jnp.array(restored[name]) for name in wanted])
+    return jax.tree.unflatten(
+        jax.tree.structure(state), [_placed(restored[name], leaf) for name, leaf in wanted.items()]
+    )
+
+
+def _placed(array: np.ndarray, leaf: Any) -> jax.Array:
+    """A copy where `leaf` says: on the device, or in pinned host memory."""
+    sharding = getattr(leaf, "sharding", None)
+    if getattr(sharding, "memory_kind", None) == "pinned_host":
+        return jax.device_put(array, sharding, may_alias=False)
+    return jnp.array(array)

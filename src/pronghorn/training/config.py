@@ -6,7 +6,8 @@ from typing import Literal, get_args
 
 from pronghorn.errors import InputError
 
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial"]
+OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "muon"]
 MemoryPolicy = Literal["keep", "attention", "layer_inputs", "offload"]
 MEMORY_POLICIES: tuple[str, ...] = get_args(MemoryPolicy)
 
@@ -22,12 +23,35 @@ class TrainConfig:
       batch_size: rows of one micro-batch (with packing, a row is `data.max_length` tokens of several documents).
       gradient_accumulation: micro-batches of one update. Loss sums and token counts are added over them and divided
         once, so 4 micro-batches of 2 rows give the update of 1 micro-batch of 8.
-      schedule: after the warm-up, "cosine" or "linear" fall to 0 at the last step, "constant" stays.
+      schedule: after the warm-up, "cosine", "linear" and "polynomial" fall to `min_learning_rate_ratio` of the peak at
+        the last step, "constant" stays, "wsd" stays and falls linearly over the last `decay_fraction` of the updates,
+        "inverse_sqrt" falls with the root of the updates.
+      min_learning_rate_ratio: where the schedules that fall end, as a share of the peak.
+      decay_fraction: share of all updates over which "wsd" falls.
+      schedule_power: exponent of "polynomial"; 1 is linear.
       warmup_steps: updates over which the learning rate rises linearly from 0 (as in transformers, the very first
         update of a warm-up has learning rate 0).
-      weight_decay: AdamW's decoupled decay; norms, biases and other vectors are never decayed.
-      beta1, beta2, eps: AdamW's moments and denominator.
+      optimizer: "adamw"; "adamw_8bit", its moments in 8 bits a value (2.03 bytes a parameter instead of 8); "lion"
+        and "lion_8bit", with one moment (Lion wants about a third of AdamW's learning rate and beta2=0.99); "muon",
+        for full fine-tuning: the matrices inside of layers by Muon, everything else by AdamW.
+      paged_optimizer: keep the moments in pinned host memory and stream them through the device leaf by leaf; on a
+        CPU, where that is the same memory, nothing changes.
+      learning_rate_ratios: (pattern, ratio) pairs, such as ["*.mlp.*", 0.5]: a parameter whose name (layers.3.mlp.
+        down_proj.lora_A) matches has that share of the learning rate; several that match are multiplied.
+      lora_plus_ratio: the learning rate of every adapter's B as a multiple of A's (LoRA+).
+      embedding_learning_rate: peak for embedding and head, where they are trained; None uses `learning_rate`.
+      layer_decay: each layer has this share of the learning rate of the layer above it, and the embedding that of the
+        first layer; 1 treats all alike.
+      weight_decay: decoupled decay; norms, biases and other vectors are never decayed.
+      beta1, beta2, eps: the moments and the denominator of AdamW; the first two are Lion's as well.
       max_grad_norm: gradients are scaled so that their global L2 norm is at most this; None never clips.
+      max_grad_value: every element of the gradient is first clipped to this magnitude; None never clips.
+      ema_decay: also keep an average of the trained weights, ema <- decay ema + (1 - decay) weights after every update;
+        evaluations report its loss too. None keeps none.
+      save_ema: the model that `train` leaves holds the average and not the last weights.
+      initial_loss_scale: of models in float16, what the summed loss is multiplied by before it is differentiated, so
+        that small gradients are not lost. It doubles after 200 updates in a row and halves when a gradient overflows;
+        that step's update is left out and counted as `overflowed`, not as `skipped`.
       label_smoothing: share of the target's probability spread over the vocabulary, in [0, 1).
       memory_policy: what the forward pass saves for the backward pass, from fast to small: "keep" (what the hand
         gradients need), "attention" (attention's output only), "layer_inputs" (each layer's input, the layer is
@@ -64,12 +88,25 @@ class TrainConfig:
     batch_size: int = 1
     gradient_accumulation: int = 1
     schedule: Schedule = "cosine"
+    min_learning_rate_ratio: float = 0.0
+    decay_fraction: float = 0.1
+    schedule_power: float = 2.0
     warmup_steps: int = 0
+    optimizer: OptimizerName = "adamw"
+    paged_optimizer: bool = False
+    learning_rate_ratios: tuple[tuple[str, float], ...] = ()
+    lora_plus_ratio: float = 1.0
+    embedding_learning_rate: float | None = None
+    layer_decay: float = 1.0
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     max_grad_norm: float | None = 1.0
+    max_grad_value: float | None = None
+    ema_decay: float | None = None
+    save_ema: bool = False
+    initial_loss_scale: float = 4096.0
     label_smoothing: float = 0.0
     memory_policy: MemoryPolicy = "keep"
     master_weights: bool = True
@@ -111,7 +148,10 @@ class TrainConfig:
         ):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
-        for name in ("learning_rate", "epochs", "eps"):
+        for name in (
+            *("learning_rate", "epochs", "eps", "schedule_power", "lora_plus_ratio", "initial_loss_scale"),
+            *(n for n in ("embedding_learning_rate", "max_grad_value") if getattr(self, n) is not None),
+        ):
             self._check(name, getattr(self, name) > 0, "give a number over 0")
         for name in ("weight_decay", "warmup_steps", "early_stopping_delta"):
             self._check(name, getattr(self, name) >= 0, "give 0 or more")
@@ -121,8 +161,26 @@ class TrainConfig:
             self._check(
                 "max_grad_norm", self.max_grad_norm > 0, "give a number over 0, or null for no clipping"
             )
+        for name in ("decay_fraction", "layer_decay"):
+            self._check(name, 0 < getattr(self, name) <= 1, "give a number over 0, up to 1")
         self._check(
-            "schedule", self.schedule in ("cosine", "linear", "constant"), "use cosine, linear or constant"
+            "min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "give a number in [0, 1]"
+        )
+        if self.ema_decay is not None:
+            self._check("ema_decay", 0 < self.ema_decay < 1, "give a number between 0 and 1")
+        self._check("save_ema", not self.save_ema or self.ema_decay is not None, "give ema_decay with it")
+        self._check(
+            "learning_rate_ratios",
+            all(len(p) == 2 and isinstance(p[0], str) and p[1] >= 0 for p in self.learning_rate_ratios),
+            "give pairs of a pattern and a number, 0 or more",
+        )
+        for name, kinds in (("schedule", Schedule), ("optimizer", OptimizerName)):
+            known = get_args(kinds)
+            self._check(name, getattr(self, name) in known, f"use one of {', '.join(known)}")
+        self._check(
+            "paged_optimizer",
+            not (self.paged_optimizer and self.optimizer == "muon"),
+            "muon's moments stay on the device",
         )
         self._check(
             "memory_policy", self.memory_policy in MEMORY_POLICIES, f"use one of {', '.join(MEMORY_POLICIES)}"

@@ -30,6 +30,7 @@ from pronghorn.training.flat_tree import is_flat
 from pronghorn.training.flops import count_flops, has_shape
 from pronghorn.training.losses import evaluation_sums, step_batch
 from pronghorn.training.optimizers import make_optimizer, treats_all_alike
+from pronghorn.training.optimizers_8bit import pages, to_host_memory
 from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import (
     StepFunction,
@@ -53,7 +54,7 @@ class MemoryPlan:
         device memory is in it too.
       arguments, outputs, aliased, temporaries, program: the terms of the device peak.
       evaluation_temporaries: the evaluation's own, 0 when there is none.
-      pinned_host: host memory that the program itself uses (memory_policy "offload").
+      pinned_host: host memory that the program itself uses (memory_policy "offload", paged_optimizer).
       checkpoint: size of a checkpoint on disk and as a copy on the host.
       flops_per_step: of a full batch without padding, whose rows are one document each.
       tokens_per_step: positions of a batch, padding included.
@@ -143,7 +144,7 @@ def plan_memory(
         model = add_lora(model, lora_config)
     graph, trainable, frozen = split(model)
     total_steps = train_config.max_steps or 1000 + train_config.warmup_steps
-    prepared = prepare_step(graph, trainable, train_config, total_steps)
+    prepared = prepare_step(graph, trainable, train_config, total_steps, dtype=dtype)
     shape = (train_config.gradient_accumulation, train_config.batch_size, max_length)
     batch = abstract_batch(shape, packing)
     compiled = compile_step(
@@ -274,8 +275,11 @@ class PreparedStep:
     state: TrainState
 
 
-def prepare_step(graph: Any, trainable: Any, train_config: TrainConfig, total_steps: int) -> PreparedStep:
-    """The step of a split model, the same for the plan and for the run; `trainable` holds arrays or shapes."""
+def prepare_step(
+    graph: Any, trainable: Any, train_config: TrainConfig, total_steps: int, *, dtype: Any = jnp.bfloat16
+) -> PreparedStep:
+    """The step of a split model, the same for the plan and for the run; `trainable` holds arrays or shapes, `dtype` is
+    the model's."""
     optimizer = make_optimizer(train_config, total_steps)
     step = make_train_step(
         graph,
@@ -284,20 +288,33 @@ def prepare_step(graph: Any, trainable: Any, train_config: TrainConfig, total_st
         schedule=make_schedule(train_config, total_steps),
         dtypes=compute_dtypes(trainable),
     )
-    state = jax.eval_shape(lambda leaves: start_state(leaves, optimizer, train_config), trainable)
+    state = jax.eval_shape(
+        lambda leaves: start_state(leaves, optimizer, train_config, dtype=dtype, place=False), trainable
+    )
+    if pages(train_config):
+        state = dataclasses.replace(state, opt_state=to_host_memory(state.opt_state))
     return PreparedStep(step, optimizer, state)
 
 
 def start_state(
-    trainable: Any, optimizer: optax.GradientTransformation, train_config: TrainConfig
+    trainable: Any,
+    optimizer: optax.GradientTransformation,
+    train_config: TrainConfig,
+    *,
+    dtype: Any = jnp.bfloat16,
+    place: bool = True,
 ) -> TrainState:
-    """The state before step 1, as a run with this configuration makes it."""
+    """The state before step 1, as a run with this configuration makes it of a model in `dtype`; `place` moves paged
+    moments to the host's memory."""
     return init_state(
         trainable,
         optimizer,
         seed=train_config.seed,
         master_weights=train_config.master_weights,
         flat=can_be_flat(trainable) and treats_all_alike(train_config, trainable),
+        loss_scale=train_config.initial_loss_scale if jnp.dtype(dtype) == jnp.float16 else None,
+        ema=train_config.ema_decay is not None,
+        paged=place and pages(train_config),
     )
 
 

@@ -209,6 +209,8 @@ def describe(record: dict[str, Any]) -> str:
         parts.append(f"{record['peak_device_bytes'] / 2**30:.1f} GiB")
     if record.get("skipped"):
         parts.append(f"{record['skipped']} skipped")
+    if "loss_scale" in record:
+        parts.append(f"loss scale {record['loss_scale']:g}, {record['overflowed']} overflowed")
     return "  ".join(parts)
 
 

@@ -143,7 +143,7 @@ class Run:
             check_settings(checkpoint, self.settings)
         self.names = leaf_names(trainable, model)
         self.dtypes = compute_dtypes(trainable)
-        prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total)
+        prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total, dtype=model.dtype)
         batch = trainer.loader.batch_at(0)
         self.frozen_leaves = jax.tree.leaves(self.frozen)
         self.compiled = compile_step(
@@ -182,9 +182,9 @@ class Run:
         elif jax.tree.leaves(self.frozen):
             # An adapter is small: copied, so that nobody else's reference to its arrays dies with the donation.
             trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
-            state = memory_plan.start_state(trainable, self.prepared.optimizer, self.config)
+            state = self._start_state(trainable)
         else:
-            state = memory_plan.start_state(self.trainable, self.prepared.optimizer, self.config)
+            state = self._start_state(self.trainable)
         self.leaves = jax.tree.leaves(state)
         self.skipped = int(state.skipped)
         if not jax.tree.leaves(self.frozen):
@@ -193,6 +193,10 @@ class Run:
             for leaf in jax.tree.leaves(self.trainable):
                 if id(leaf) not in kept:
                     leaf.delete()
+
+    def _start_state(self, trainable: Any) -> TrainState:
+        dtype = self.trainer.model.dtype
+        return memory_plan.start_state(trainable, self.prepared.optimizer, self.config, dtype=dtype)
 
     def result(self) -> TrainResult:
         trainer, config = self.trainer, self.config
@@ -298,7 +302,8 @@ class Run:
                 )
                 self.step += 1
                 leaf_grad_norms = metrics.pop("leaf_grad_norms")
-                if guarded:
+                # A gradient that left float16's range says nothing; the next step's scale is lower.
+                if guarded and not metrics.get("overflow", False):
                     check_leaf_gradients(self.names, leaf_grad_norms, excused, step=self.step)
                     guarded = bool(excused) and self.step - self.start < _GUARDED_STEPS
                 self.trusted = True
@@ -338,7 +343,8 @@ class Run:
         in_use = peak_device_bytes()
         if in_use is not None:
             speed["peak_device_bytes"] = in_use
-        applied = [record.pop("applied") for record in records]
+        # A step lost to the loss scale is no sign of trouble: the next one has a smaller scale.
+        applied = [record.pop("applied") | record.pop("overflow", False) for record in records]
         for record in records:
             record |= speed
             self.losses.append(record["loss"])
@@ -353,16 +359,20 @@ class Run:
             self.streak.see(record["step"], applied=fine, token_count=record["token_count"])
 
     def _evaluate(self) -> float:
-        trainable = self._trained()
-        evaluation = self.trainer._evaluate(trainable, self.frozen, step=self.step)
+        state = self._state()
+        evaluation = self.trainer._evaluate(self._weights(state.trainable), self.frozen, step=self.step)
         self.evaluations.append(evaluation)
         record = {"step": self.step, "eval_loss": evaluation.loss, "eval_token_count": evaluation.token_count}
+        averaged = ""
+        if state.ema is not None:
+            ema_loss = self.trainer._evaluate(self._weights(state.ema), self.frozen, step=self.step).loss
+            record["eval_loss_ema"], averaged = ema_loss, f", of the averaged weights {ema_loss:.4f}"
         self.records.write(record)
         self.records.flush()
         if self.board is not None:
             self.board.write(record, "eval")
         self.progress.say(
-            f"step {self.step}: held-out loss {evaluation.loss:.4f} ({evaluation.token_count:,} tokens)"
+            f"step {self.step}: held-out loss {evaluation.loss:.4f} ({evaluation.token_count:,} tokens){averaged}"
         )
         self.lap = time.perf_counter()
         return evaluation.loss
@@ -423,17 +433,16 @@ class Run:
             "the smallest"
         )
 
-    def _trained(self) -> Any:
-        """The trainable leaves as they are now, in the dtypes that the model has."""
-        trainable = as_tree(self._state().trainable)
-        return jax.tree.map(lambda x, dtype: x.astype(dtype), trainable, self.dtypes)
+    def _weights(self, trainable: Any) -> Any:
+        """A state's parameters as a tree, in the dtypes of the model."""
+        return jax.tree.map(lambda x, dtype: x.astype(dtype), as_tree(trainable), self.dtypes)
 
     def _return_leaves(self) -> None:
         """Give the model the trained leaves, in the dtypes it had."""
         if not self.leaves or any(leaf.is_deleted() for leaf in self.leaves):
             return  # the step itself failed: its donated state is gone, and the error on its way says why
-        trainable = self._trained()
-        nnx.update(self.trainer.model, trainable)
+        state = self._state()
+        nnx.update(self.trainer.model, self._weights(state.ema if self.config.save_ema else state.trainable))
 
     def _print_report(self) -> None:
         trainer, stats, model = self.trainer, self.trainer.dataset.stats, self.trainer.model

@@ -43,6 +43,7 @@ _FREE_SETTINGS = frozenset(
         "output_dir",
         "overwrite",
         "resume",
+        "save_ema",
         "save_every",
         "tensorboard",
     }

@@ -5,7 +5,8 @@ Micro-batches are scanned inside. With S_k the loss sum, n_k the token count and
   n = sum n_k        loss = sum S_k / n        g = sum G_k / n        g <- g min(1, max_norm / |g|)
 
 one division, at the end. The global norm is reported before clipping. Where the loss or the norm is not finite the
-update is skipped on the device: weights, moments and schedule stay, and `skipped` counts it.
+update is skipped on the device: weights, moments and schedule stay, and `skipped` counts it. With float16 the loss is
+scaled (loss_scale.py), and a step whose gradient overflows is counted apart.
 """
 
 import dataclasses
@@ -19,8 +20,10 @@ import optax
 
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flat_tree import FlatLayout, as_tree, is_flat
+from pronghorn.training.loss_scale import LossScale
 from pronghorn.training.losses import LossFunction, next_token
 from pronghorn.training.optimizers import init_optimizer, is_stacked, is_variable
+from pronghorn.training.optimizers_8bit import PINNED_HOST, SelfGating, to_host_memory
 from pronghorn.training.schedules import LearningRate
 
 # A leaf over this size fills the device by itself, and a second copy of its gradient would be felt.
@@ -39,9 +42,11 @@ class TrainState:
       step: int32, steps done, skipped ones included. It is the data position too: the next batch is `batch_at(step)`.
       trainable: the parameters that the optimizer updates (fp32 adapters; fp32 masters or the weights themselves), a
         tree, or a `FlatTree` of one.
-      opt_state: Optax's state, fp32 moments.
+      opt_state: Optax's state; moments in fp32, or in 8 bits.
       rng: uint32 key data; a step's dropout key is `fold_in(rng, step)`, so it never changes.
       skipped: int32, steps whose update was skipped.
+      loss_scale: where the model is in float16, else None.
+      ema: average of the trainable parameters, in their structure and dtypes, or None.
     """
 
     step: jax.Array
@@ -49,6 +54,8 @@ class TrainState:
     opt_state: Any
     rng: jax.Array
     skipped: jax.Array
+    loss_scale: LossScale | None = None
+    ema: Any = None
 
 
 def init_state(
@@ -58,6 +65,9 @@ def init_state(
     seed: int = 0,
     master_weights: bool = True,
     flat: bool = False,
+    loss_scale: float | None = None,
+    ema: bool = False,
+    paged: bool = False,
 ) -> TrainState:
     """The state before step 1.
 
@@ -68,17 +78,23 @@ def init_state(
       master_weights: hold 16-bit parameters as fp32; pass `compute_dtypes(trainable)` to `make_train_step` then.
       flat: hold all parameters as one fp32 vector, for optimizers that treat every element alike: much faster where
         there are many small leaves. See `can_be_flat`.
+      loss_scale: the first one; None scales no loss.
+      ema: keep an average of the parameters; `TrainConfig.ema_decay` says which.
+      paged: put the moments into pinned host memory.
     """
     if flat:
         trainable = FlatLayout.of(trainable).flatten(trainable)
     if master_weights:
         trainable = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(jnp.float32), trainable)
+    opt_state = init_optimizer(optimizer, trainable)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
-        opt_state=init_optimizer(optimizer, trainable),
+        opt_state=to_host_memory(opt_state) if paged else opt_state,
         rng=jax.random.key_data(jax.random.key(seed)),
         skipped=jnp.zeros((), jnp.int32),
+        loss_scale=None if loss_scale is None else LossScale.start(loss_scale),
+        ema=jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), trainable) if ema else None,
     )
 
 
@@ -102,7 +118,7 @@ def make_train_step(
     Args:
       graph: the static part that `split` returned.
       optimizer: an Optax transformation without clipping.
-      config: `max_grad_norm`, `label_smoothing`, `memory_policy`.
+      config: `max_grad_norm`, `max_grad_value`, `label_smoothing`, `memory_policy`, `ema_decay`.
       schedule: only to report `learning_rate`; the optimizer applies its own.
       dtypes: from `compute_dtypes`, when the state holds fp32 masters of 16-bit weights.
       loss_fn: `(trainable, frozen, micro_batch, dropout_key) -> (loss sum, {"token_count": ...})`; default next token.
@@ -111,7 +127,8 @@ def make_train_step(
     Returns:
       The step. `batch` is a pytree of `[micro, batch, seq]` arrays. `metrics`: `loss`, `grad_norm` (before clipping),
       `learning_rate`, fp32; `token_count` of this step, `skipped` so far, int32; `applied`, bool; `leaf_grad_norms`,
-      fp32 `[leaves]`, one entry for each layer of a stacked leaf (see `guards.leaf_names`).
+      fp32 `[leaves]`, one entry for each layer of a stacked leaf (see `guards.leaf_names`). With a loss scale also
+      `loss_scale`, fp32, `overflow` of this step, bool, and `overflowed` so far, int32.
     """
     summed_loss = loss_fn or next_token(
         graph, label_smoothing=config.label_smoothing, memory_policy=config.memory_policy, reduction="sum"
@@ -122,21 +139,38 @@ def make_train_step(
         if dtypes is not None:
             parameters = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), parameters, dtypes)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if dropout else None
-        loss_sum, count, gradient = _sum_over_micro_batches(summed_loss, parameters, frozen, batch, key)
+        loss_scale = None if state.loss_scale is None else state.loss_scale.scale
+        loss_sum, count, gradient = _sum_over_micro_batches(
+            summed_loss, parameters, frozen, batch, key, loss_scale
+        )
 
         if is_flat(state.trainable):
             gradient = state.trainable.layout.flatten(gradient)
         tokens = jnp.maximum(count, 1).astype(jnp.float32)
         loss = loss_sum / tokens
+        # What a gradient is divided by: tokens, and the scale of the loss.
+        scale = 1.0 / (tokens if loss_scale is None else tokens * loss_scale)
         squares = leaf_square_sums(gradient)
-        grad_norm = jnp.sqrt(jnp.sum(squares)) / tokens
+        grad_norm = jnp.sqrt(jnp.sum(squares)) * scale
         applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (count > 0)
+        leaf_grad_norms = jnp.sqrt(squares) * scale
 
-        scale = 1.0 / tokens
+        clipped_norm = grad_norm
+        if config.max_grad_value is not None:
+            limit = config.max_grad_value
+            gradient = jax.tree.map(
+                lambda leaf: jnp.clip(leaf.astype(jnp.float32) * scale, -limit, limit), gradient
+            )
+            clipped_norm, scale = jnp.sqrt(jnp.sum(leaf_square_sums(gradient))), jnp.float32(1.0)
         if config.max_grad_norm is not None:
-            scale *= jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(grad_norm, 1e-30))
-        gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, gradient)
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+            scale *= jnp.minimum(1.0, config.max_grad_norm / jnp.maximum(clipped_norm, 1e-30))
+        if isinstance(optimizer, SelfGating):
+            updates, opt_state = optimizer.update(
+                gradient, state.opt_state, state.trainable, applied=applied, gradient_scale=scale
+            )
+        else:
+            gradient = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, gradient)
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
 
         # A select, not a branch: it fuses into the update, and the state is donated either way.
@@ -149,33 +183,61 @@ def make_train_step(
             "token_count": count,
             "applied": applied,
             "skipped": state.skipped + ~applied,
-            "leaf_grad_norms": jnp.sqrt(squares) / tokens,
+            "leaf_grad_norms": leaf_grad_norms,
         }
+        updates_made = state.step - state.skipped
+        new_scale = None
+        if state.loss_scale is not None:
+            updates_made -= state.loss_scale.overflowed
+            overflow = state.loss_scale.overflows(loss, grad_norm)
+            new_scale = state.loss_scale.after(overflow, applied)
+            metrics |= {"overflow": overflow, "overflowed": new_scale.overflowed, "loss_scale": loss_scale}
+            metrics["skipped"] -= overflow
         if schedule is not None:
-            metrics["learning_rate"] = schedule(state.step - state.skipped)
+            metrics["learning_rate"] = schedule(updates_made)
+        trainable = keep(trainable, state.trainable)
+        ema = state.ema
+        if config.ema_decay is not None and ema is not None:
+            decay = jnp.where(applied, config.ema_decay, 1.0)
+            ema = jax.tree.map(
+                lambda average, new: (decay * average + (1 - decay) * new).astype(average.dtype),
+                ema,
+                trainable,
+            )
         new_state = TrainState(
             step=state.step + 1,
-            trainable=keep(trainable, state.trainable),
-            opt_state=keep(opt_state, state.opt_state),
+            trainable=trainable,
+            opt_state=opt_state if isinstance(optimizer, SelfGating) else keep(opt_state, state.opt_state),
             rng=state.rng,
             skipped=metrics["skipped"],
+            loss_scale=new_scale,
+            ema=ema,
         )
         return new_state, metrics
 
     return step
 
 
-def _sum_over_micro_batches(loss_fn: LossFunction, parameters: Any, frozen: Any, batch: Any, key: Any):
-    """Loss sum (fp32), token count (int32) and gradient sum over the leading axis of `batch`.
+def _sum_over_micro_batches(
+    loss_fn: LossFunction, parameters: Any, frozen: Any, batch: Any, key: Any, loss_scale: jax.Array | None
+):
+    """Loss sum (fp32), token count (int32) and gradient sum over the leading axis of `batch`; the gradient is of the
+    loss times `loss_scale`.
 
     More than one micro-batch adds gradients up in fp32; a single one keeps the parameters' dtype and has no scan.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+
+    def scaled_loss(*arguments: Any):
+        loss_sum, aux = loss_fn(*arguments)
+        scaled = loss_sum if loss_scale is None else loss_sum * loss_scale
+        return scaled, (loss_sum, aux)
+
+    value_and_grad = jax.value_and_grad(scaled_loss, has_aux=True)
     micro_batches = jax.tree.leaves(batch)[0].shape[0]
 
     def one(index: Any, micro_batch: Any):
         micro_key = None if key is None else jax.random.fold_in(key, index)
-        (loss_sum, aux), gradient = value_and_grad(parameters, frozen, micro_batch, micro_key)
+        (_, (loss_sum, aux)), gradient = value_and_grad(parameters, frozen, micro_batch, micro_key)
         return loss_sum.astype(jnp.float32), aux["token_count"].astype(jnp.int32), gradient
 
     if micro_batches == 1:
@@ -275,4 +337,6 @@ def _compiler_options(deterministic: bool) -> dict[str, str | bool] | None:
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    sharding = getattr(leaf, "sharding", None)
+    in_host_memory = getattr(sharding, "memory_kind", None) == PINNED_HOST
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if in_host_memory else None)
