@@ -72,6 +72,12 @@ def cosines(one: Any, other: Any) -> np.ndarray:
     return np.concatenate(found)
 
 
+def whole_cosine(one: Any, other: Any) -> float:
+    """Of the gradients as one vector."""
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    return float(sum(np.vdot(a, b) for a, b in pairs) / (norm(one) * norm(other)))
+
+
 def norm(tree: Any) -> float:
     return float(np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in jax.tree.leaves(tree))))
 
@@ -167,6 +173,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             row[f"cosine with {name}"] = {
                 "lowest": float(found.min()),
                 "mean": float(found.mean()),
+                "whole": whole_cosine(gradient, reference),
                 "leaves_below_limit": int(np.sum(found < LIMIT)),
             }
         if variant.train and options.steps:
@@ -183,8 +190,8 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"SmolLM2-135M, adapters of rank 16 after {settings['warm_up']} steps, {rows[0]['leaves']} leaves, gradient of "
         f"{settings['gradient_batches']} batches of {settings['batch']} x {settings['seq']} tokens, on "
-        f"{result['device']}. Cosines are the lowest of any leaf and the mean. Trained: held-out loss after "
-        f"{settings['steps']} further steps.",
+        f"{result['device']}. Cosines: the lowest of any leaf, the mean, and that of the whole gradient. Trained: "
+        f"held-out loss after {settings['steps']} further steps.",
         "",
         "| frozen weights | computed in | loss | cosine with fp32 | with the same FP8 weights multiplied exactly | "
         "gradient norm | held-out loss | trained |",
@@ -192,7 +199,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for row in rows:
         pairs = [row.get(f"cosine with {name}") for name in REFERENCES]
-        shown = [f"{pair['lowest']:.4f}, {pair['mean']:.4f}" if pair else "" for pair in pairs]
+        shown = [
+            f"{pair['lowest']:.4f}, {pair['mean']:.4f}, {pair['whole']:.4f}" if pair else "" for pair in pairs
+        ]
         trained = row.get("held_out_loss_trained")
         lines.append(
             f"| {row['variant']} | {row['dtype']} | {row['loss']:.4f} | {shown[0]} | {shown[1]} | "
