@@ -16,20 +16,26 @@ from tests.tolerances import KERNEL, assert_close
 SETTINGS = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-6}
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def adam(gradient, first, second, count, scale=1.0, applied=True, *, implementation=None):
+@functools.partial(jax.jit, static_argnames=("implementation", "in_place"))
+def adam(gradient, first, second, count, scale=1.0, applied=True, *, implementation=None, in_place=True):
     return adam_8bit(
         *(gradient, first, second, count),
         **SETTINGS,
         gradient_scale=scale,
         applied=applied,
+        in_place=in_place,
         implementation=implementation,
     )
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def lion(gradient, moment, scale=1.0, applied=True, *, implementation=None):
-    options = {"gradient_scale": scale, "applied": applied, "implementation": implementation}
+@functools.partial(jax.jit, static_argnames=("implementation", "in_place"))
+def lion(gradient, moment, scale=1.0, applied=True, *, implementation=None, in_place=True):
+    options = {
+        "gradient_scale": scale,
+        "applied": applied,
+        "in_place": in_place,
+        "implementation": implementation,
+    }
     return lion_8bit(gradient, moment, beta1=0.9, beta2=0.99, **options)
 
 
@@ -68,18 +74,21 @@ def test_kernels_take_the_steps_of_their_oracles(dtype):
         assert_codes_close(moments["pallas"], moments["xla"])
 
 
-@pytest.mark.parametrize("implementation", ["pallas", "xla"])
-def test_a_step_that_is_not_applied_changes_no_bit(implementation):
+@pytest.mark.parametrize(
+    "options",
+    [{"implementation": "xla"}, {"implementation": "pallas"}, {"implementation": "pallas", "in_place": False}],
+)
+def test_a_step_that_is_not_applied_changes_no_bit(options):
     shape = (3, 259)
     first, second = zeros(shape)
     gradient, poison = gradients(shape, steps=1)[0], jnp.full(shape, jnp.nan)
-    _, first, second = adam(gradient, first, second, 1, implementation=implementation)
-    update, *after = adam(poison, first, second, 2, 1.0, False, implementation=implementation)
+    _, first, second = adam(gradient, first, second, 1, **options)
+    update, *after = adam(poison, first, second, 2, 1.0, False, **options)
     assert np.all(np.asarray(update) == 0)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves((first, second)), strict=True):
         assert np.array_equal(new, old)
-    _, moment = lion(gradient, first, implementation=implementation)
-    update, after = lion(poison, moment, 1.0, False, implementation=implementation)
+    _, moment = lion(gradient, first, **options)
+    update, after = lion(poison, moment, 1.0, False, **options)
     assert np.all(np.asarray(update) == 0)
     assert all(np.array_equal(new, old) for new, old in zip(after, moment, strict=True))
 

@@ -53,6 +53,7 @@ def adam_8bit(
     eps: float,
     gradient_scale: jax.typing.ArrayLike = 1.0,
     applied: jax.typing.ArrayLike = True,
+    in_place: bool = True,
     implementation: launch.Implementation | None = None,
 ) -> tuple[jax.Array, Blockwise, Blockwise]:
     """(update u, first moment, second moment) after one step; u is fp32 and still to be scaled by minus the learning rate.
@@ -64,6 +65,8 @@ def adam_8bit(
       beta1, beta2, eps: see above.
       gradient_scale: fp32 scalar that the gradient is multiplied by (one over the tokens, clipping).
       applied: bool scalar; where it is false the moments stay as they are, bit for bit, and u is zero.
+      in_place: the kernel changes the moments where they are; False for copies that came from the host's memory, which
+        XLA would take the result for.
       implementation: "pallas" or "xla" (the oracle); None takes the kernel on a GPU.
     """
     settings = {"beta1": beta1, "beta2": beta2, "eps": eps}
@@ -82,9 +85,9 @@ def adam_8bit(
             jax.ShapeDtypeStruct(moment.absmax.shape, jnp.float32),
         ]
     # Moments change in place; so does a gradient that has the update's dtype.
-    aliases = {3: 1, 4: 2, 5: 3, 6: 4} | ({2: 0} if gradient.dtype == jnp.float32 else {})
+    aliases = ({3: 1, 4: 2, 5: 3, 6: 4} if in_place else {}) | ({2: 0} if gradient.dtype == jnp.float32 else {})
     update, *moments = launch_by_blocks(
-        functools.partial(_kernel, **settings), "adam_8bit", gradient.size, tuple(shapes), aliases
+        functools.partial(_kernel, **settings, in_place=in_place), "adam_8bit", gradient.size, tuple(shapes), aliases
     )(
         scalars,
         lookup_table(),
@@ -139,7 +142,7 @@ def _corrections(count, beta1, beta2):
     return 1 / (1 - jnp.power(jnp.float32(beta1), t)), 1 / (1 - jnp.power(jnp.float32(beta2), t))
 
 
-def _kernel(*refs, beta1, beta2, eps, count, blocks_per_program):
+def _kernel(*refs, beta1, beta2, eps, in_place, count, blocks_per_program):
     scalars_ref, table_ref, gradient_ref, first_ref, first_max_ref, second_ref, second_max_ref = refs[:7]
     update_ref, new_first_ref, new_first_max_ref, new_second_ref, new_second_max_ref = refs[7:]
     tile = tile_of_program(count, blocks_per_program)
@@ -166,7 +169,12 @@ def _kernel(*refs, beta1, beta2, eps, count, blocks_per_program):
         tile.store(new_second_ref, jnp.maximum(codes, (v > 0).astype(jnp.int32)))
         tile.store_scales(new_second_max_ref, largest)
 
-    # The moments' outputs are their inputs, so there is nothing to write.
+    # In place, the moments' outputs are their inputs, and there is nothing to write.
     @pl.when(jnp.logical_not(applied))
     def _():
         tile.store(update_ref, jnp.zeros(tile.elements.shape, jnp.float32))
+        if not in_place:
+            tile.store(new_first_ref, tile.load(first_ref))
+            tile.store_scales(new_first_max_ref, tile.load_scales(first_max_ref))
+            tile.store(new_second_ref, tile.load(second_ref))
+            tile.store_scales(new_second_max_ref, tile.load_scales(second_max_ref))

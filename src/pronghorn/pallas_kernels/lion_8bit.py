@@ -41,6 +41,7 @@ def lion_8bit(
     beta2: float,
     gradient_scale: jax.typing.ArrayLike = 1.0,
     applied: jax.typing.ArrayLike = True,
+    in_place: bool = True,
     implementation: launch.Implementation | None = None,
 ) -> tuple[jax.Array, Blockwise]:
     """(update u, moment) after one step; u is fp32 and still to be scaled by minus the learning rate.
@@ -51,6 +52,8 @@ def lion_8bit(
       beta1, beta2: see above.
       gradient_scale: fp32 scalar that the gradient is multiplied by.
       applied: bool scalar; where it is false the moment stays as it is, bit for bit, and u is zero.
+      in_place: the kernel changes the moment where they are; False for copies that came from the host's memory, which
+        XLA would take the result for.
       implementation: "pallas" or "xla" (the oracle); None takes the kernel on a GPU.
     """
     settings = {"beta1": beta1, "beta2": beta2}
@@ -61,7 +64,7 @@ def lion_8bit(
     scalars = jnp.stack([jnp.asarray(gradient_scale, jnp.float32), jnp.float32(applied)])
     flat = (gradient.size,)
     update, codes, absmax = launch_by_blocks(
-        functools.partial(_kernel, **settings),
+        functools.partial(_kernel, **settings, in_place=in_place),
         "lion_8bit",
         gradient.size,
         (
@@ -69,7 +72,7 @@ def lion_8bit(
             jax.ShapeDtypeStruct(flat, jnp.uint8),
             jax.ShapeDtypeStruct(moment.absmax.shape, jnp.float32),
         ),
-        {3: 1, 4: 2} | ({2: 0} if gradient.dtype == jnp.float32 else {}),
+        ({3: 1, 4: 2} if in_place else {}) | ({2: 0} if gradient.dtype == jnp.float32 else {}),
     )(scalars, lookup_table(), gradient.reshape(-1), moment.codes.reshape(-1), moment.absmax)
     return update.reshape(gradient.shape), Blockwise(codes.reshape(gradient.shape), absmax)
 
@@ -91,7 +94,7 @@ def lion_8bit_reference(
     return update, jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, moment)
 
 
-def _kernel(*refs, beta1, beta2, count, blocks_per_program):
+def _kernel(*refs, beta1, beta2, in_place, count, blocks_per_program):
     scalars_ref, table_ref, gradient_ref, codes_ref, absmax_ref = refs[:5]
     update_ref, new_codes_ref, new_absmax_ref = refs[5:]
     tile = tile_of_program(count, blocks_per_program)
@@ -110,7 +113,10 @@ def _kernel(*refs, beta1, beta2, count, blocks_per_program):
         tile.store(new_codes_ref, encoded(table_ref, m * reciprocals(largest)[:, None], signed=True))
         tile.store_scales(new_absmax_ref, largest)
 
-    # The moment's outputs are its inputs, so there is nothing to write.
+    # In place, the moments' outputs are their inputs, and there is nothing to write.
     @pl.when(jnp.logical_not(applied))
     def _():
         tile.store(update_ref, jnp.zeros(tile.elements.shape, jnp.float32))
+        if not in_place:
+            tile.store(new_codes_ref, tile.load(codes_ref))
+            tile.store_scales(new_absmax_ref, tile.load_scales(absmax_ref))

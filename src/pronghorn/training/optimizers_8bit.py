@@ -9,7 +9,7 @@ So a training step that skips an update need not select between two copies of th
 place. `gradient_scale` is applied as the gradient is read.
 
 Paged: the moments live in pinned host memory. Inside the compiled update each leaf's come to the device, change, and
-go back; a leaf waits until the one two places before it is done, so the device holds those of a few leaves only.
+go back, in the order XLA's scheduler finds, which holds those of a few leaves at a time on the device.
 
 Sources: Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022, https://arxiv.org/abs/2110.02861; Chen et
 al., Symbolic Discovery of Optimization Algorithms, 2023, https://arxiv.org/abs/2302.06675.
@@ -31,8 +31,6 @@ from pronghorn.training.parameter_names import is_stacked, is_variable
 
 MIN_8BIT_ELEMENTS = 4096
 PINNED_HOST = "pinned_host"
-# A leaf's moments may be on their way in while another's are on their way out.
-_IN_FLIGHT = 2
 
 Bits = Literal[8, 32]
 
@@ -79,6 +77,7 @@ def scale_by_adam_8bit(
                 eps=eps,
                 gradient_scale=scale,
                 applied=applied,
+                in_place=not paged,
             )
         g, t = gradient.astype(jnp.float32) * scale, count.astype(jnp.float32)
         m, v = beta1 * first + (1 - beta1) * g, beta2 * second + (1 - beta2) * g * g
@@ -96,7 +95,7 @@ def scale_by_lion_8bit(
     def step(gradient, first, second, count, scale, applied):
         del second, count
         if isinstance(first, Blockwise):
-            options = {"gradient_scale": scale, "applied": applied}
+            options = {"gradient_scale": scale, "applied": applied, "in_place": not paged}
             return *lion_8bit(gradient, first, beta1=beta1, beta2=beta2, **options), None
         g = gradient.astype(jnp.float32) * scale
         m = beta2 * first + (1 - beta2) * g
@@ -137,8 +136,6 @@ def _scale_by_moments(step: Callable[..., Any], *, bits: Bits, paged: bool, two:
         for index, gradient in enumerate(leaves):
             old = [moment[index] for moment in moments]
             if large[index]:
-                if index >= _IN_FLIGHT:
-                    old, _ = jax.lax.optimization_barrier((old, updates[index - _IN_FLIGHT]))
                 old = jax.device_put(old, jax.memory.Space.Device)
             direction, *new = step(gradient, *old, *[None] * (2 - len(old)), count, gradient_scale, applied)
             new = new[: 1 + two]
