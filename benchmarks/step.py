@@ -61,6 +61,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         schedule="constant",
         batch_size=options.batch,
         memory_policy=policy,
+        mlp_tile_tokens=options.mlp_tile_tokens,
+        head_tile_rows=options.head_tile_rows,
     )
     graph, trainable, frozen = ph.split(model)
     optimizer = make_optimizer(train, 1000)
@@ -71,7 +73,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
     device_batch = jax.device_put(step_batch(batch, packing=options.documents > 1))
     step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
-    compiled = compile_step(step, state, frozen, device_batch)
+    compiled = compile_step(step, state, frozen, device_batch, memory_policy=policy)
     if options.hlo:
         Path(options.hlo).write_text(compiled.executable.as_text())
     plan = plan_from_compiled(
@@ -118,6 +120,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "documents_per_row": options.documents,
         "layers": options.layers,
         "memory_policy": policy,
+        "mlp_tile_tokens": options.mlp_tile_tokens,
+        "pinned_host_gib": plan.pinned_host / 2**30,
         "tokens_per_second": tokens / step_seconds,
         "step_milliseconds": step_seconds * 1e3,
         "mfu": flops.of_batch(batch["positions"], real) / step_seconds / peak if peak else None,
@@ -157,6 +161,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1, help="equal documents packed into each row")
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--memory-policy", default="keep")
+    parser.add_argument("--mlp-tile-tokens", type=int, default=None)
+    parser.add_argument("--head-tile-rows", type=int, default=None)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--run", default="single", help="id shared by the rows of one run")
     parser.add_argument("--profile", default=None, help="folder for a profiler trace of the last three steps")

@@ -122,8 +122,12 @@ def require_free_folder(path: str | Path) -> None:
         require_new(path)
 
 
-def plan_job(job: JobConfig) -> "MemoryPlan":
-    """Memory and FLOPs of the job's step, from the compiled program; no weight is read."""
+def plan_job(job: JobConfig, *, memory_gib: float | None = None) -> "MemoryPlan":
+    """Memory and FLOPs of the job's step, from the compiled program; no weight is read.
+
+    Args:
+      memory_gib: device memory that memory_policy "auto" has to fit; None asks the device.
+    """
     from pronghorn.converters.huggingface import resolve_model_path
     from pronghorn.converters.quantized_weights import stored_quantization
     from pronghorn.quantization import read_quantization
@@ -144,6 +148,7 @@ def plan_job(job: JobConfig) -> "MemoryPlan":
         packing=job.data.packing,
         quantization=stored_quantization(folder) or read_quantization(job.quantization),
         evaluate=job.data.eval_path is not None or job.data.eval_fraction > 0,
+        memory_limit=None if memory_gib is None else int(memory_gib * 2**30),
     )
 
 

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(
             f"pronghorn {options.command}: the device's memory is full; `pronghorn plan` tells what a job needs, and "
-            "a smaller train.batch_size or data.max_length, or train.memory_policy=layer_inputs, needs less.",
+            "a smaller train.batch_size or data.max_length, or train.memory_policy=offload, needs less.",
             file=sys.stderr,
         )
         return 1

@@ -41,15 +41,14 @@ def write_json_if_asked(options: argparse.Namespace, values: dict[str, Any]) -> 
 
 def use_compile_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that the second run of a job starts at once."""
-    import jax
+    from pronghorn.compile_cache import keep_programs_in
 
     folder = cache_folder() / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return  # a read-only home only costs compile time
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    keep_programs_in(folder)
 
 
 def cache_folder() -> Path:

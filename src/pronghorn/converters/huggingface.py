@@ -7,7 +7,7 @@ that were not touched keep every bit, and `config.json` keeps every byte unless 
 
 import dataclasses
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from pronghorn.converters.quantized_weights import (
     packed_weights,
     quantized_forms,
 )
+from pronghorn.converters.read_ahead import ReadAhead
 from pronghorn.converters.safetensors_files import (
     DEFAULT_SHARD_BYTES,
     StoredTensor,
@@ -42,7 +43,7 @@ from pronghorn.lora import merged_config, merged_weight, sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
 from pronghorn.models.families import family_for, family_named
-from pronghorn.models.parameters import assign, named_parameters
+from pronghorn.models.parameters import assign, named_parameters, reading_order
 from pronghorn.quantization import QuantizationConfig, is_quantized, quantize, read_quantization
 from pronghorn.quantization.quantize_model import QuantizedArray, choose, make_abstract
 
@@ -100,8 +101,8 @@ def load_model(
 ) -> Decoder:
     """The decoder of a Hugging Face folder (or whatever `resolve_model_path` takes), on the default device.
 
-    Host memory beside the model is one tensor, or one stack where layers are scanned. Quantised, one tensor at a time
-    is on the device in 16 bits.
+    Host memory beside the model is the largest tensor, or one stack where layers are scanned, and a GiB that is read
+    ahead. Quantised, up to three tensors are on the device in 16 bits.
 
     Args:
       path: folder, GGUF file or hub name.
@@ -142,7 +143,8 @@ def load_model(
         ways = choose(named_parameters(model), names, quantization)
     forms = quantized_forms(folder, table, quantization, ways, dtype, commonest)
     make_abstract(named_parameters(model), forms)
-    assign(model, _LazyWeights(table, dtype, forms, ways))
+    with ReadAhead(table, (name for name in reading_order(model) if name in table)) as files:
+        assign(model, _LazyWeights(files, table, dtype, forms, ways))
     check_scales(folder, model, forms)
     wrapped = any(name not in joined for name in tower)
     model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=wrapped)
@@ -349,23 +351,30 @@ class _LazyWeights(Mapping[str, Any]):
 
     def __init__(
         self,
+        files: ReadAhead,
         table: Mapping[str, Any],
         dtype: str | None,
         forms: Mapping[str, QuantizedArray],
         ways: Mapping[str, QuantizationConfig],
     ):
+        self._files = files
         self._table = table
+        self._on_device: deque[Any] = deque()
         self._forms = forms
         self._ways = ways
         self._dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
     def __getitem__(self, name: str) -> Any:
-        array = self._table[name].read()
+        array = self._files.read(name)
         if is_quantized(array):
             return dataclasses.replace(array, dtype_name=self._forms[name].dtype_name)
         array = array if self._dtype is None else _cast(array, self._dtype, name)
         if name in self._ways:
-            return quantize(jnp.asarray(array), self._ways[name])
+            # Copies and quantisers are queued, not waited for; but no more than three 16-bit copies may be there.
+            self._on_device.append(quantize(jnp.asarray(array), self._ways[name]))
+            if len(self._on_device) > 2:
+                jax.block_until_ready(self._on_device.popleft())
+            return self._on_device[-1]
         return array
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor

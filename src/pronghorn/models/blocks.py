@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, Taps, value_or_none
+from pronghorn.models.token_tiles import in_token_tiles
 from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
@@ -136,7 +138,13 @@ def add_attention(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """x `[batch, seq, d]` + W_o heads, of heads `[batch, seq, heads, head_dim]`; normalised and scaled where the
-    family does so."""
+    family does so. Named for memory policies."""
+    return checkpoint_name(
+        _add_attention(layer, x, heads, config=config, dropout_key=dropout_key), "stream_after_attention"
+    )
+
+
+def _add_attention(layer, x, heads, *, config, dropout_key):
     attention = layer.self_attn
     normalized = config.block in ("post", "sandwich")
     if not normalized and config.residual_scale == 1.0:
@@ -209,11 +217,51 @@ def feed_forward(
     *,
     config: DecoderConfig,
     dropout_key: jax.Array | None = None,
+    tile_tokens: int | None = None,
 ) -> jax.Array:
     """residual + mlp(norm(x)), `[batch, seq, d]`; the MLP's output normalised and scaled where the family does so.
 
-    `residual` is x, but for parallel blocks, where x is what attention read.
+    `residual` is x, but for parallel blocks, where x is what attention read. With `tile_tokens` no more tokens than
+    that are computed at once; a dropout mask is then drawn for each tile.
     """
+    if tile_tokens is None:
+        return _feed_forward(layer, x, residual, config=config, dropout_key=dropout_key)
+    split: Any = nnx.split(layer, lambda path, _: path[0] not in ("self_attn", "conv"), ...)
+    graph, operands, others = split
+    unread = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), others)
+
+    def one_tile(operands, rows, tile):
+        state, key = operands
+        x, residual = rows[0][None], rows[-1][None]
+        if key is not None:
+            key = jax.random.fold_in(key, tile)
+        return _feed_forward(
+            nnx.merge(graph, state, unread), x, residual, config=config, dropout_key=key
+        )[0]
+
+    return in_token_tiles(
+        one_tile,
+        (operands, dropout_key),
+        (x,) if residual is x else (x, residual),
+        tile_tokens=tile_tokens,
+        prepare=_dense_weights,
+    )
+
+
+def _dense_weights(tree: Any) -> Any:
+    """The same with every quantised weight as an array, but for those that products can take as they are."""
+
+    def dense(variable):
+        value = variable.get_value() if isinstance(variable, nnx.Variable) else variable
+        if not hasattr(value, "dequantize") or hasattr(value, "times_transposed"):
+            return variable
+        return variable.replace(value.dequantize())
+
+    return jax.tree.map(dense, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+@jax.named_scope("mlp")
+def _feed_forward(layer, x, residual, *, config, dropout_key):
     norms: dict[str, Any] = {
         "pre": "post_attention_layernorm",
         "sandwich": "pre_feedforward_layernorm",
@@ -230,7 +278,7 @@ def feed_forward(
             scales=scales,
             eps=norm.eps,
             weight_offset=norm.weight_offset,
-            activation=config.activation,  # type: ignore[arg-type]  # the configuration was checked
+            activation=config.activation,
             residual=plain,
             dropout=dropout,
         )
@@ -310,6 +358,7 @@ def decoder_layer(
     kind: LayerKind,
     query_scale: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
+    tile_tokens: int | None = None,
 ) -> jax.Array:
     """One layer: `DecoderConfig.block` has its formula.
 
@@ -321,12 +370,42 @@ def decoder_layer(
       query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
       kind: "full", "sliding" for a window of config.sliding_window tokens, or "conv".
       dropout_key: of this layer; None drops nothing.
+      tile_tokens: as in `feed_forward`.
     """
+    attended, x = attention_part(
+        layer,
+        x,
+        cos,
+        sin,
+        segment_ids,
+        config=config,
+        kind=kind,
+        query_scale=query_scale,
+        dropout_key=dropout_key,
+    )
+    read = x if config.block == "parallel" else attended
+    return feed_forward(
+        layer, read, attended, config=config, dropout_key=dropout_key, tile_tokens=tile_tokens
+    )
+
+
+def attention_part(
+    layer: DecoderLayer,
+    x: jax.Array,
+    cos: jax.Array | None,
+    sin: jax.Array | None,
+    segment_ids: jax.Array | None,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+    query_scale: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(the stream after attention, or what stands in its place, the stream in front of it), of `decoder_layer`'s
+    arguments."""
     if kind == "conv":
         with jax.named_scope("conv"):
-            mixed = add_convolution(layer, x, segment_ids, config=config, dropout_key=dropout_key)
-        with jax.named_scope("mlp"):
-            return feed_forward(layer, mixed, mixed, config=config, dropout_key=dropout_key)
+            return add_convolution(layer, x, segment_ids, config=config, dropout_key=dropout_key), x
     attention = layer.self_attn
     with jax.named_scope("attention"):
         x, q, k, v = project_qkv(layer, x, config=config, dropout_key=dropout_key)
@@ -345,7 +424,4 @@ def decoder_layer(
             sinks=value_or_none(attention.sinks),
             scale=config.attention_scale,
         )
-        attended = add_attention(layer, x, heads, config=config, dropout_key=dropout_key)
-    with jax.named_scope("mlp"):
-        read = x if config.block == "parallel" else attended
-        return feed_forward(layer, read, attended, config=config, dropout_key=dropout_key)
+        return add_attention(layer, x, heads, config=config, dropout_key=dropout_key), x

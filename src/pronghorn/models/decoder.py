@@ -13,32 +13,18 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.models import cache as kv_cache
 from pronghorn.models import rope
-from pronghorn.models.blocks import decoder_layer
+from pronghorn.models.blocks import attention_part, decoder_layer, feed_forward
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.layer_stack import LayerStack, run_offloaded
 from pronghorn.models.layers import DecoderLayer, Embedding, Linear, hidden_norm, value_or_none
+from pronghorn.models.memory_policies import MEMORY_POLICIES, POLICIES
 
 LayerLayout = Literal["unrolled", "scanned"]
-
-# What the backward pass finds in memory, from fast to small; everything else is computed again, layer by layer.
-_CHECKPOINT_POLICIES = {
-    "attention": lambda: jax.checkpoint_policies.save_only_these_names(
-        "attention_out", "attention_logsumexp"
-    ),
-    "layer_inputs": lambda: None,
-    "offload": lambda: jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-}
-MEMORY_POLICIES = ("keep", *_CHECKPOINT_POLICIES)
-
+LayerPart = Literal["layer", "attention", "feed_forward"]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -180,6 +166,7 @@ class Decoder(nnx.Module):
         segment_ids: jax.Array | None = None,
         *,
         memory_policy: str = "keep",
+        mlp_tile_tokens: int | None = None,
         dropout_key: jax.Array | None = None,
         return_layers: bool = False,
     ) -> Any:
@@ -189,8 +176,9 @@ class Decoder(nnx.Module):
           input_ids: int `[batch, seq]`.
           positions: int `[batch, seq]`; default 0, 1, .. , from 0 again where a segment starts.
           segment_ids: int `[batch, seq]`; a token sees its own run of equal ids only. None: each row is one.
-          memory_policy: what is kept for the backward pass: "keep" (what the hand gradients save), "attention"
-            (attention's output only), "layer_inputs", or "offload" (layer inputs in pinned host memory).
+          memory_policy: what is kept for the backward pass, and where; see `models/memory_policies.py`.
+          mlp_tile_tokens: compute feed-forward networks so many tokens at a time, and again in the backward pass; None
+            takes all at once.
           dropout_key: for LoRA dropout; None drops nothing.
           return_layers: also return the embedding output and each layer's output, a list of num_layers + 1.
 
@@ -216,6 +204,7 @@ class Decoder(nnx.Module):
                 dropout_key,
                 config=self.config,
                 memory_policy=memory_policy,
+                mlp_tile_tokens=mlp_tile_tokens,
                 return_layers=return_layers,
             )
             outputs.extend(segment_outputs)
@@ -317,20 +306,29 @@ def _run_layer(
     state: Any,
     x: jax.Array,
     shared: Any,
-    key: Any,
+    dropout_key: jax.Array | None,
+    index: Any,
     *,
     graph: Any,
     config: DecoderConfig,
     pattern: tuple[LayerKind, LayerRope],
-    offload: bool,
+    tile_tokens: int | None,
+    part: LayerPart,
 ):
+    """The residual stream after a layer, or after a part of it."""
     kind, layer_rope = pattern
     angles, segment_ids, query_scale = shared
-    if offload:  # named here, inside of what is checkpointed: a policy can only move what it sees computed
-        x = checkpoint_name(x, "layer_input")
+    key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
     cos, sin = angles[layer_rope]
     layer = nnx.merge(graph, state)
-    return decoder_layer(layer, x, cos, sin, segment_ids, config=config, kind=kind, query_scale=query_scale, dropout_key=key)
+    if part == "feed_forward":
+        return feed_forward(layer, x, x, config=config, dropout_key=key, tile_tokens=tile_tokens)
+    options: dict[str, Any] = {
+        "config": config, "kind": kind, "query_scale": query_scale, "dropout_key": key
+    }  # fmt: skip
+    if part == "attention":
+        return attention_part(layer, x, cos, sin, segment_ids, **options)[0]
+    return decoder_layer(layer, x, cos, sin, segment_ids, tile_tokens=tile_tokens, **options)
 
 
 def _run_segment(
@@ -341,38 +339,45 @@ def _run_segment(
     *,
     config: DecoderConfig,
     memory_policy: str,
+    mlp_tile_tokens: int | None,
     return_layers: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """All layers of a segment; `shared` is (angles by rope, segment_ids, factors of the queries). The outputs are empty unless asked for."""
+    """All layers of a segment; `shared` is (angles by rope, segment_ids, factors of the queries). The outputs are empty
+    unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
-    period = len(split)
-    functions: list[Callable[..., jax.Array]] = []
-    for position, (graph, _) in enumerate(split):
+    period, policy = len(split), POLICIES[memory_policy]
+    # A feed-forward network that reads the stream after attention is a part of its own: that stream is its input.
+    halves = policy.offloaded and bool(policy.saved) and config.block != "parallel" and not return_layers
+    parts: tuple[LayerPart, ...] = ("attention", "feed_forward") if halves else ("layer",)
+
+    def part_of(position: int, part: LayerPart) -> Callable[..., jax.Array]:
         run: Callable[..., jax.Array] = functools.partial(
             _run_layer,
-            graph=graph,
+            graph=split[position][0],
             config=config,
             pattern=config.layer_pattern[segment.start + position],
-            offload=memory_policy == "offload",
+            tile_tokens=mlp_tile_tokens,
+            part=part,
         )
-        if memory_policy != "keep":
-            # Inside of a scan nothing can be merged across the loop; outside XLA would undo the recomputation.
-            run = jax.checkpoint(
-                run, policy=_CHECKPOINT_POLICIES[memory_policy](), prevent_cse=not segment.stacked
-            )
-        functions.append(run)
+        if policy.saved is None:
+            return run
+        # Inside of a scan nothing can be merged across the loop; outside XLA would undo the recomputation.
+        return jax.checkpoint(run, policy=policy.saveable, prevent_cse=not segment.stacked)
+
+    layers = tuple(tuple(part_of(position, part) for part in parts) for position in range(period))
+    states = tuple(state for _, state in split)
+    if policy.offloaded and not return_layers:
+        stack = LayerStack(layers, segment.start, segment.repeats, segment.stacked)
+        return run_offloaded(stack, x, states, shared, dropout_key), []
 
     def one_period(x, scanned):
         repeat, states = scanned
         outputs = []
-        for position, (run, state) in enumerate(zip(functions, states, strict=True)):
-            index = segment.start + repeat * period + position
-            key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            x = run(state, x, shared, key)
+        for position, ((run,), state) in enumerate(zip(layers, states, strict=True)):
+            x = run(state, x, shared, dropout_key, segment.start + repeat * period + position)
             outputs.append(x)
         return x, tuple(outputs) if return_layers else ()
 
-    states = tuple(state for _, state in split)
     if not segment.stacked:
         x, outputs = one_period(x, (0, states))
         return x, list(outputs)

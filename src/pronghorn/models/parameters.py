@@ -93,12 +93,23 @@ def assign(model: Decoder, mapping: Mapping[str, Any], *, strict: bool = True) -
         raise InputError(
             f"The weights lack {_list(missing)}; they are incomplete or of another architecture."
         )
+    for group in _by_leaf(parameters):
+        given = [(name, parameter) for name, parameter in group if name in mapping]
+        if given:
+            _set_leaf(given, mapping)
+
+
+def reading_order(model: Decoder) -> list[str]:
+    """The names of all parameters in the order that `assign` reads them."""
+    return [name for group in _by_leaf(named_parameters(model)) for name, _ in group]
+
+
+def _by_leaf(parameters: Mapping[str, Parameter]) -> list[list[tuple[str, Parameter]]]:
+    """Single-layer parameters, those of one variable together."""
     leaves: dict[int, list[tuple[str, Parameter]]] = {}
     for name, parameter in parameters.items():
-        if name in mapping:
-            leaves.setdefault(id(parameter.variable), []).append((name, parameter))
-    for group in leaves.values():
-        _set_leaf(group, mapping)
+        leaves.setdefault(id(parameter.variable), []).append((name, parameter))
+    return list(leaves.values())
 
 
 def _variables(module: nnx.Module, prefix: str) -> Iterator[tuple[str, nnx.Variable]]:

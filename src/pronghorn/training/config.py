@@ -8,8 +8,10 @@ from pronghorn.errors import InputError
 
 Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial"]
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "muon"]
-MemoryPolicy = Literal["keep", "attention", "layer_inputs", "offload"]
-MEMORY_POLICIES: tuple[str, ...] = get_args(MemoryPolicy)
+MemoryPolicy = Literal[
+    "auto", "keep", "attention", "layer_inputs", "offload_projections", "offload_attention", "offload"
+]
+MEMORY_POLICIES: tuple[str, ...] = get_args(MemoryPolicy)[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +55,15 @@ class TrainConfig:
         that small gradients are not lost. It doubles after 200 updates in a row and halves when a gradient overflows;
         that step's update is left out and counted as `overflowed`, not as `skipped`.
       label_smoothing: share of the target's probability spread over the vocabulary, in [0, 1).
-      memory_policy: what the forward pass saves for the backward pass, from fast to small: "keep" (what the hand
-        gradients need), "attention" (attention's output only), "layer_inputs" (each layer's input, the layer is
-        computed again), "offload" (those in pinned host memory).
+      memory_policy: what the forward pass leaves for the backward pass, and where. On the device: "keep" (what the hand
+        gradients need), "attention" (attention's output and the stream after it; q, k, v, gate and up are computed
+        again), "layer_inputs" (the layer is computed again). In pinned host memory, moved while the device computes:
+        "offload_projections" (q, k, v too; gate and up are computed again), "offload_attention", "offload" (layer
+        inputs). "auto" compiles the fastest first, by what would be computed again and moved, and takes the first that
+        fits the device.
+      mlp_tile_tokens: tokens of a micro-batch that feed-forward networks take at a time, with the same result; they are
+        then computed again in the backward pass under every policy. None takes all at once.
+      head_tile_rows: tokens whose logits exist at a time; None takes as many as fit 512 MiB (32 MiB on a CPU) in fp32.
       master_weights: in full fine-tuning of a 16-bit model, keep fp32 copies that the optimizer updates (adds 4
         bytes a parameter); adapters are always fp32.
       eval_every: evaluate on the held-out rows every so many steps, and at the end; None evaluates at the end only.
@@ -108,7 +116,9 @@ class TrainConfig:
     save_ema: bool = False
     initial_loss_scale: float = 4096.0
     label_smoothing: float = 0.0
-    memory_policy: MemoryPolicy = "keep"
+    memory_policy: MemoryPolicy = "auto"
+    mlp_tile_tokens: int | None = None
+    head_tile_rows: int | None = None
     master_weights: bool = True
     eval_every: int | None = None
     eval_batch_size: int | None = None
@@ -145,6 +155,8 @@ class TrainConfig:
             "save_every",
             "keep_every",
             "early_stopping",
+            "mlp_tile_tokens",
+            "head_tile_rows",
         ):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
@@ -183,7 +195,9 @@ class TrainConfig:
             "muon's moments stay on the device",
         )
         self._check(
-            "memory_policy", self.memory_policy in MEMORY_POLICIES, f"use one of {', '.join(MEMORY_POLICIES)}"
+            "memory_policy",
+            self.memory_policy in ("auto", *MEMORY_POLICIES),
+            f"use auto, or one of {', '.join(MEMORY_POLICIES)}",
         )
         self._check("output_dir", bool(self.output_dir), "name a folder")
         self._check("seed", 0 <= self.seed < 2**32, "give a whole number from 0 to 2**32 - 1")

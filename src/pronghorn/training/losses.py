@@ -64,6 +64,8 @@ def loss_sum_and_count(
     *,
     label_smoothing: float = 0.0,
     memory_policy: str = "keep",
+    mlp_tile_tokens: int | None = None,
+    head_tile_rows: int | None = None,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed next-token loss of one micro-batch and how many tokens it is over; differentiable.
@@ -73,13 +75,19 @@ def loss_sum_and_count(
       batch: `input_ids` and `labels`, int32 `[batch, seq]`; `segment_ids` and `positions` where rows are packed;
         `weights`, fp32 `[batch, seq]` and aligned with the labels, where rows have weights.
       label_smoothing: share of the target's probability spread over the vocabulary.
-      memory_policy: see `TrainConfig.memory_policy`.
+      memory_policy, mlp_tile_tokens, head_tile_rows: see `TrainConfig`.
       dropout_key: turns the adapters' dropout on.
 
     Returns:
       (fp32 scalar, int32 scalar).
     """
-    hidden, targets = _hidden_and_targets(model, batch, memory_policy=memory_policy, dropout_key=dropout_key)
+    hidden, targets = _hidden_and_targets(
+        model,
+        batch,
+        memory_policy=memory_policy,
+        mlp_tile_tokens=mlp_tile_tokens,
+        dropout_key=dropout_key,
+    )
     weight, bias, lora_a, lora_b, lora_scale = model.head()
     loss_sum = linear_cross_entropy(
         hidden,
@@ -93,6 +101,7 @@ def loss_sum_and_count(
         label_smoothing=label_smoothing,
         softcap=model.config.logit_softcap,
         logit_scale=model.config.logit_scale,
+        tile_rows=head_tile_rows,
     )
     return loss_sum, jnp.sum(targets != IGNORED, dtype=jnp.int32)
 
@@ -102,6 +111,8 @@ def next_token(
     *,
     label_smoothing: float = 0.0,
     memory_policy: str = "keep",
+    mlp_tile_tokens: int | None = None,
+    head_tile_rows: int | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> LossFunction:
     """The loss function of a split model, to be differentiated with respect to its first argument.
@@ -113,7 +124,7 @@ def next_token(
 
     Args:
       graph: the static part that `split` returned.
-      label_smoothing, memory_policy: see `loss_sum_and_count`.
+      label_smoothing, memory_policy, mlp_tile_tokens, head_tile_rows: see `loss_sum_and_count`.
       reduction: "mean" over the trained tokens of the batch, or "sum" (what is added over micro-batches).
 
     Returns:
@@ -127,6 +138,8 @@ def next_token(
             batch,
             label_smoothing=label_smoothing,
             memory_policy=memory_policy,
+            mlp_tile_tokens=mlp_tile_tokens,
+            head_tile_rows=head_tile_rows,
             dropout_key=dropout_key,
         )
         loss = loss_sum / jnp.maximum(count, 1) if reduction == "mean" else loss_sum

@@ -10,7 +10,8 @@ Evaluation runs beside the resident state: its own temporaries count where they 
 import dataclasses
 import resource
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from pronghorn.lora import LoRAConfig, add_lora, split
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, LayerLayout
 from pronghorn.models.families import family_named
+from pronghorn.models.memory_policies import POLICIES
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization.quantize_model import QuantizationConfig, choose, empty_like, make_abstract
 from pronghorn.training.checkpoints import state_bytes
@@ -31,6 +33,14 @@ from pronghorn.training.flops import count_flops, has_shape
 from pronghorn.training.losses import evaluation_sums, step_batch
 from pronghorn.training.optimizers import make_optimizer, treats_all_alike
 from pronghorn.training.optimizers_8bit import pages, to_host_memory
+from pronghorn.training.policy_choice import (
+    PolicyCost,
+    cost_lines,
+    device_limit,
+    estimate_policies,
+    first_that_fits,
+    pinned_limit,
+)
 from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import (
     StepFunction,
@@ -41,6 +51,8 @@ from pronghorn.training.step import (
     init_state,
     make_train_step,
 )
+
+Built = TypeVar("Built")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,13 +66,14 @@ class MemoryPlan:
         device memory is in it too.
       arguments, outputs, aliased, temporaries, program: the terms of the device peak.
       evaluation_temporaries: the evaluation's own, 0 when there is none.
-      pinned_host: host memory that the program itself uses (memory_policy "offload", paged_optimizer).
+      pinned_host: host memory that the program itself uses (policies that offload, paged_optimizer).
       checkpoint: size of a checkpoint on disk and as a copy on the host.
       flops_per_step: of a full batch without padding, whose rows are one document each.
       tokens_per_step: positions of a batch, padding included.
       trained_parameters, frozen_parameters: elements.
       memory_policy: that of the step.
       compile_seconds: what reading these numbers took; the training run pays it too.
+      policies: what each memory policy costs, the fastest first.
     """
 
     peak_device_bytes: int
@@ -79,6 +92,7 @@ class MemoryPlan:
     frozen_parameters: int
     memory_policy: str
     compile_seconds: float
+    policies: tuple[PolicyCost, ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(
@@ -91,13 +105,14 @@ class MemoryPlan:
         )
 
     def memory_lines(self) -> list[str]:
-        """Device and host memory, a line each."""
+        """Device and host memory, a line each, and the memory policies where one was chosen."""
         rest = self.outputs - self.aliased + self.program
         return [
             f"device memory  {show_bytes(self.peak_device_bytes)} peak: weights, state and batch "
             f"{show_bytes(self.arguments)}, temporaries {show_bytes(self.temporaries)}, other {show_bytes(rest)}",
             f"host memory    {show_bytes(self.peak_host_bytes)} peak: pinned {show_bytes(self.pinned_host)}, a "
             f"checkpoint's copy {show_bytes(self.checkpoint)}, the process",
+            *(cost_lines(self.policies, self.memory_policy) if self.policies else ()),
         ]
 
 
@@ -117,6 +132,7 @@ def plan_memory(
     packing: bool = True,
     quantization: QuantizationConfig | None = None,
     evaluate: bool = False,
+    memory_limit: int | None = None,
 ) -> MemoryPlan:
     """Compile the training step on shapes alone, for the default device, and read its memory.
 
@@ -130,6 +146,7 @@ def plan_memory(
       packing: whether a row holds several documents.
       quantization: of the frozen linear weights, or None.
       evaluate: whether the run has held-out rows.
+      memory_limit: bytes of device memory for memory_policy "auto"; None asks the device.
     """
     model = Decoder.abstract(config, dtype=dtype, layers=layers)
     if quantization is not None:
@@ -144,29 +161,82 @@ def plan_memory(
         model = add_lora(model, lora_config)
     graph, trainable, frozen = split(model)
     total_steps = train_config.max_steps or 1000 + train_config.warmup_steps
-    prepared = prepare_step(graph, trainable, train_config, total_steps, dtype=dtype)
     shape = (train_config.gradient_accumulation, train_config.batch_size, max_length)
     batch = abstract_batch(shape, packing)
-    compiled = compile_step(
-        prepared.step, prepared.state, frozen, batch, deterministic=train_config.deterministic
-    )
     evaluation = None
     if evaluate:
         rows = train_config.eval_batch_size or train_config.batch_size
         evaluation = compile_evaluation(
             graph, trainable, frozen, abstract_batch((1, rows, max_length), packing)
         )
-    return plan_from_compiled(
+
+    def build(train_config: TrainConfig) -> tuple[MemoryPlan, None]:
+        prepared = prepare_step(graph, trainable, train_config, total_steps, dtype=dtype)
+        compiled = compile_step(
+            prepared.step,
+            prepared.state,
+            frozen,
+            batch,
+            deterministic=train_config.deterministic,
+            memory_policy=train_config.memory_policy,
+        )
+        plan = plan_from_compiled(
+            config,
+            compiled.executable,
+            prepared.state,
+            trainable,
+            frozen,
+            shape,
+            memory_policy=train_config.memory_policy,
+            compile_seconds=compiled.seconds,
+            evaluation=evaluation,
+        )
+        return plan, None
+
+    return build_with_policy(
+        config, train_config, build, trainable, frozen, shape, dtype=dtype, memory_limit=memory_limit
+    )[0]
+
+
+def build_with_policy(
+    config: DecoderConfig,
+    train_config: TrainConfig,
+    build: Callable[[TrainConfig], tuple[MemoryPlan, Built]],
+    trainable: Any,
+    frozen: Any,
+    shape: tuple[int, int, int],
+    *,
+    dtype: Any,
+    memory_limit: int | None = None,
+) -> tuple[MemoryPlan, Built]:
+    """What `build` returns for the memory policy asked for, or, with "auto", for the first that fits the device.
+
+    Args:
+      build: compiles the step of a configuration whose policy is no longer "auto".
+      shape: (micro-batches, rows, tokens) of a batch.
+      dtype: of activations.
+      memory_limit: bytes; None asks the device.
+    """
+    if train_config.memory_policy != "auto":
+        return build(train_config)
+    micro_batches, rows, length = shape
+    costs = estimate_policies(
         config,
-        compiled.executable,
-        prepared.state,
-        trainable,
-        frozen,
-        shape,
-        memory_policy=train_config.memory_policy,
-        compile_seconds=compiled.seconds,
-        evaluation=evaluation,
+        micro_batches=micro_batches,
+        rows=rows,
+        length=length,
+        itemsize=jnp.dtype(dtype).itemsize,
+        device_kind=jax.devices()[0].device_kind,
     )
+    found, costs = first_that_fits(
+        costs,
+        lambda policy: build(dataclasses.replace(train_config, memory_policy=policy)),  # type: ignore[arg-type]
+        lambda built: (built[0].peak_device_bytes, built[0].pinned_host),
+        resident_bytes=sum(state_bytes(leaf) for leaf in jax.tree.leaves((trainable, frozen))),
+        limit=memory_limit or device_limit(),
+        host_limit=pinned_limit(),
+    )
+    return dataclasses.replace(found[0], policies=tuple(costs)), found[1]
 
 
 def refuse_full_fine_tuning(adapted: bool) -> None:
@@ -184,7 +254,7 @@ def refuse_full_fine_tuning(adapted: bool) -> None:
 def plan_policies(*arguments: Any, **options: Any) -> dict[str, MemoryPlan]:
     """`plan_memory` for every memory policy, compiled one after another; the arguments are its own.
 
-    A policy that this device cannot compile ("offload" needs a pinned host memory space) is left out.
+    A policy that this device cannot compile (offloading needs a pinned host memory space) is left out.
     """
     config, lora_config, train_config, *rest = arguments
     plans = {}
@@ -193,7 +263,7 @@ def plan_policies(*arguments: Any, **options: Any) -> dict[str, MemoryPlan]:
         try:
             plans[policy] = plan_memory(config, lora_config, changed, *rest, **options)
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
-            if policy != "offload":
+            if not POLICIES[policy].offloaded:
                 raise
     return plans
 

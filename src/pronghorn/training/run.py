@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from pronghorn.compile_cache import keep_programs_in
 from pronghorn.data.preview import summary
 from pronghorn.errors import RunError
 from pronghorn.lora import split
@@ -28,6 +29,7 @@ from pronghorn.training.checkpoints import (
     check_settings,
     restore,
 )
+from pronghorn.training.config import TrainConfig
 from pronghorn.training.flat_tree import as_tree
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
@@ -125,7 +127,7 @@ class Run:
     def _prepare(self, resume: bool | str) -> None:
         trainer, config = self.trainer, self.config
         if config.compile_cache is not None:
-            jax.config.update("jax_compilation_cache_dir", config.compile_cache)
+            keep_programs_in(config.compile_cache)
         checkpoint = run_folder.open_run_folder(
             self.folder, resume=resume, overwrite=config.overwrite, say=lambda text: print(text)
         )
@@ -143,26 +145,41 @@ class Run:
             check_settings(checkpoint, self.settings)
         self.names = leaf_names(trainable, model)
         self.dtypes = compute_dtypes(trainable)
-        prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total, dtype=model.dtype)
         batch = trainer.loader.batch_at(0)
         self.frozen_leaves = jax.tree.leaves(self.frozen)
-        self.compiled = compile_step(
-            prepared.step,
-            prepared.state,
-            self.frozen,
-            step_batch(batch, trainer.data.packing),
-            deterministic=config.deterministic,
-        )
-        self.plan = memory_plan.plan_from_compiled(
+        evaluation = trainer._compiled_evaluation(trainable, self.frozen)
+
+        def build(config: TrainConfig) -> tuple[memory_plan.MemoryPlan, Any]:
+            prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total, dtype=model.dtype)
+            compiled = compile_step(
+                prepared.step,
+                prepared.state,
+                self.frozen,
+                step_batch(batch, trainer.data.packing),
+                deterministic=config.deterministic,
+                memory_policy=config.memory_policy,
+            )
+            plan = memory_plan.plan_from_compiled(
+                model.config,
+                compiled.executable,
+                prepared.state,
+                trainable,
+                self.frozen,
+                batch["input_ids"].shape,
+                memory_policy=config.memory_policy,
+                compile_seconds=compiled.seconds,
+                evaluation=evaluation,
+            )
+            return plan, (prepared, compiled)
+
+        self.plan, (prepared, self.compiled) = memory_plan.build_with_policy(
             model.config,
-            self.compiled.executable,
-            prepared.state,
+            config,
+            build,
             trainable,
             self.frozen,
             batch["input_ids"].shape,
-            memory_policy=config.memory_policy,
-            compile_seconds=self.compiled.seconds,
-            evaluation=trainer._compiled_evaluation(trainable, self.frozen),
+            dtype=model.dtype,
         )
         if config.save_every is not None:
             # The newest is written before the oldest goes.
@@ -297,9 +314,9 @@ class Run:
                 if stop.requested is not None:
                     return
                 excused = excused_leaves(as_tree(self._state().trainable), self.names) if guarded else set()
-                self.leaves, metrics = self.compiled(
-                    self.leaves, self.frozen_leaves, step_batch(batch, self.trainer.data.packing)
-                )
+                # Neither line waits: the batch travels, and the step is queued, while the one before still runs.
+                placed = jax.device_put(step_batch(batch, self.trainer.data.packing))
+                self.leaves, metrics = self.compiled(self.leaves, self.frozen_leaves, placed)
                 self.step += 1
                 leaf_grad_norms = metrics.pop("leaf_grad_norms")
                 # A gradient that left float16's range says nothing; the next step's scale is lower.

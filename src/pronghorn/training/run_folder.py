@@ -40,6 +40,8 @@ _FREE_SETTINGS = frozenset(
         "max_skipped_streak",
         "max_steps",
         "memory_policy",
+        "mlp_tile_tokens",
+        "head_tile_rows",
         "output_dir",
         "overwrite",
         "resume",

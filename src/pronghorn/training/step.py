@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pronghorn.pallas_kernels.launch import on_gpu
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flat_tree import FlatLayout, as_tree, is_flat
 from pronghorn.training.loss_scale import LossScale
@@ -118,7 +119,8 @@ def make_train_step(
     Args:
       graph: the static part that `split` returned.
       optimizer: an Optax transformation without clipping.
-      config: `max_grad_norm`, `max_grad_value`, `label_smoothing`, `memory_policy`, `ema_decay`.
+      config: `max_grad_norm`, `max_grad_value`, `label_smoothing`, `ema_decay`, `memory_policy` ("auto" is
+        `choose_plan`'s business, and "keep" here), `mlp_tile_tokens`, `head_tile_rows`.
       schedule: only to report `learning_rate`; the optimizer applies its own.
       dtypes: from `compute_dtypes`, when the state holds fp32 masters of 16-bit weights.
       loss_fn: `(trainable, frozen, micro_batch, dropout_key) -> (loss sum, {"token_count": ...})`; default next token.
@@ -131,7 +133,12 @@ def make_train_step(
       `loss_scale`, fp32, `overflow` of this step, bool, and `overflowed` so far, int32.
     """
     summed_loss = loss_fn or next_token(
-        graph, label_smoothing=config.label_smoothing, memory_policy=config.memory_policy, reduction="sum"
+        graph,
+        label_smoothing=config.label_smoothing,
+        memory_policy="keep" if config.memory_policy == "auto" else config.memory_policy,
+        mlp_tile_tokens=config.mlp_tile_tokens,
+        head_tile_rows=config.head_tile_rows,
+        reduction="sum",
     )
 
     def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, Metrics]:
@@ -297,9 +304,18 @@ class CompiledStep:
 
 
 def compile_step(
-    step: StepFunction, state: Any, frozen: Any, batch: Any, *, deterministic: bool = False
+    step: StepFunction,
+    state: Any,
+    frozen: Any,
+    batch: Any,
+    *,
+    deterministic: bool = False,
+    memory_policy: str = "keep",
 ) -> CompiledStep:
-    """Lower and compile `step` for arrays, or `jax.ShapeDtypeStruct`s, of these shapes; nothing is run."""
+    """Lower and compile `step` for arrays, or `jax.ShapeDtypeStruct`s, of these shapes; nothing is run.
+
+    `memory_policy` is the one that the step was made with: XLA schedules transfers to the host by an option.
+    """
     state_leaves, state_structure = jax.tree.flatten(state)
     frozen_leaves, frozen_structure = jax.tree.flatten(frozen)
 
@@ -315,13 +331,13 @@ def compile_step(
     lowered = jax.jit(flat_step, donate_argnums=0).lower(
         *jax.tree.map(_abstract, (state_leaves, frozen_leaves, batch))
     )
-    executable = lowered.compile(compiler_options=_compiler_options(deterministic))
+    executable = lowered.compile(compiler_options=_compiler_options(deterministic, memory_policy))
     return CompiledStep(executable, state_structure, time.perf_counter() - start)
 
 
-def _compiler_options(deterministic: bool) -> dict[str, str | bool] | None:
+def _compiler_options(deterministic: bool, memory_policy: str = "keep") -> dict[str, str | bool] | None:
     """XLA's options for a step; their names are the same in jax 0.10 to 0.12."""
-    if jax.default_backend() != "gpu":
+    if not on_gpu():
         return None
     # Products go to cuBLAS, which adds the adapters' rank-r products in its epilogue; XLA's own Triton products would
     # leave the sums to passes of their own (8B, 4,096 tokens on an H200: 279 -> 274 ms) and compile for longer.
@@ -331,6 +347,9 @@ def _compiler_options(deterministic: bool) -> dict[str, str | bool] | None:
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_dot_merger_threshold_mb": "0",
     }
+    if memory_policy.startswith("offload"):
+        # By default two transfers are on their way at a time, and the device waits for one before it starts a third.
+        options["xla_gpu_experimental_parallel_async_compute_limit"] = "16"
     if deterministic:
         options["xla_gpu_deterministic_ops"] = True
     return options
