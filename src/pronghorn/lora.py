@@ -2,7 +2,8 @@
 
 A linear with an adapter computes Y = X Wᵀ + s (X Aᵀ) Bᵀ with A `[r, in]` and B `[out, r]` in fp32 and
 s = alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732). An embedding adds
-s A[:, id]ᵀ Bᵀ with A `[r, vocab]` and B `[d, r]`. W never changes; merging writes W + s B A.
+s A[:, id]ᵀ Bᵀ with A `[r, vocab]` and B `[d, r]`. W never changes; merging writes W + s B A. With DoRA the rows of
+that sum are given the lengths m, see `pallas_kernels.dora`.
 
 A functional script needs `split` and `merge` only: they turn a model into a static graph, the trainable leaves and the
 frozen ones, and back.
@@ -13,11 +14,8 @@ written and `tie_word_embeddings` false.
 """
 
 import dataclasses
-import fnmatch
-import math
-import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,106 +24,41 @@ from flax import nnx
 
 from pronghorn.errors import InputError
 from pronghorn.fingerprint import base_hash
+from pronghorn.lora_config import (
+    ALL_LINEAR as ALL_LINEAR,
+)
+from pronghorn.lora_config import (
+    EMBEDDING,
+    HEAD,
+    AdapterInfo,
+    LoRAConfig,
+    NewTokens,
+    adapter_scale,
+    matches,
+)
+from pronghorn.lora_start import start_factors
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.families import family_named
-from pronghorn.models.layers import Embedding, Linear, LoRAParam
+from pronghorn.models.layers import Constant, Embedding, Linear, LoRAParam, value_or_none
+from pronghorn.pallas_kernels.dora import row_norms
 
-ALL_LINEAR = "all-linear"
-HEAD, EMBEDDING = "lm_head", "embed_tokens"
-
-
-@dataclasses.dataclass(frozen=True)
-class LoRAConfig:
-    """Which adapters to add.
-
-    Attributes:
-      rank: r, the inner size of every adapter.
-      alpha: numerator of the scale; None means `rank`, so that the scale is 1 (sqrt(r) for rsLoRA).
-      targets: "all-linear" (every linear inside the layers, not the head), or names and patterns. A name matches the
-        end of a module's name ("q_proj", "mlp.up_proj", "lm_head", "embed_tokens"), ours or else that of transformers
-        ("qkv_proj" of Phi 3 is q, k and v), a pattern with `*`, `?` or `[`
-        matches all of it as a shell would ("layers.*.mlp.up_proj"), and "re:..." is a regular expression for all of it.
-      dropout: share of the inputs of A that is dropped while training.
-      use_rslora: scale by alpha / sqrt(r).
-      layers: indices of the layers to adapt; None adapts all. The head and the embedding are not layers.
-      seed: of A. A module's start depends on the seed and its name only, not on the other targets.
-
-    Raises:
-      InputError: for a value that cannot be used.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    targets: str | tuple[str, ...] = ALL_LINEAR
-    dropout: float = 0.0
-    use_rslora: bool = False
-    layers: tuple[int, ...] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise InputError(f"lora.rank={self.rank} must be at least 1.")
-        if self.alpha is not None and not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise InputError(f"lora.alpha={self.alpha} must be positive; leave it out for alpha = rank.")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"lora.dropout={self.dropout} must be at least 0 and below 1.")
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
-        if not self.targets or not all(self.targets):
-            raise InputError('lora.targets is empty; use "all-linear" or names such as "q_proj".')
-        if self.layers is not None and not self.layers:
-            raise InputError("lora.layers is empty; leave it out for all layers.")
-
-    @property
-    def scale(self) -> float:
-        """s of the formula."""
-        return adapter_scale(self.rank, self.rank if self.alpha is None else self.alpha, self.use_rslora)
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
-    """Tokens that a model was given (`new_tokens.add_tokens`), one run of ids. Static and hashable.
-
-    Attributes:
-      first, count: their ids are first .. first + count - 1.
-      base_hash: of the model before.
-    """
-
-    first: int
-    count: int
-    base_hash: str
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterInfo:
-    """What an adapter carries with it, so that nobody has to type it again at export. Static and hashable.
-
-    Attributes:
-      rank, alpha, use_rslora, dropout, targets, layers: as in `LoRAConfig`; alpha is a number here.
-      base_hash: `base_hash` of the model that the adapter was made for.
-      alpha_pattern: (module name, alpha) pairs where an adapter from elsewhere departs from `alpha`. Ranks that depart
-        from `rank` are seen in the arrays.
-    """
-
-    rank: int
-    alpha: float
-    use_rslora: bool
-    dropout: float
-    targets: tuple[str, ...]
-    layers: tuple[int, ...] | None
-    base_hash: str
-    alpha_pattern: tuple[tuple[str, float], ...] = ()
+MAGNITUDE = "lora_magnitude_vector"  # as in PEFT
+STARTED = ("lora_start_A", "lora_start_B")
 
 
 class Factors(NamedTuple):
-    """One module's adapter: fp32 A and B, and s. See the module's text for their shapes."""
+    """One module's adapter: fp32 A and B, s, DoRA's m `[out]` or None. See the module's text for their shapes.
+
+    `start` is (A0, B0) of a start that is part of the base already, so that s (B A - B0 A0) is what is added to it; as
+    `Site.factors` gives them, they are in A and B, which then have twice the rank.
+    """
 
     a: Any
     b: Any
-    scale: float
+    scale: Any
+    magnitude: Any = None
+    start: tuple[Any, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,10 +91,12 @@ class Site:
         """The adapter at this site, or None; a slice, and so a copy, where layers are stacked."""
         if not self.adapted:
             return None
-        a, b = (getattr(self.module, name).get_value() for name in factor_names(self.module))
+        a, b = self.module.adapter()
+        magnitude = value_or_none(getattr(self.module, MAGNITUDE, None))
         if self.index is not None:
             a, b = a[self.index], b[self.index]
-        return Factors(a, b, self.module.lora_scale)
+            magnitude = None if magnitude is None else magnitude[self.index]
+        return Factors(a, b, self.module.lora_scale, magnitude)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,16 +105,17 @@ class Site:
         return (columns, rows) if isinstance(self.module, Embedding) else (rows, columns)
 
 
-def adapter_scale(rank: int, alpha: float, use_rslora: bool) -> float:
-    """alpha / r, or alpha / sqrt(r)."""
-    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
-
-
 def factor_names(module: Linear | Embedding) -> tuple[str, str]:
     """The attributes that hold A and B; an embedding's have names of their own, as in PEFT."""
     if isinstance(module, Embedding):
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A", "lora_B"
+
+
+def _all_names(module: Linear | Embedding) -> tuple[str, ...]:
+    """Every attribute that an adapter may have set."""
+    rest = () if isinstance(module, Embedding) else (MAGNITUDE, *STARTED)
+    return (*factor_names(module), "lora_new_rows", *rest)
 
 
 def sites(model: Decoder) -> dict[str, Site]:
@@ -232,14 +168,10 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
     targets = (config.targets,) if isinstance(config.targets, str) else config.targets
     chosen: set[str] = set()
     for target in targets:
-        matched = {name for name, site in found.items() if _matches(site, target)}
+        matched = {name for name, site in found.items() if matches(site.name, site.layer, target)}
         if not matched:  # a name that only transformers has: c_fc, or qkv_proj for several of ours
             theirs = transformers_names(model)
-            matched = {
-                name
-                for name, site in found.items()
-                if _matches(dataclasses.replace(site, name=theirs[name]), target)
-            }
+            matched = {name for name, site in found.items() if matches(theirs[name], site.layer, target)}
         if not matched:
             endings = sorted({".".join(name.split(".")[-2:]) for name in found if "." in name})
             raise InputError(
@@ -251,10 +183,16 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
     names = [
         name
         for name, site in found.items()
-        if name in chosen and (layers is None or site.layer is None or site.layer in layers)
+        if name in chosen
+        and (layers is None or site.layer is None or site.layer in layers)
+        and not any(matches(name, site.layer, target) for target in config.exclude)
     ]
     if not names:
-        raise InputError("lora.targets and lora.layers together choose nothing; widen one of them.")
+        raise InputError("lora.targets, lora.layers and lora.exclude choose nothing; widen one of them.")
+    for option, pattern in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for target in pattern or {}:
+            if not any(matches(name, found[name].layer, target) for name in names):
+                raise InputError(f"lora.{option}: {target!r} matches none of the adapted modules.")
     return names
 
 
@@ -271,25 +209,16 @@ def transformers_names(model: Decoder) -> dict[str, str]:
     }
 
 
-def _matches(site: Site, target: str) -> bool:
-    if target == ALL_LINEAR:
-        return site.layer is not None
-    if target.startswith("re:"):
-        try:
-            return re.fullmatch(target[3:], site.name) is not None
-        except re.error as error:
-            raise InputError(f"lora.targets: {target!r} is not a regular expression ({error}).") from None
-    target = target.removeprefix("model.")
-    if any(mark in target for mark in "*?["):
-        return fnmatch.fnmatchcase(site.name, target)
-    return site.name == target or site.name.endswith("." + target)
-
-
-def add_lora(model: Decoder, config: LoRAConfig | None = None) -> Decoder:
+def add_lora(
+    model: Decoder, config: LoRAConfig | None = None, *, original: Callable[[str], Any] | None = None
+) -> Decoder:
     """A new model with adapters; it shares the base weights' arrays with `model`, which stays as it is.
 
-    A starts uniform in ±1/sqrt(fan in) (He et al. 2015 with a = sqrt(5)) and B at zero, so the model's function is
-    unchanged; an embedding starts with A zero and B standard normal. Both as in PEFT.
+    How they start is `LoRAConfig.init`; every start but "loftq" leaves the model's function unchanged.
+
+    Args:
+      original: for "loftq": gives the weight `[out, in]` of a site such as "layers.0.mlp.up_proj" before it was
+        quantised (`converters.huggingface.original_weights`).
 
     Raises:
       InputError: `model` has adapters already, or `config` asks for what it lacks.
@@ -301,38 +230,58 @@ def add_lora(model: Decoder, config: LoRAConfig | None = None) -> Decoder:
         )
     names, found = select(model, config), sites(model)
     key = jax.random.key(config.seed)
-    factors = {
-        name: _start(found[name], config, jax.random.fold_in(key, zlib.crc32(name.encode())))
-        for name in names
-    }
-    targets = (config.targets,) if isinstance(config.targets, str) else config.targets
+    factors = {}
+    alphas = []
+    usual = float(config.rank if config.alpha is None else config.alpha)
+    for name in names:
+        site = found[name]
+        rank, alpha = config.rank_and_alpha(name, site.layer)
+        if alpha != usual:
+            alphas.append((name, alpha))
+        scale = adapter_scale(rank, alpha, config.use_rslora)
+        factors[name] = _start(
+            site, config, rank, scale, jax.random.fold_in(key, zlib.crc32(name.encode())), original
+        )
     info = AdapterInfo(
         rank=config.rank,
-        alpha=float(config.rank if config.alpha is None else config.alpha),
+        alpha=usual,
         use_rslora=config.use_rslora,
         dropout=config.dropout,
-        targets=targets,
+        targets=(config.targets,) if isinstance(config.targets, str) else config.targets,
         layers=config.layers,
         base_hash=base_hash(model),
+        alpha_pattern=tuple(alphas),
+        use_dora=config.use_dora,
+        init=config.init,
     )
     return attach(model, factors, info)
 
 
-def _start(site: Site, config: LoRAConfig, key: jax.Array) -> Factors:
-    fan_out, fan_in = site.shape
-    rank = config.rank
-
-    def init() -> tuple[jax.Array, jax.Array]:
-        if isinstance(site.module, Embedding):
-            return jnp.zeros((rank, fan_in), jnp.float32), jax.random.normal(
-                key, (fan_out, rank), jnp.float32
-            )
-        bound = 1 / math.sqrt(fan_in)
-        a = jax.random.uniform(key, (rank, fan_in), jnp.float32, -bound, bound)
-        return a, jnp.zeros((fan_out, rank), jnp.float32)
-
-    a, b = jax.eval_shape(init) if is_abstract(site) else init()
-    return Factors(a, b, config.scale)
+def _start(
+    site: Site,
+    config: LoRAConfig,
+    rank: int,
+    scale: float,
+    key: jax.Array,
+    original: Callable[[str], Any] | None,
+) -> Factors:
+    weight = None if isinstance(site.module, Embedding) else site.module.weight.get_value()
+    if weight is not None and site.index is not None and not is_abstract(site):
+        weight = jax.tree.map(lambda leaf: leaf[site.index], weight)
+    if config.use_dora and site.name in (HEAD, EMBEDDING):
+        raise InputError(
+            f"lora.use_dora: {site.name} cannot have it; leave it out of lora.targets, or use_dora=false."
+        )
+    if is_abstract(site):
+        fan_out, fan_in = site.shape
+        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rank, fan_in), (fan_out, rank), (fan_out,))]
+        in_base = weight is not None and config.init not in ("kaiming", "gaussian", "loftq")
+        start_shapes = (shapes[0], shapes[1]) if in_base else None
+        return Factors(shapes[0], shapes[1], scale, shapes[2] if config.use_dora else None, start_shapes)
+    before = None if original is None else lambda: original(site.name)
+    a, b, start = start_factors(config, site.shape, weight, rank, scale, key, before)
+    magnitude = row_norms(weight) if config.use_dora and weight is not None else None
+    return Factors(a, b, scale, magnitude, start)
 
 
 def is_abstract(site: Site) -> bool:
@@ -357,8 +306,8 @@ def attach(
     then (each is a product with the other factor), so such a layer stays exactly as it was.
 
     Raises:
-      InputError: layers of one stack with different ranks or scales, which a stack cannot hold; an adapter on an
-        embedding or head that has new tokens.
+      InputError: layers of one stack with different ranks or scales, or of which only some have DoRA, which a stack
+        cannot hold; an adapter on an embedding or head that has new tokens.
     """
     if model.new_tokens is not None and (HEAD in factors or EMBEDDING in factors):
         raise InputError(
@@ -381,18 +330,27 @@ def attach(
                 f"the adapter of {present[0].name} differs in rank or scale from another layer's, which stacked "
                 'layers cannot hold; load the model with layers="unrolled".'
             )
-        a, b = first.a, first.b
         stacked = present[0].index is not None
+        if first.magnitude is not None and len(present) < len(group):
+            raise InputError(
+                f"lora.use_dora: only some of the layers stacked with {present[0].name} have an adapter, which stacked "
+                'layers cannot hold; load the model with layers="unrolled".'
+            )
         if stacked:
-            a = _stack([factors[site.name].a if site.name in factors else None for site in group], first.a)
-            b = _stack([factors[site.name].b if site.name in factors else None for site in group], first.b)
+            first = _stack_factors([factors.get(site.name) for site in group], first)
         out_axis, in_axis = module.weight.get_metadata()["logical_axes"][-2:]
         if isinstance(module, Embedding):
             out_axis, in_axis = in_axis, out_axis
         leading = ("layers",) * stacked
         name_a, name_b = factor_names(module)
-        setattr(module, name_a, LoRAParam(a, logical_axes=(*leading, "rank", in_axis)))
-        setattr(module, name_b, LoRAParam(b, logical_axes=(*leading, out_axis, "rank")))
+        setattr(module, name_a, LoRAParam(first.a, logical_axes=(*leading, "rank", in_axis)))
+        setattr(module, name_b, LoRAParam(first.b, logical_axes=(*leading, out_axis, "rank")))
+        if first.magnitude is not None:
+            setattr(module, MAGNITUDE, LoRAParam(first.magnitude, logical_axes=(*leading, out_axis)))
+        if first.start is not None:
+            a0, b0 = first.start
+            setattr(module, STARTED[0], Constant(a0, logical_axes=(*leading, "rank", in_axis)))
+            setattr(module, STARTED[1], Constant(b0, logical_axes=(*leading, out_axis, "rank")))
         module.lora_scale = first.scale
         module.lora_dropout = info.dropout
         if isinstance(module, Linear) and present[0].name == HEAD:
@@ -421,6 +379,15 @@ def attach_new_rows(model: Decoder, new_rows: Mapping[str, jax.Array] | None = N
         elif not isinstance(weight, jax.ShapeDtypeStruct):
             rows = weight[tokens.first : tokens.first + tokens.count].astype(jnp.float32)
         setattr(module, "lora_new_rows", LoRAParam(rows, logical_axes=("new_tokens", "hidden")))  # noqa: B010
+
+
+def _stack_factors(parts: Sequence[Factors | None], like: Factors) -> Factors:
+    """The factors of all layers of a stack in one; zeros for a layer without."""
+    leaves, structure = jax.tree.flatten(like._replace(scale=None))
+    given = [None if part is None else jax.tree.leaves(part._replace(scale=None)) for part in parts]
+    stacked = [_stack([None if g is None else g[i] for g in given], leaf) for i, leaf in enumerate(leaves)]
+    joined: Factors = jax.tree.unflatten(structure, stacked)
+    return joined._replace(scale=like.scale)
 
 
 def _stack(parts: Sequence[Any], like: Any) -> Any:
@@ -454,9 +421,12 @@ def merge(graph: Any, trainable: Any, frozen: Any) -> Decoder:
 
 
 @jax.jit
-def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float) -> jax.Array:
+def _merged(weight: jax.Array, a: jax.Array, b: jax.Array, scale: float, magnitude: Any = None) -> jax.Array:
     delta = jnp.matmul(b, a, precision=jax.lax.Precision.HIGHEST)
-    return (weight.astype(jnp.float32) + scale * delta).astype(weight.dtype)
+    merged = weight.astype(jnp.float32) + scale * delta
+    if magnitude is not None:
+        merged *= (magnitude / jnp.linalg.norm(merged, axis=1))[:, None]
+    return merged.astype(weight.dtype)
 
 
 def merged_weight(site: Site) -> jax.Array:
@@ -475,10 +445,10 @@ def merged_weight(site: Site) -> jax.Array:
     factors = site.factors
     if factors is None:
         return weight
-    a, b, scale = factors
+    a, b, scale, magnitude, _ = factors
     if isinstance(site.module, Embedding):
         a, b = b.T, a.T  # the delta of [vocab, d] is (B A)ᵀ = Aᵀ Bᵀ
-    return _merged(weight, a, b, scale)
+    return _merged(weight, a, b, scale, magnitude)
 
 
 def merged_config(model: Decoder) -> DecoderConfig:
@@ -514,7 +484,7 @@ def merge_lora(model: Decoder) -> Decoder:
         value = jnp.stack(values) if site.index is not None else values[0]
         metadata = {"logical_axes": module.weight.get_metadata()["logical_axes"]}
         module.weight = nnx.Param(value, **metadata)
-        for name in (*factor_names(module), "lora_new_rows"):
+        for name in _all_names(module):
             setattr(module, name, nnx.data(None))
         module.lora_scale, module.lora_dropout = 1.0, 0.0
         if isinstance(module, Linear) and site.name == HEAD:
@@ -528,7 +498,7 @@ def remove_lora(model: Decoder) -> Decoder:
     """The base of an adapted model: a new model without adapters, nothing merged, sharing `model`'s arrays."""
     base = shallow_copy(model)
     for site in sites(base).values():
-        for name in (*factor_names(site.module), "lora_new_rows"):
+        for name in _all_names(site.module):
             setattr(site.module, name, nnx.data(None))
         site.module.lora_scale, site.module.lora_dropout = 1.0, 0.0
     if base.config.tie_word_embeddings:

@@ -226,7 +226,7 @@ def adapter(bases, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "lacks one of its factors"),
         ({"bias": "lora_only"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "whole modules"),
         ({"peft_type": "IA3"}, "LORA"),

@@ -8,7 +8,7 @@ that were not touched keep every bit, and `config.json` keeps every byte unless 
 import dataclasses
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,6 +149,31 @@ def load_model(
     wrapped = any(name not in joined for name in tower)
     model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=wrapped)
     return model
+
+
+def original_weights(folder: str | Path) -> Callable[[str], np.ndarray]:
+    """A function from a linear layer's name ("layers.0.mlp.up_proj") to its weight in the folder, read when asked for.
+
+    For `lora.init=loftq`, whose base was quantised after it was read.
+
+    Raises:
+      InputError: from the function, where the folder is quantised itself.
+    """
+
+    def read(name: str) -> np.ndarray:
+        hf_config, _ = read_config(folder)
+        family = family_for(hf_config)
+        config = family.config_from_hf(hf_config)
+        stored = cut_tensors(open_weights(Path(folder)), family.fused_tensors(config))
+        theirs = family.tensor_names(config)[f"{name}.weight"]
+        if theirs not in stored or stored[theirs].dtype.name not in DTYPES:
+            raise InputError(
+                f"lora.init=loftq: {folder} has no {theirs} in 16 or 32 bits, since it is quantised itself; give the "
+                "folder that it was made from, and quantization."
+            )
+        return np.asarray(stored[theirs].read())
+
+    return read
 
 
 def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:

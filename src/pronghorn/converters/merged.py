@@ -24,7 +24,7 @@ from pronghorn.converters.safetensors_files import DEFAULT_SHARD_BYTES
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder, write_json
 from pronghorn.fingerprint import base_hash, same_base
-from pronghorn.lora import attach, merge, sites, split
+from pronghorn.lora import attach, merge, remove_lora, sites, split
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
 from pronghorn.new_tokens import with_tokens
@@ -170,6 +170,11 @@ def rebase(model: Decoder, base: str | Path) -> Decoder:
     info = model.adapter
     if info is None:
         raise InputError(f"{base}: there is no adapter to merge into it.")
+    if info.init == "loftq":
+        raise InputError(
+            f"{base}: an adapter that started by LoftQ holds what the quantised base lost, and the 16-bit one has that "
+            "already; leave the base out."
+        )
     stacked = any(segment.stacked for segment in model.segments)
     other = load_model(base, dtype=model.dtype.name, layers="scanned" if stacked else "unrolled")
     if _is_quantized(other):
@@ -227,6 +232,8 @@ def compare_models(live: Decoder, other: Decoder, input_ids: np.ndarray) -> dict
     if live.adapter is not None:
         graph, adapter, frozen = p
         base = (graph, jax.tree_util.tree_map_with_path(_without_effect, adapter), frozen)
+        if live.adapter.use_dora or live.adapter.init not in ("kaiming", "gaussian"):
+            base = split(remove_lora(live))  # with zeros for factors there would be no such model
         effect = float(np.mean(_kl(p, p_hidden, base, _hidden_states(*base, ids))[0]))
     dtype = max(live.dtype.name, other.dtype.name, key=lambda name: KL_LIMITS[name])
     floor, ceiling, max_limit = KL_LIMITS[dtype]

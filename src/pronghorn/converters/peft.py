@@ -4,13 +4,15 @@
 embedding's are `lora_embedding_A` `[r, vocab]` and `lora_embedding_B` `[d, r]`, without `.weight`. The scale is not
 stored: it follows from `r`, `lora_alpha`, `use_rslora` and the two patterns of `adapter_config.json`. The trained rows
 of new tokens are `...embed_tokens.token_adapter.trainable_tokens_delta` `[n, d]`: the rows themselves, whatever the
-name says. What LoRA is not (DoRA, biases, whole modules, starts that changed the base) is refused in words. Linears
-that transformers has as one and we have as several are in `peft_sites.py`.
+name says. DoRA's lengths of rows are `lora_magnitude_vector` `[out]`. What LoRA is not (biases, whole modules, starts
+that changed the base) is refused in words. Linears that transformers has as one and we have as several are in
+`peft_sites.py`.
 
 Beside PEFT's two files stands `pronghorn.json`: rank, alpha, targets, the fingerprint of the base model, a hash of the
 chat template and of the weights, so that an adapter cannot quietly meet another model.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -70,6 +72,7 @@ _SUFFIXES = {
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
     ".lora_embedding_B": "b",
+    ".lora_magnitude_vector": "magnitude",
     ".token_adapter.trainable_tokens_delta": "rows",
     ".token_adapter.base_layer.weight": "base",
     ".base_layer.weight": "base",
@@ -106,6 +109,10 @@ def save_adapter(
             suffix = f".lora_embedding_{letter}" if embedding else f".lora_{letter}.weight"
             spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
             arrays[PREFIX + modules[name] + suffix] = (spec, array)
+        if factors.magnitude is not None:
+            spec = TensorSpec(np.dtype(np.float32), tuple(factors.magnitude.shape))
+            arrays[PREFIX + modules[name] + ".lora_magnitude_vector"] = (spec, factors.magnitude)
+    info = as_plain_lora(model, info)
     for name, site in sites(model).items():
         tied_copy = name == HEAD and model.config.tie_word_embeddings
         if site.new_rows is not None and not tied_copy:
@@ -129,6 +136,8 @@ def save_adapter(
             rank=info.rank,
             alpha=info.alpha,
             use_rslora=info.use_rslora,
+            use_dora=info.use_dora,
+            init=info.init,
             dropout=info.dropout,
             targets=list(info.targets),
             layers=None if info.layers is None else list(info.layers),
@@ -186,7 +195,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
         rank = pattern_value(folder, config, "rank_pattern", modules[name], config["r"])
         alpha = pattern_value(folder, config, "alpha_pattern", modules[name], config["lora_alpha"])
         site, scale = places[name], adapter_scale(rank, alpha, config["use_rslora"])
-        read = _factors(folder, site, parts, rank, scale)
+        read = _factors(folder, site, parts, rank, scale, use_dora=config["use_dora"])
         for ours, own in (cut_factors(site, read) if isinstance(site, FusedSite) else {name: read}).items():
             factors[ours] = own
             own_alpha = alpha_of(own, float(alpha), config["use_rslora"])
@@ -204,6 +213,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             targets=targets_of(config["target_modules"]),
             layers=None if layers is None else tuple(layers),
             base_hash=here,
+            use_dora=config["use_dora"],
             alpha_pattern=tuple(alphas.items()),
         ),
         new_rows,
@@ -291,6 +301,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def as_plain_lora(model: Decoder, info: AdapterInfo) -> AdapterInfo:
+    """`info` for the factors that `Site.factors` gives: where they hold a start that is part of the base, their rank is
+    twice `info.rank`, and alpha grows with it so that the scale stays."""
+    started = any(getattr(s.module, "lora_start_A", None) is not None for s in sites(model).values())
+    if not started:
+        return info
+    growth = 2**0.5 if info.use_rslora else 2.0
+    return dataclasses.replace(
+        info,
+        rank=2 * info.rank,
+        alpha=growth * info.alpha,
+        alpha_pattern=tuple((name, growth * alpha) for name, alpha in info.alpha_pattern),
+        init="kaiming",
+    )
+
+
 def _read_tensors(folder: Path, manifest: Mapping[str, Any]) -> dict[str, StoredTensor]:
     if not (folder / WEIGHTS_NAME).exists():
         if (folder / "adapter_model.bin").exists():
@@ -367,15 +393,24 @@ def _check_base_copies(
             )
 
 
-def _factors(folder: Path, site: Site | FusedSite, parts: Mapping[str, StoredTensor], rank: int, scale: float) -> Factors:
-    if "a" not in parts or "b" not in parts:
-        raise InputError(f"{folder}: the adapter of {site.name} lacks one of its two factors; copy it again.")
+def _factors(
+    folder: Path, site: Site | FusedSite, parts: Mapping[str, StoredTensor], rank: int, scale: float, *, use_dora: bool
+) -> Factors:
     fan_out, fan_in = site.shape
+    shapes: dict[str, tuple[int, ...]] = {"a": (rank, fan_in), "b": (fan_out, rank)}
+    if use_dora:
+        shapes["magnitude"] = (fan_out,)
+    if not shapes.keys() <= parts.keys():
+        raise InputError(f"{folder}: the adapter of {site.name} lacks one of its factors; copy it again.")
+    if use_dora and site.name in (HEAD, EMBEDDING):
+        raise InputError(
+            f"{folder}: has DoRA on {site.name}, which is supported inside of layers only; merge it with PEFT."
+        )
     arrays = []
-    for letter, shape in (("a", (rank, fan_in)), ("b", (fan_out, rank))):
+    for letter, shape in shapes.items():
         what, asked = f"{letter.upper()} of {site.name}", f"rank {rank} and the model ask"
         arrays.append(_finite_array(folder, what, parts[letter], shape, asked))
-    return Factors(arrays[0], arrays[1], scale)
+    return Factors(arrays[0], arrays[1], scale, arrays[2] if use_dora else None)
 
 
 def _finite_array(

@@ -44,11 +44,11 @@ _KNOWN = frozenset(
         "target_modules",
         "task_type",
         "trainable_token_indices",
+        "use_dora",
         "use_rslora",
     ]
 )
 _REFUSED = {
-    "use_dora": "is DoRA, which is not LoRA",
     "modules_to_save": "stores whole modules",
     "lora_bias": "has a bias in B",
     "layer_replication": "repeats layers",
@@ -98,7 +98,7 @@ def config_of(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": False,
+        "use_dora": info.use_dora,
         "trainable_token_indices": _token_indices(model, modules),
     }
 
@@ -229,6 +229,7 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     defaults: dict[str, Any] = {
         "lora_dropout": 0.0,
         "use_rslora": False,
+        "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
         "layers_to_transform": None,
@@ -261,6 +262,7 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         "lora_alpha": positive(config.get("lora_alpha")),
         "lora_dropout": isinstance(dropout, int | float) and 0 <= dropout < 1,
         "use_rslora": isinstance(config["use_rslora"], bool),
+        "use_dora": isinstance(config["use_dora"], bool),
         "rank_pattern": pattern(config["rank_pattern"], (int,)),
         "alpha_pattern": pattern(config["alpha_pattern"]),
         "layers_to_transform": layers is None

@@ -103,11 +103,19 @@ def factors_at(site: Site | FusedSite) -> Factors | None:
             f"{site.name} is one linear in transformers, and the adapters of its parts have different scales, which "
             "PEFT cannot hold; save the model with save_merged."
         )
+    lengths = [factors.magnitude for factors in present if factors.magnitude is not None]
+    if lengths and len(lengths) < len(found):
+        raise InputError(
+            f"{site.name} is one linear in transformers, and only some of its parts have DoRA, which PEFT cannot hold; "
+            "save the model with save_merged."
+        )
+    magnitude = np.concatenate([np.asarray(part) for part in lengths]) if lengths else None
     arrays = [np.asarray(factors.a) for factors in present]
     if len(present) == len(found) and all(a.tobytes() == arrays[0].tobytes() for a in arrays):
-        return Factors(arrays[0], np.concatenate([np.asarray(factors.b) for factors in present]), scale)
+        b = np.concatenate([np.asarray(factors.b) for factors in present])
+        return Factors(arrays[0], b, scale, magnitude)
     blocks = [None if factors is None else np.asarray(factors.b) for factors in found]
-    return Factors(np.concatenate(arrays), _block_diagonal(site, blocks), scale)
+    return Factors(np.concatenate(arrays), _block_diagonal(site, blocks), scale, magnitude)
 
 
 def _block_diagonal(site: FusedSite, blocks: list[np.ndarray | None]) -> np.ndarray:
@@ -151,14 +159,18 @@ def trained_entries(site: FusedSite) -> np.ndarray | float:
 def cut_factors(site: FusedSite, factors: Factors) -> dict[str, Factors]:
     """{our name: factors} of the parts of an adapter on a linear that is several of ours."""
     a, b = np.asarray(factors.a), np.asarray(factors.b)
-    pieces = np.split(b, np.cumsum([part.shape[0] for part in site.parts])[:-1])
+    ends = np.cumsum([part.shape[0] for part in site.parts])[:-1]
+    pieces = np.split(b, ends)
+    lengths: list[Any] = [None] * len(pieces)
+    if factors.magnitude is not None:
+        lengths = [jnp.asarray(part) for part in np.split(np.asarray(factors.magnitude), ends)]
     used = [np.any(piece != 0, axis=0) for piece in pieces]
     counts = np.sum(used, axis=0)
-    if counts.max() != 1:  # one A for all parts, or not trained yet
+    if counts.max() != 1 or factors.magnitude is not None:  # one A for all parts, not trained yet, or DoRA
         used = [np.ones_like(columns) for columns in used]
     return {
-        part.name: Factors(jnp.asarray(a[columns]), jnp.asarray(piece[:, columns]), factors.scale)
-        for part, piece, columns in zip(site.parts, pieces, used, strict=True)
+        part.name: Factors(jnp.asarray(a[columns]), jnp.asarray(piece[:, columns]), factors.scale, length)
+        for part, piece, columns, length in zip(site.parts, pieces, used, lengths, strict=True)
         if columns.any()
     }
 

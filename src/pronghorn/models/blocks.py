@@ -37,15 +37,20 @@ def _operands(
 ) -> tuple[tuple[LinearWeights, ...], tuple[float, ...], Dropout | None]:
     """(arrays, scales, dropout) of some linear layers, as the ops take them."""
     linears = [getattr(holder, name) for name in names]
-    arrays = tuple(
-        LinearWeights(*(value_or_none(v) for v in (linear.weight, linear.lora_A, linear.lora_B, linear.bias)))
-        for linear in linears
-    )
+    arrays = []
+    for linear in linears:
+        a, b = linear.adapter()
+        arrays.append(LinearWeights(linear.weight.get_value(), a, b, value_or_none(linear.bias)))
     dropout = None
     if dropout_key is not None and any(linear.lora_dropout for linear in linears):
         keys = tuple(jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name]) for name in names)
         dropout = Dropout(tuple(linear.lora_dropout for linear in linears), keys)
-    return arrays, tuple(linear.lora_scale for linear in linears), dropout
+    return tuple(arrays), tuple(linear.lora_scale for linear in linears), dropout
+
+
+def _row_lengths_trained(holder: nnx.Module, names: tuple[str, ...]) -> bool:
+    """Whether one of these linear layers has DoRA, which the ops that join several layers do not know."""
+    return any(getattr(holder, name).lora_magnitude_vector is not None for name in names)
 
 
 def _linear(holder: nnx.Module, name: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
@@ -72,7 +77,7 @@ def project_qkv(
     attention = layer.self_attn
     norm = None if config.block == "post" else layer.input_layernorm
     names = ("q_proj", "k_proj", "v_proj")
-    if isinstance(norm, RMSNorm) and config.block != "parallel":
+    if isinstance(norm, RMSNorm) and config.block != "parallel" and not _row_lengths_trained(attention, names):
         linears, scales, dropout = _operands(attention, names, dropout_key)
         x, (q, k, v) = norm_linears(
             x,
@@ -147,7 +152,8 @@ def add_attention(
 def _add_attention(layer, x, heads, *, config, dropout_key):
     attention = layer.self_attn
     normalized = config.block in ("post", "sandwich")
-    if not normalized and config.residual_scale == 1.0:
+    plain = not normalized and config.residual_scale == 1.0
+    if plain and not _row_lengths_trained(attention, ("o_proj",)):
         (linear,), (scale,), dropout = _operands(attention, ("o_proj",), dropout_key)
         return residual_linear(x, heads, linear, scale=scale, dropout=dropout)
     out = _linear(attention, "o_proj", heads.reshape(*x.shape[:2], -1), dropout_key)
@@ -268,9 +274,11 @@ def _feed_forward(layer, x, residual, *, config, dropout_key):
         "parallel": "input_layernorm",
     }
     norm = getattr(layer, norms[config.block]) if config.block in norms else None
-    if isinstance(norm, RMSNorm) and config.gated_mlp:
+    names = ("gate_proj", "up_proj", "down_proj")
+    joined = config.gated_mlp and not _row_lengths_trained(layer.mlp, names)
+    if isinstance(norm, RMSNorm) and joined:
         plain = config.block == "pre" and config.residual_scale == 1.0
-        linears, scales, dropout = _operands(layer.mlp, ("gate_proj", "up_proj", "down_proj"), dropout_key)
+        linears, scales, dropout = _operands(layer.mlp, names, dropout_key)
         out = gated_mlp_op(
             x,
             norm.weight.get_value(),

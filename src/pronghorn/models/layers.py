@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.pallas_kernels.dora import dora_linear
 from pronghorn.pallas_kernels.layer_norm import layer_norm, layer_norm_reference
 from pronghorn.pallas_kernels.lora_linear import lora_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
@@ -45,6 +46,9 @@ class Linear(nnx.Module):
       lora_scale: s, static.
       lora_dropout: share of x that is dropped in front of A, static; only with a dropout key.
       lora_new_rows: of a head: see `Embedding`. `Decoder.head` applies them.
+      lora_magnitude_vector: fp32 `[out]`, the lengths of rows that DoRA trains, or None.
+      lora_start_A, lora_start_B: frozen factors of a start that is part of the weight already, or None: what is added
+        is s (B A - B0 A0).
     """
 
     def __init__(
@@ -65,21 +69,33 @@ class Linear(nnx.Module):
         self.lora_A = nnx.data(None)  # nnx.data: a parameter may take the place of None later
         self.lora_B = nnx.data(None)
         self.lora_new_rows = nnx.data(None)
+        self.lora_magnitude_vector = nnx.data(None)
+        self.lora_start_A = nnx.data(None)
+        self.lora_start_B = nnx.data(None)
         self.lora_scale = 1.0
         self.lora_dropout = 0.0
 
+    def adapter(self) -> tuple[Any, Any]:
+        """A and B as the products take them, with the frozen start's in them; (None, None) without an adapter."""
+        a, b = value_or_none(self.lora_A), value_or_none(self.lora_B)
+        if self.lora_start_A is not None:
+            a = jnp.concatenate([a, self.lora_start_A.get_value()], axis=-2)
+            b = jnp.concatenate([b, -self.lora_start_B.get_value()], axis=-1)
+        return a, b
+
     def __call__(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """`[..., in]` -> `[..., out]`, in the dtype of x."""
-        return lora_linear(
-            x,
-            self.weight.get_value(),
-            value_or_none(self.lora_A),
-            value_or_none(self.lora_B),
-            scale=self.lora_scale,
-            bias=value_or_none(self.bias),
-            dropout_rate=self.lora_dropout if dropout_key is not None else 0.0,
-            dropout_key=dropout_key if self.lora_dropout else None,
-        )
+        a, b = self.adapter()
+        options: dict[str, Any] = {
+            "scale": self.lora_scale,
+            "bias": value_or_none(self.bias),
+            "dropout_rate": self.lora_dropout if dropout_key is not None else 0.0,
+            "dropout_key": dropout_key if self.lora_dropout else None,
+        }
+        magnitude = value_or_none(self.lora_magnitude_vector)
+        if magnitude is not None:
+            return dora_linear(x, self.weight.get_value(), a, b, magnitude, **options)
+        return lora_linear(x, self.weight.get_value(), a, b, **options)
 
 
 class Embedding(nnx.Module):
@@ -102,6 +118,10 @@ class Embedding(nnx.Module):
         self.lora_dropout = (
             0.0  # PEFT drops nothing in front of an embedding; kept so that every target has it
         )
+
+    def adapter(self) -> tuple[Any, Any]:
+        """A and B, or (None, None)."""
+        return value_or_none(self.lora_embedding_A), value_or_none(self.lora_embedding_B)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         """int `[batch, seq]` -> `[batch, seq, d]`. An id outside of the vocabulary gives NaN, not its neighbour."""

@@ -108,7 +108,7 @@ def _product_weights(tree: Any, config: DecoderConfig) -> dict[str, int]:
     sizes = {}
     for name, leaf in _names(tree).items():
         looked_up = name.startswith("embed_tokens.") and not name.endswith("lora_embedding_B")
-        vector = any(part in name for part in ("norm", "bias", "sinks"))
+        vector = any(part in name for part in ("norm", "bias", "sinks", "magnitude"))
         if not (looked_up or vector) and len(leaf.shape) >= 2:
             sizes[name] = int(np.prod(leaf.shape))
     return sizes
