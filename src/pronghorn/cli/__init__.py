@@ -14,6 +14,8 @@ COMMANDS = {
     "plan": "memory, FLOPs and batches of a job, from the compiled step, before anything is loaded",
     "preview": "rendered rows with their loss mask, and how well they pack",
     "merge": "merge an adapter into its base model, reload the result and prove it",
+    "merge-adapters": "one adapter out of several, by weights",
+    "report": "one HTML file about a run: curves, unusual steps, settings",
     "convert": "a model into a Hugging Face folder (from GGUF, another dtype, other shards)",
     "sensitivity": "which layers stay in 8 or 16 bits beside 4-bit ones: measured KL within a memory budget",
     "generate": "text from a model, with an adapter if given",
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="pronghorn",
         description="Fast, exact fine-tuning of language models in JAX.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="commands:\n" + "\n".join(f"  {name:<11} {text}" for name, text in COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<14} {text}" for name, text in COMMANDS.items()),
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("command", nargs="?", choices=tuple(COMMANDS), metavar="COMMAND", help="see below")
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 2
-    command = importlib.import_module(f"pronghorn.cli.{options.command}")
+    command = importlib.import_module(f"pronghorn.cli.{options.command.replace('-', '_')}")
     command_parser = argparse.ArgumentParser(
         prog=f"pronghorn {options.command}", description=command.__doc__, formatter_class=_Formatter
     )
