@@ -1,8 +1,9 @@
 """Kill a training run at random moments, resume it each time, and compare what comes out with a run left alone.
 
 Each process is the command `pronghorn train job.yaml train.resume=auto` with checkpoints every few steps. It gets
-SIGKILL after a random time; when a run reaches its end in spite of that, its adapter has to be the uninterrupted run's
-bit for bit and its metrics.jsonl has to hold every step once, with the same losses. Then the next run begins.
+SIGKILL after a random time, counted from its start or, every other time, from its first step. When a run reaches its
+end in spite of that, its adapter has to be the uninterrupted run's bit for bit, and its metrics.jsonl has to hold every
+step once, with the same losses. Then the next run begins.
 
 python benchmarks/kill_and_resume.py --kills 50
 """
@@ -77,6 +78,13 @@ def outcome(folder: Path) -> tuple[bytes, list[tuple[int, float]]]:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), losses
 
 
+def wait_for_training(process: subprocess.Popen, folder: Path) -> None:
+    """Until the process writes its metrics, or ends."""
+    begin, metrics = time.time(), folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.stat().st_mtime > begin):
+        time.sleep(0.02)
+
+
 def kill_runs(job: Path, root: Path, kills: int, seconds: float, whole: Any, seed: int) -> dict[str, Any]:
     """Kill `kills` times, run after run; every finished run is compared with `whole`."""
     moments = random.Random(seed)
@@ -85,10 +93,12 @@ def kill_runs(job: Path, root: Path, kills: int, seconds: float, whole: Any, see
         folder = root / f"run-{runs}"
         while True:
             process = start(job, folder)
+            limit = moments.uniform(0.0, 1.0) * seconds
+            if killed % 2:
+                wait_for_training(process, folder)
+                limit /= 4  # most of an uninterrupted process's time is its start
             try:
-                output, _ = process.communicate(
-                    timeout=moments.uniform(0.15, 1.0) * seconds if killed < kills else None
-                )
+                output, _ = process.communicate(timeout=limit if killed < kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 output, _ = process.communicate()
