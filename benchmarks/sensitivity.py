@@ -17,8 +17,8 @@ import numpy as np
 
 from pronghorn.converters.huggingface import load_model, load_tokenizer, resolve_model_path
 from pronghorn.data.docstrings import docstring_rows
+from pronghorn.data.general_text import passages
 from pronghorn.evaluation import kl_divergence
-from pronghorn.evaluation.general_text import passages
 from pronghorn.evaluation.recipe_search import SearchConfig, search_recipe, text_rows
 from pronghorn.evaluation.sensitivity import Sensitivity
 from pronghorn.models.parameters import named_parameters

@@ -35,7 +35,7 @@ def rows(kind: str, count: int, seed: int = 0) -> list[dict]:
 
 
 def _texts() -> list[dict]:
-    from pronghorn.evaluation.general_text import general_text_rows
+    from pronghorn.data.general_text import general_text_rows
 
     return list(general_text_rows())
 

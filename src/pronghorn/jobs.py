@@ -50,7 +50,7 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
     Args:
       merge_into: the folder that `save_results` will be given; that it can be written is checked now, not after hours.
     """
-    from pronghorn.converters.huggingface import load_model, resolve_model_path
+    from pronghorn.converters.huggingface import load_model, original_weights, resolve_model_path
     from pronghorn.converters.peft import load_adapter
     from pronghorn.lora import add_lora
     from pronghorn.new_tokens import with_tokens
@@ -79,8 +79,13 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
     if job.adapter is not None:
         model = load_adapter(model, job.adapter)
     elif job.lora is not None:
-        model = add_lora(model, job.lora)
-    return Trainer(model, tokenizer, train, job.train, data=job.data, eval_dataset=held_out)
+        model = add_lora(model, job.lora, original=original_weights(folder))
+    answers = None
+    if job.train.sample_every is not None:
+        from pronghorn.generation import sampler
+
+        answers = sampler(tokenizer, job.train.sample_prompts, max_new_tokens=job.train.sample_tokens)
+    return Trainer(model, tokenizer, train, job.train, data=job.data, eval_dataset=held_out, sampler=answers)
 
 
 def tokenizer_of(job: JobConfig, folder: Path, architecture: DecoderConfig) -> tuple[Any, int, int]:
@@ -167,6 +172,7 @@ def shape_of_adapter(folder: Path, architecture: DecoderConfig) -> LoRAConfig:
         rank=max(config["r"], *config["rank_pattern"].values(), 1),
         targets=tuple(part_names(places, chosen)),
         dropout=config["lora_dropout"],
+        use_dora=config["use_dora"],
     )
 
 

@@ -131,6 +131,7 @@ def run_quickstart(
         warmup_steps=min(5, config.steps - 1),
         batch_size=config.batch_size,
         save_every=None,
+        general_text=None,  # measured below, with the sample
         log_every=10,
         seed=config.seed,
         output_dir=str(out / "run"),
@@ -225,7 +226,7 @@ def _base_folder(source: str, out: Path) -> Path:
 
 def general_batches(tokenizer: Any, max_length: int) -> list[dict[str, np.ndarray]]:
     """Public-domain prose that has nothing to do with the task, every token in the loss: what may be forgotten."""
-    from pronghorn.evaluation.general_text import general_text_rows
+    from pronghorn.data.general_text import general_text_rows
 
     data = DataConfig(max_length=max_length, loss_on="all", format="text")
     dataset = tokenize_rows(load_rows(general_text_rows()), tokenizer, data)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pronghorn.data import general_text
+from pronghorn.data.general_text import general_text_rows, passages
 from pronghorn.errors import InputError
-from pronghorn.evaluation import forgetting, general_text, heldout_loss, kl_divergence
-from pronghorn.evaluation.general_text import general_text_rows, passages
+from pronghorn.evaluation import forgetting, heldout_loss, kl_divergence
 from pronghorn.lora import split
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder

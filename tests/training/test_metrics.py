@@ -1,12 +1,11 @@
 import io
 import json
-import sys
 
 import jax.numpy as jnp
 import pytest
 
 from pronghorn.training import metrics
-from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, describe
+from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, describe
 
 RECORD = {
     "step": 20,
@@ -72,24 +71,6 @@ def test_without_a_terminal_there_is_a_line_an_interval():
 def test_a_line_names_skipped_steps_and_memory_where_there_are_any():
     text = describe(RECORD | {"skipped": 2, "mfu": 0.4321, "peak_device_bytes": 3 << 30})
     assert text.endswith("MFU 43.2 %  3.0 GiB  2 skipped")
-
-
-def test_tensorboard_gets_every_number(tmp_path):
-    board = TensorBoard(tmp_path)
-    board.write(RECORD, "train")
-    board.close()
-    [events] = tmp_path.glob("events*")
-    data = events.read_bytes()
-    assert b"train/loss" in data and b"train/tokens_per_second" in data
-
-
-def test_without_tensorboardx_a_sentence_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    board = TensorBoard(tmp_path / "events")
-    board.write(RECORD, "train")
-    board.close()
-    assert "tensorboardX is not installed" in capsys.readouterr().out
-    assert not (tmp_path / "events").exists()
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -5,7 +5,8 @@ from pronghorn.generation.generate import (
     generate,
     generate_batch,
     generate_tokens,
+    sampler,
 )
 from pronghorn.generation.sampling import Sampling
 
-__all__ = ["Sampling", "default_stop_tokens", "generate", "generate_batch", "generate_tokens"]
+__all__ = ["Sampling", "default_stop_tokens", "generate", "generate_batch", "generate_tokens", "sampler"]

@@ -8,7 +8,7 @@ row is wanted: a piece keeps them below `_LOGIT_BYTES`.
 
 import functools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,22 @@ def generate_batch(
         model, token_ids, max_new_tokens=max_new_tokens, sampling=sampling, stop_token_ids=stops
     )
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
+def sampler(
+    tokenizer: Any, prompts: Sequence[str], *, max_new_tokens: int = 64
+) -> Callable[[Decoder], list[str]]:
+    """A function from a model to its answers without chance, for a `Trainer` to call while it trains.
+
+    Args:
+      tokenizer: of the model.
+      prompts: user messages where the tokenizer has a chat template, else texts to continue.
+      max_new_tokens: at most so many an answer.
+    """
+    asked: list[Prompt] = list(prompts)
+    if tokenizer.chat_template:
+        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return lambda model: generate_batch(model, tokenizer, asked, max_new_tokens=max_new_tokens)
 
 
 def generate_tokens(

@@ -26,6 +26,9 @@ from pronghorn.models.memory_policies import MEMORY_POLICIES, POLICIES
 LayerLayout = Literal["unrolled", "scanned"]
 LayerPart = Literal["layer", "attention", "feed_forward"]
 
+_NOISE_STREAM = 2**31 - 1  # layers fold the same key with their index
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Where a model came from, so that it can be saved as it was.
@@ -89,6 +92,20 @@ def plan_segments(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
         # Of equal costs the longest first segment, of the shortest period.
         best[start] = min(options, key=lambda option: (option[0], -option[1][0][1] * option[1][0][2]))
     return best[0][1]
+
+
+def embedding_noise(
+    key: jax.Array, alpha: float, shape: tuple[int, ...], segment_ids: jax.Array | None
+) -> jax.Array:
+    """NEFTune's noise, fp32 `[batch, seq, d]`; a document's does not depend on what else is packed into its row."""
+    batch, seq, width = shape
+    lengths: Any = seq
+    if segment_ids is not None:
+        # Where the token's segment starts and where the next one does, counted from both ends.
+        lengths = segment_positions(segment_ids) + segment_positions(segment_ids[:, ::-1])[:, ::-1] + 1
+    limit = alpha / jnp.sqrt(jnp.asarray(lengths, jnp.float32) * width)
+    uniform = jax.random.uniform(jax.random.fold_in(key, _NOISE_STREAM), shape, jnp.float32, -1.0, 1.0)
+    return uniform * (limit[..., None] if segment_ids is not None else limit)
 
 
 def segment_positions(segment_ids: jax.Array) -> jax.Array:
@@ -168,6 +185,7 @@ class Decoder(nnx.Module):
         memory_policy: str = "keep",
         mlp_tile_tokens: int | None = None,
         dropout_key: jax.Array | None = None,
+        neftune_alpha: float = 0.0,
         return_layers: bool = False,
     ) -> Any:
         """Hidden states after the final norm, `[batch, seq, d]` in the model's dtype.
@@ -179,7 +197,9 @@ class Decoder(nnx.Module):
           memory_policy: what is kept for the backward pass, and where; see `models/memory_policies.py`.
           mlp_tile_tokens: compute feed-forward networks so many tokens at a time, and again in the backward pass; None
             takes all at once.
-          dropout_key: for LoRA dropout; None drops nothing.
+          dropout_key: for LoRA dropout and NEFTune's noise; None has neither.
+          neftune_alpha: with a key, embeddings get noise uniform in ± alpha / sqrt(L d), L the tokens of a segment (of
+            a row, without segment ids).
           return_layers: also return the embedding output and each layer's output, a list of num_layers + 1.
 
         Raises:
@@ -194,7 +214,10 @@ class Decoder(nnx.Module):
             if segment_ids is not None:
                 positions = segment_positions(segment_ids)
         angles = rope.layer_angles(self.config, positions)
-        x = self.embed(input_ids)
+        noise = None
+        if neftune_alpha and dropout_key is not None:
+            noise = embedding_noise(dropout_key, neftune_alpha, (*input_ids.shape, self.config.hidden_size), segment_ids)
+        x = self.embed(input_ids, noise)
         outputs = [x]
         for segment in self.segments:
             x, segment_outputs = _run_segment(
@@ -211,9 +234,11 @@ class Decoder(nnx.Module):
         x = self.norm(x)
         return (x, outputs) if return_layers else x
 
-    def embed(self, input_ids: jax.Array) -> jax.Array:
-        """What the first layer reads, `[batch, seq, d]`."""
+    def embed(self, input_ids: jax.Array, noise: jax.Array | None = None) -> jax.Array:
+        """What the first layer reads, `[batch, seq, d]`; noise is added in front of the family's scale."""
         x, scale = self.embed_tokens(input_ids), self.config.embedding_scale
+        if noise is not None:
+            x += noise.astype(x.dtype)
         return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
     def head(self) -> tuple[Any, jax.Array | None, jax.Array | None, jax.Array | None, float]:
@@ -233,7 +258,7 @@ class Decoder(nnx.Module):
         if self.lm_head is None:
             return weight, None, None, None, 1.0
         head = self.lm_head
-        return weight, bias, value_or_none(head.lora_A), value_or_none(head.lora_B), head.lora_scale
+        return weight, bias, *head.adapter(), head.lora_scale
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """fp32 `[..., vocab]` from hidden states `[..., d]`: never rounded to the model's dtype."""

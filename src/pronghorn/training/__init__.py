@@ -4,7 +4,7 @@ from pronghorn.training import losses
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.memory_plan import MemoryPlan, plan_memory, plan_policies
 from pronghorn.training.optimizers import make_optimizer
-from pronghorn.training.run import Evaluation, TrainResult
+from pronghorn.training.result import Evaluation, TrainResult
 from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import TrainState, init_state, make_train_step
 from pronghorn.training.trainer import Trainer

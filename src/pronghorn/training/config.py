@@ -8,6 +8,7 @@ from pronghorn.errors import InputError
 
 Schedule = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt", "polynomial"]
 OptimizerName = Literal["adamw", "adamw_8bit", "lion", "lion_8bit", "muon"]
+_TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 MemoryPolicy = Literal[
     "auto", "keep", "attention", "layer_inputs", "offload_projections", "offload_attention", "offload"
 ]
@@ -82,7 +83,18 @@ class TrainConfig:
       output_dir: folder of the run: config.json, metrics.jsonl, checkpoints.
       overwrite: replace an earlier run in `output_dir`, which is refused otherwise.
       resume: go on from the newest complete checkpoint in `output_dir`; "auto" starts anew where there is none.
-      tensorboard: also write TensorBoard events to `output_dir`/tensorboard.
+      tensorboard: also write TensorBoard events to `output_dir`/tensorboard; the same as naming it in `trackers`.
+      trackers: where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, trackio.
+      sample_every: generate answers to `sample_prompts` every so many steps, before the first and after the last; they
+        are printed and kept in samples.jsonl. None never does.
+      sample_prompts: what is asked; put through the chat template where the tokenizer has one.
+      sample_tokens: at most so many tokens an answer, without chance.
+      general_text: prose whose loss is measured before and after, to see what was forgotten: "shipped" (a small text
+        that comes with pronghorn), the path of a text file, or null for none.
+      spike_deviations: a loss so many robust standard deviations above the last ones is written to incidents.jsonl
+        with the rows of its batch; null writes only what is not finite.
+      neftune_alpha: noise on the embeddings while training, uniform in ± alpha / sqrt(L d) for a document of L tokens
+        of d numbers (Jain et al. 2023, NEFTune, https://arxiv.org/abs/2310.05914); 0 for none.
       max_skipped_streak: stop after so many steps in a row whose loss or gradient was not finite. Such a step never
         changes the weights.
       deterministic: ask XLA for kernels whose sums have a fixed order and whose choice does not depend on timing,
@@ -135,6 +147,13 @@ class TrainConfig:
     overwrite: bool = False
     resume: bool | Literal["auto"] = False
     tensorboard: bool = False
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()
+    sample_every: int | None = None
+    sample_prompts: tuple[str, ...] = ()
+    sample_tokens: int = 64
+    general_text: str | None = "shipped"
+    spike_deviations: float | None = 6.0
+    neftune_alpha: float = 0.0
     max_skipped_streak: int = 5
     deterministic: bool = False
     compile_cache: str | None = None
@@ -146,6 +165,7 @@ class TrainConfig:
             "keep_checkpoints",
             "log_every",
             "max_skipped_streak",
+            "sample_tokens",
         ):
             self._at_least_one(name)
         for name in (
@@ -157,6 +177,7 @@ class TrainConfig:
             "early_stopping",
             "mlp_tile_tokens",
             "head_tile_rows",
+            "sample_every",
         ):
             if getattr(self, name) is not None:
                 self._at_least_one(name)
@@ -165,7 +186,7 @@ class TrainConfig:
             *(n for n in ("embedding_learning_rate", "max_grad_value") if getattr(self, n) is not None),
         ):
             self._check(name, getattr(self, name) > 0, "give a number over 0")
-        for name in ("weight_decay", "warmup_steps", "early_stopping_delta"):
+        for name in ("weight_decay", "warmup_steps", "early_stopping_delta", "neftune_alpha"):
             self._check(name, getattr(self, name) >= 0, "give 0 or more")
         for name in ("beta1", "beta2", "label_smoothing"):
             self._check(name, 0 <= getattr(self, name) < 1, "give a number in [0, 1)")
@@ -209,6 +230,15 @@ class TrainConfig:
                 self._check(
                     name, self.eval_every is not None, "set train.eval_every, since it goes by evaluations"
                 )
+        if self.spike_deviations is not None:
+            self._check("spike_deviations", self.spike_deviations > 0, "give a number over 0, or null")
+        for name in ("trackers", "sample_prompts"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in self.trackers:
+            self._check("trackers", name in _TRACKERS, f"use {', '.join(_TRACKERS)}")
+        if self.sample_every is not None:
+            self._check("sample_prompts", bool(self.sample_prompts), "give one, or train.sample_every: null")
         if self.keep_every is not None:
             self._check("keep_every", self.save_every is not None, "set train.save_every as well")
 

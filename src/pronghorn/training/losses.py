@@ -66,6 +66,7 @@ def loss_sum_and_count(
     memory_policy: str = "keep",
     mlp_tile_tokens: int | None = None,
     head_tile_rows: int | None = None,
+    neftune_alpha: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Summed next-token loss of one micro-batch and how many tokens it is over; differentiable.
@@ -75,8 +76,8 @@ def loss_sum_and_count(
       batch: `input_ids` and `labels`, int32 `[batch, seq]`; `segment_ids` and `positions` where rows are packed;
         `weights`, fp32 `[batch, seq]` and aligned with the labels, where rows have weights.
       label_smoothing: share of the target's probability spread over the vocabulary.
-      memory_policy, mlp_tile_tokens, head_tile_rows: see `TrainConfig`.
-      dropout_key: turns the adapters' dropout on.
+      memory_policy, mlp_tile_tokens, head_tile_rows, neftune_alpha: see `TrainConfig`.
+      dropout_key: turns the adapters' dropout and the noise on.
 
     Returns:
       (fp32 scalar, int32 scalar).
@@ -86,6 +87,7 @@ def loss_sum_and_count(
         batch,
         memory_policy=memory_policy,
         mlp_tile_tokens=mlp_tile_tokens,
+        neftune_alpha=neftune_alpha,
         dropout_key=dropout_key,
     )
     weight, bias, lora_a, lora_b, lora_scale = model.head()
@@ -113,6 +115,7 @@ def next_token(
     memory_policy: str = "keep",
     mlp_tile_tokens: int | None = None,
     head_tile_rows: int | None = None,
+    neftune_alpha: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> LossFunction:
     """The loss function of a split model, to be differentiated with respect to its first argument.
@@ -124,7 +127,7 @@ def next_token(
 
     Args:
       graph: the static part that `split` returned.
-      label_smoothing, memory_policy, mlp_tile_tokens, head_tile_rows: see `loss_sum_and_count`.
+      label_smoothing, memory_policy, mlp_tile_tokens, head_tile_rows, neftune_alpha: see `loss_sum_and_count`.
       reduction: "mean" over the trained tokens of the batch, or "sum" (what is added over micro-batches).
 
     Returns:
@@ -140,6 +143,7 @@ def next_token(
             memory_policy=memory_policy,
             mlp_tile_tokens=mlp_tile_tokens,
             head_tile_rows=head_tile_rows,
+            neftune_alpha=neftune_alpha,
             dropout_key=dropout_key,
         )
         loss = loss_sum / jnp.maximum(count, 1) if reduction == "mean" else loss_sum

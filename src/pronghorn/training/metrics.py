@@ -1,4 +1,4 @@
-"""What a run reports while it goes: a progress bar or lines, metrics.jsonl, TensorBoard.
+"""What a run reports while it goes: a progress bar or lines, and metrics.jsonl.
 
 Numbers stay on the device until they are needed. The training loop hands over device arrays; `MetricsBuffer` gives
 back those of steps that are certainly done, so that the device always has a next step in its queue.
@@ -121,32 +121,6 @@ def _as_run_error(path: Path) -> Iterator[None]:
 
 def _jsonable(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class TensorBoard:
-    """TensorBoard events through tensorboardX; without that package nothing is written and one sentence says so."""
-
-    def __init__(self, folder: Path, *, purge_step: int | None = None):
-        self._writer: Any = None
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            print(
-                "train.tensorboard: tensorboardX is not installed, so no events are written; pip install tensorboardX."
-            )
-            return
-        self._writer = SummaryWriter(str(folder), purge_step=purge_step)
-
-    def write(self, record: dict[str, Any], prefix: str) -> None:
-        if self._writer is None:
-            return
-        for name, value in record.items():
-            if name != "step" and isinstance(value, (int, float)) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{prefix}/{name}", value, record["step"])
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
 
 
 class Progress:

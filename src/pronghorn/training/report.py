@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pronghorn.data import Dataset
-from pronghorn.data.preview import pieces, visible
+from pronghorn.data.preview import pieces, summary, visible
 from pronghorn.training.memory_plan import MemoryPlan
 
 _SHOWN_TOKENS = 400
@@ -34,6 +34,24 @@ class RunFacts:
     padded_tokens: int
     steps: int
     steps_per_epoch: int
+
+
+def run_facts(trainer: Any, total_steps: int) -> RunFacts:
+    """What there is to say of a trainer's model and data."""
+    stats, model = trainer.dataset.stats, trainer.model
+    shape = model.config
+    layout = "scanned" if any(segment.stacked for segment in model.segments) else "unrolled"
+    per_epoch = len(trainer.loader)
+    return RunFacts(
+        model=f"{shape.family}, {shape.num_layers} layers ({layout}), hidden {shape.hidden_size}, {model.dtype}",
+        data=summary(trainer.dataset),
+        rows=stats.rows,
+        real_tokens=stats.real_tokens,
+        trained_tokens=stats.trained_tokens,
+        padded_tokens=trainer.loader.padding,
+        steps=total_steps,
+        steps_per_epoch=per_epoch,
+    )
 
 
 def print_report(

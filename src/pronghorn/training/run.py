@@ -6,7 +6,6 @@ gradients, an evaluation, a checkpoint) and nowhere else.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,11 @@ import numpy as np
 from flax import nnx
 
 from pronghorn.compile_cache import keep_programs_in
-from pronghorn.data.preview import summary
+from pronghorn.converters.carried_files import chat_template_hash
+from pronghorn.data.preview import visible
 from pronghorn.errors import RunError
-from pronghorn.lora import split
+from pronghorn.fingerprint import base_hash
+from pronghorn.lora import merge, split
 from pronghorn.training import memory_plan, report, run_folder
 from pronghorn.training.checkpoints import (
     CheckpointWriter,
@@ -34,66 +35,16 @@ from pronghorn.training.flat_tree import as_tree
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
 from pronghorn.training.held_out import HeldOutHistory
+from pronghorn.training.incidents import Incidents
 from pronghorn.training.interruption import Interruption
 from pronghorn.training.losses import step_batch
-from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, TensorBoard, peak_device_bytes
+from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, peak_device_bytes
+from pronghorn.training.result import Evaluation, TrainResult
 from pronghorn.training.step import TrainState, compile_step, compute_dtypes
+from pronghorn.training.trackers import Trackers
 
 # An adapter's A has a gradient once its B has moved; with a warm-up that takes two updates. Ten is patience enough.
 _GUARDED_STEPS = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """Held-out loss: nats a token over `token_count` trained tokens, after `step` updates."""
-
-    step: int
-    loss: float
-    token_count: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What a run did.
-
-    Attributes:
-      steps: updates made since step 0, those before a resume included; skipped ones count.
-      losses, grad_norms: of each step of this call, in order; norms before clipping.
-      grad_norm_min: the smallest of them that is finite; NaN where there is none.
-      final_loss: the last of `losses`; NaN where there is none.
-      skipped: steps of the whole run whose update was not finite and left out.
-      tokens_per_second: real tokens, padding not counted, from the second step of this call on, without evaluations.
-      compile_seconds: of the training step.
-      peak_device_bytes: what the device reports for this process; where it reports nothing (CPU), the plan's.
-      planned_device_bytes, planned_host_bytes: from the compiled step, before step 1.
-      evaluations: every evaluation of this call.
-      output_dir: the run's folder.
-      interrupted: stopped by a signal or `stop_after`, with a checkpoint to resume from.
-      resumed_from: step that this call began at; 0 for a new run.
-      stopped_early: `train.early_stopping` ended the run before its last step.
-      best_step: step of the smallest held-out loss of the whole run; None without evaluations. With
-        `train.best_at_end` the model has the weights of that step.
-      failed_saves: checkpoints of this call that the disk did not take; training went on.
-    """
-
-    steps: int
-    losses: list[float]
-    grad_norms: list[float]
-    grad_norm_min: float
-    final_loss: float
-    skipped: int
-    tokens_per_second: float
-    compile_seconds: float
-    peak_device_bytes: int
-    planned_device_bytes: int
-    planned_host_bytes: int
-    evaluations: list[Evaluation]
-    output_dir: str
-    interrupted: bool
-    resumed_from: int
-    stopped_early: bool
-    best_step: int | None
-    failed_saves: int
 
 
 class Run:
@@ -109,6 +60,8 @@ class Run:
         self.evaluations: list[Evaluation] = []
         self.skipped = 0
         self.failed_saves = 0
+        self.general_before: float | None = None
+        self.general_after: float | None = None
         self.stopped_early = False
         self.saved_at: int | None = None
         self.trusted = False  # whether the gradients of this call's first step were as they should be
@@ -196,6 +149,7 @@ class Run:
         if self.checkpoint is not None:
             state = restore(self.checkpoint, self.prepared.state)
             self.held_out.restore(self.checkpoint.metadata.get("held_out", {}))
+            self.general_before = self.checkpoint.metadata.get("general_before")
         elif jax.tree.leaves(self.frozen):
             # An adapter is small: copied, so that nobody else's reference to its arrays dies with the donation.
             trainable = jax.tree.map(lambda x: x.copy(), self.trainable)
@@ -227,6 +181,14 @@ class Run:
                 "model": trainer.model.config,
                 "adapter": trainer.model.adapter,
                 "settings that must match": self.settings,
+                "hashes": {
+                    "base": base_hash(trainer.model),
+                    "data": trainer.dataset.fingerprint,
+                    "held-out data": None
+                    if trainer.eval_dataset is None
+                    else trainer.eval_dataset.fingerprint,
+                    "chat template": chat_template_hash(trainer.tokenizer),
+                },
                 "plan": self.plan,
             },
         )
@@ -238,16 +200,34 @@ class Run:
             self._print_report()
             self.records = JsonLines(self.folder / run_folder.METRICS, keep_through=self.start)
             stack.callback(self.records.close)
-            self.board = None
-            if config.tensorboard:
-                self.board = TensorBoard(self.folder / run_folder.TENSORBOARD, purge_step=self.start + 1)
-                stack.callback(self.board.close)
+            self.incidents = Incidents(
+                self.folder / run_folder.INCIDENTS,
+                config.spike_deviations,
+                self._rows_of,
+                self.progress.say,
+                keep_through=self.start,
+            )
+            stack.callback(self.incidents.close)
+            self.trackers = Trackers(
+                (*("tensorboard",) * config.tensorboard, *config.trackers),
+                self.folder,
+                run_folder.flat({"train": config, "data": trainer.data, "adapter": trainer.model.adapter}),
+                first_step=self.start + 1,
+                say=self.progress.say,
+            )
+            stack.callback(self.trackers.close)
             self.writer = stack.enter_context(
                 CheckpointWriter(self.folder / run_folder.CHECKPOINTS, self.retention)
             )
             if self.checkpoint is not None:
                 self.writer.continue_from(self.start)
+            if config.sample_every is not None:
+                self.samples = JsonLines(self.folder / run_folder.SAMPLES, keep_through=self.start)
+                stack.callback(self.samples.close)
             stop = stack.enter_context(Interruption())
+            self._measure_general(after=False)
+            if self.start == 0:
+                self._sample()
             try:
                 interrupted = self._loop(stop)
             except Exception as error:
@@ -276,6 +256,8 @@ class Run:
             better = heldout_loss is not None and self.held_out.see(step, heldout_loss)
             if save or (better and self.retention.best):
                 self._try_to_save(heldout_loss)
+            if config.sample_every is not None and (at_end or step % config.sample_every == 0):
+                self._sample()
             if evaluate and self.held_out.exhausted and not at_end:
                 self.progress.say(
                     f"stopped early after step {step} of {self.total}: {self.held_out.stale} evaluations in a row "
@@ -303,6 +285,8 @@ class Run:
             self._finish_saves()
             if config.best_at_end:
                 self._take_best()
+            if self.step > self.start:
+                self._measure_general(after=True)
         return interrupted
 
     def _steps(self, last: int, stop: Interruption) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
@@ -340,6 +324,40 @@ class Run:
     def _state(self) -> TrainState:
         return self.compiled.state(self.leaves)
 
+    def _measure_general(self, *, after: bool) -> None:
+        """Loss on general text, at the very start and at the end: their difference is what was forgotten."""
+        if not after and self.start:
+            return  # a resumed run knows it from its checkpoint
+        found = self.trainer._evaluate_general(
+            self._weights(self._state().trainable), self.frozen, step=self.step
+        )
+        if found is None:
+            return
+        record = {"step": self.step, "general_loss": found.loss, "general_token_count": found.token_count}
+        self.records.write(record)
+        self.records.flush()
+        self.trackers.write(record, "eval")
+        if not after:
+            self.general_before = found.loss
+            return
+        self.general_after = found.loss
+        if self.general_before is not None:
+            self.progress.say(
+                f"general text: loss {self.general_before:.4f} before, {found.loss:.4f} after; forgetting "
+                f"{found.loss - self.general_before:+.4f} nats a token over {found.token_count:,} tokens"
+            )
+
+    def _sample(self) -> None:
+        """Answers of the model as it is now: printed, and kept in samples.jsonl."""
+        if self.trainer.sampler is None or self.config.sample_every is None:
+            return
+        texts = self.trainer.sampler(merge(self.graph, self._weights(self._state().trainable), self.frozen))
+        for prompt, text in zip(self.config.sample_prompts, texts, strict=True):
+            self.samples.write({"step": self.step, "prompt": prompt, "text": text})
+            self.progress.say(f"step {self.step}: {visible(prompt)!r} -> {visible(text)!r}")
+        self.samples.flush()
+        self.lap = time.perf_counter()
+
     def _record(self, records: list[dict[str, Any]], *, judge: bool = True) -> None:
         """Write, show and (`judge`) check the records of finished steps."""
         if not records:
@@ -368,10 +386,11 @@ class Run:
             self.grad_norms.append(record["grad_norm"])
             self.skipped = record["skipped"]
             self.records.write(record)
-            if self.board is not None:
-                self.board.write(record, "train")
+            self.trackers.write(record, "train")
             self.progress.step(record)
         self.records.flush()
+        for record, fine in zip(records, applied, strict=True):
+            self.incidents.see(record, applied=fine)
         for record, fine in zip(records, applied, strict=True) if judge else ():
             self.streak.see(record["step"], applied=fine, token_count=record["token_count"])
 
@@ -386,8 +405,7 @@ class Run:
             record["eval_loss_ema"], averaged = ema_loss, f", of the averaged weights {ema_loss:.4f}"
         self.records.write(record)
         self.records.flush()
-        if self.board is not None:
-            self.board.write(record, "eval")
+        self.trackers.write(record, "eval")
         self.progress.say(
             f"step {self.step}: held-out loss {evaluation.loss:.4f} ({evaluation.token_count:,} tokens){averaged}"
         )
@@ -395,7 +413,11 @@ class Run:
         return evaluation.loss
 
     def _save(self, heldout_loss: float | None = None) -> None:
-        metadata: dict[str, Any] = {"settings": self.settings, "held_out": self.held_out.metadata()}
+        metadata: dict[str, Any] = {
+            "settings": self.settings,
+            "held_out": self.held_out.metadata(),
+            "general_before": self.general_before,
+        }
         if heldout_loss is not None:
             metadata["heldout_loss"] = heldout_loss
         self.writer.save(self._state(), step=self.step, metadata=metadata)
@@ -462,27 +484,14 @@ class Run:
         nnx.update(self.trainer.model, self._weights(state.ema if self.config.save_ema else state.trainable))
 
     def _print_report(self) -> None:
-        trainer, stats, model = self.trainer, self.trainer.dataset.stats, self.trainer.model
-        shape = model.config
-        layout = "scanned" if any(segment.stacked for segment in model.segments) else "unrolled"
-        per_epoch = len(trainer.loader)
-        facts = report.RunFacts(
-            model=f"{shape.family}, {shape.num_layers} layers ({layout}), hidden {shape.hidden_size}, {model.dtype}",
-            data=summary(trainer.dataset),
-            rows=stats.rows,
-            real_tokens=stats.real_tokens,
-            trained_tokens=stats.trained_tokens,
-            padded_tokens=trainer.loader.padding,
-            steps=self.total,
-            steps_per_epoch=per_epoch,
-        )
+        trainer = self.trainer
         if self.start:
             self.progress.say(f"resumed after step {self.start} of {self.total}")
         report.print_report(
             self.progress.console,
-            facts,
+            report.run_facts(trainer, self.total),
             self.plan,
-            {"train": self.config, "data": trainer.data, "adapter": model.adapter},
+            {"train": self.config, "data": trainer.data, "adapter": trainer.model.adapter},
             report.example_text(
                 trainer.dataset,
                 int(next(row[0] for row in trainer.loader.documents_at(0) if len(row))),
@@ -512,4 +521,7 @@ class Run:
             stopped_early=self.stopped_early,
             best_step=self.held_out.best_step,
             failed_saves=self.failed_saves,
+            incidents=self.incidents.count,
+            general_loss_before=self.general_before,
+            general_loss_after=self.general_after,
         )

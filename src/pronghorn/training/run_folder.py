@@ -19,6 +19,8 @@ from pronghorn.versions import installed_versions
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+INCIDENTS = "incidents.jsonl"
+SAMPLES = "samples.jsonl"
 CONFIG = "config.json"
 
 # May change between the two parts of a resumed run: they say where and how often something is reported, or how much
@@ -31,6 +33,7 @@ _FREE_SETTINGS = frozenset(
         "early_stopping",
         "early_stopping_delta",
         "epochs",
+        "general_text",
         "eval_batch_size",
         "eval_every",
         "keep_best",
@@ -45,9 +48,14 @@ _FREE_SETTINGS = frozenset(
         "output_dir",
         "overwrite",
         "resume",
+        "sample_every",
+        "sample_prompts",
+        "sample_tokens",
         "save_ema",
         "save_every",
+        "spike_deviations",
         "tensorboard",
+        "trackers",
     }
 )
 
@@ -86,6 +94,18 @@ def plain(config: Any) -> Any:
     return config if isinstance(config, (str, int, float, bool, type(None))) else str(config)
 
 
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"train.learning_rate": 2e-4, ..}."""
+    value = plain(config)
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        k: v
+        for name, inner in value.items()
+        for k, v in flat(inner, f"{prefix}.{name}" if prefix else name).items()
+    }
+
+
 def open_run_folder(
     folder: Path, *, resume: bool | str, overwrite: bool, say: Callable[[str], None]
 ) -> Checkpoint | None:
@@ -119,10 +139,12 @@ def open_run_folder(
 
 
 def clear_earlier_run(folder: Path) -> None:
-    """Remove an earlier run's checkpoints and events: a new run's own must be the only ones to resume from."""
+    """Remove an earlier run's checkpoints and records: a new run's own must be the only ones to resume from."""
     for name in (CHECKPOINTS, TENSORBOARD):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
+    for name in (INCIDENTS, SAMPLES):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_config(folder: Path, sections: dict[str, Any]) -> None:

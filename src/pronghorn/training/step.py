@@ -120,7 +120,7 @@ def make_train_step(
       graph: the static part that `split` returned.
       optimizer: an Optax transformation without clipping.
       config: `max_grad_norm`, `max_grad_value`, `label_smoothing`, `ema_decay`, `memory_policy` ("auto" is
-        `choose_plan`'s business, and "keep" here), `mlp_tile_tokens`, `head_tile_rows`.
+        `choose_plan`'s business, and "keep" here), `mlp_tile_tokens`, `head_tile_rows`, `neftune_alpha`.
       schedule: only to report `learning_rate`; the optimizer applies its own.
       dtypes: from `compute_dtypes`, when the state holds fp32 masters of 16-bit weights.
       loss_fn: `(trainable, frozen, micro_batch, dropout_key) -> (loss sum, {"token_count": ...})`; default next token.
@@ -138,6 +138,7 @@ def make_train_step(
         memory_policy="keep" if config.memory_policy == "auto" else config.memory_policy,
         mlp_tile_tokens=config.mlp_tile_tokens,
         head_tile_rows=config.head_tile_rows,
+        neftune_alpha=config.neftune_alpha,
         reduction="sum",
     )
 

@@ -1,6 +1,7 @@
 """`Trainer`: a model, its data and its settings, joined; `run.py` is what happens when it trains."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from pronghorn.data import DataConfig, Dataset, Loader, hold_out, load_rows, read_sets, tokenize_rows
+from pronghorn.data.general_text import general_text_rows
 from pronghorn.errors import InputError
 from pronghorn.lora import split
 from pronghorn.models.parameters import named_parameters
@@ -15,7 +17,8 @@ from pronghorn.quantization import is_quantized
 from pronghorn.training import memory_plan
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.losses import step_batch
-from pronghorn.training.run import Evaluation, Run, TrainResult
+from pronghorn.training.result import Evaluation, TrainResult
+from pronghorn.training.run import Run
 
 
 class Trainer:
@@ -34,6 +37,7 @@ class Trainer:
       data: how rows become tokens and batches.
       eval_dataset: held-out rows, in the same forms as `dataset`; None takes `data.eval_path`, or holds out
         `data.eval_fraction` of the rows of `dataset`.
+      sampler: gives a model's answers to `config.sample_prompts` (`pronghorn.generation.sampler`).
 
     Raises:
       InputError: for data or settings that cannot be used.
@@ -48,12 +52,19 @@ class Trainer:
         *,
         data: DataConfig | None = None,
         eval_dataset: Any = None,
+        sampler: Callable[[Any], list[str]] | None = None,
     ):
         if any(is_quantized(p.variable.get_value()) for p in named_parameters(model).values()):
             memory_plan.refuse_full_fine_tuning(model.adapter is not None)
         self.model = model
         self.tokenizer = tokenizer
         self.config = config or TrainConfig()
+        self.sampler = sampler
+        if self.config.sample_every is not None and sampler is None:
+            raise InputError(
+                "train.sample_every: there is nothing to generate with; give the Trainer "
+                "sampler=pronghorn.generation.sampler(tokenizer, prompts)."
+            )
         self.data = data or DataConfig()
         if eval_dataset is None and not (dataset is None or isinstance(dataset, str | Path)):
             eval_dataset = self.data.eval_path
@@ -84,6 +95,7 @@ class Trainer:
         self.total_steps = self.config.total_steps(len(self.loader))
         self._evaluation: Any = None
         self._eval_loader: Any = None
+        self._general_loader: Any = None
 
     def _read(self, path: str | Path | None, held_out: bool) -> tuple[Dataset, Dataset | None]:
         data = self.data
@@ -140,34 +152,61 @@ class Trainer:
         return Run(self, resume or self.config.resume, stop_after).result()
 
     def _evaluate(self, trainable: Any, frozen: Any, *, step: int) -> Evaluation:
-        compiled = self._compiled_evaluation(trainable, frozen)
-        if compiled is None:
+        if self.eval_dataset is None:
             raise InputError("eval_dataset: there are no held-out rows; give eval_dataset or data.eval_path.")
+        if self._eval_loader is None:
+            self._eval_loader = self._evaluation_loader(self.eval_dataset)
+        return self._loss_of(self._eval_loader, trainable, frozen, step=step)
+
+    def _evaluate_general(self, trainable: Any, frozen: Any, *, step: int) -> Evaluation | None:
+        """Loss on `config.general_text`; None where there is none, or no tokenizer to read it with."""
+        if self.config.general_text is None or self.tokenizer is None:
+            return None
+        if self._general_loader is None:
+            path = None if self.config.general_text == "shipped" else self.config.general_text
+            data = DataConfig(
+                format="text",
+                loss_on="all",
+                max_length=self.data.max_length,
+                packing=self.data.packing,
+                overlong="split",
+            )
+            rows = load_rows(general_text_rows(path))
+            dataset = tokenize_rows(rows, self.tokenizer, data, vocab_size=self.model.config.vocab_size)
+            self._general_loader = self._evaluation_loader(dataset)
+        return self._loss_of(self._general_loader, trainable, frozen, step=step)
+
+    def _loss_of(self, loader: Loader, trainable: Any, frozen: Any, *, step: int) -> Evaluation:
+        compiled = self._compiled_evaluation(trainable, frozen)
         sums = [
-            compiled(trainable, frozen, step_batch(self._eval_loader.batch_at(index), self.data.packing))
-            for index in range(len(self._eval_loader))
+            compiled(trainable, frozen, step_batch(loader.batch_at(index), self.data.packing))
+            for index in range(len(loader))
         ]
         losses, counts = zip(*jax.device_get(sums), strict=True)
         # In fp64: the sum over a whole set has more digits than fp32.
         tokens = int(np.sum(counts, dtype=np.int64))
         return Evaluation(step, float(np.sum(losses, dtype=np.float64)) / max(1, tokens), tokens)
 
+    def _evaluation_loader(self, dataset: Dataset) -> Loader:
+        return Loader(
+            dataset,
+            batch_size=self.config.eval_batch_size or self.config.batch_size,
+            micro_batches=1,
+            max_length=self.data.max_length,
+            packing=self.data.packing,
+            seed=self.data.seed,
+            shuffle=False,
+            weighted=False,
+        )
+
     def _compiled_evaluation(self, trainable: Any, frozen: Any) -> Any:
-        if self.eval_dataset is None:
+        """The program of every evaluation of the run; None where there is nothing to evaluate on."""
+        general = self.config.general_text is not None and self.tokenizer is not None
+        if self.eval_dataset is None and not general:
             return None
         if self._evaluation is None:
             graph, _, _ = split(self.model)
             rows = self.config.eval_batch_size or self.config.batch_size
-            self._eval_loader = Loader(
-                self.eval_dataset,
-                batch_size=rows,
-                micro_batches=1,
-                max_length=self.data.max_length,
-                packing=self.data.packing,
-                seed=self.data.seed,
-                shuffle=False,
-                weighted=False,
-            )
             batch = memory_plan.abstract_batch((1, rows, self.data.max_length), self.data.packing)
             self._evaluation = memory_plan.compile_evaluation(graph, trainable, frozen, batch)
         return self._evaluation

@@ -136,7 +136,7 @@ def _prompt(tokenizer: Any, vocab_size: int, tokens: int, seed: int) -> np.ndarr
     """[1, tokens] int32."""
     if tokenizer is None:
         return np.random.default_rng(seed).integers(0, vocab_size, (1, tokens), dtype=np.int32)
-    from pronghorn.evaluation.general_text import general_text
+    from pronghorn.data.general_text import general_text
 
     ids = tokenizer(general_text(), add_special_tokens=True)["input_ids"]
     return np.asarray((ids * (tokens // len(ids) + 1))[:tokens], np.int32)[None]

@@ -8,6 +8,8 @@ is the difference between before and after a fine-tuning, not its level.
 import dataclasses
 from pathlib import Path
 
+from pronghorn.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Passage:
@@ -32,6 +34,24 @@ def general_text() -> str:
     return "\n\n".join(passage.text for passage in passages())
 
 
-def general_text_rows() -> list[dict[str, str]]:
-    """One row `{"text": ...}` a passage, for `pronghorn.data.load_rows`; train on everything to get its loss."""
-    return [{"text": passage.text} for passage in passages()]
+def general_text_rows(path: str | Path | None = None) -> list[dict[str, str]]:
+    """One row `{"text": ...}` a passage, for `pronghorn.data.load_rows`; train on everything to get its loss.
+
+    Args:
+      path: a text file of one's own, whose passages are separated by an empty line, instead of the shipped ones.
+
+    Raises:
+      InputError: it cannot be read, or is empty.
+    """
+    if path is None:
+        return [{"text": passage.text} for passage in passages()]
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"train.general_text: {path} cannot be read as UTF-8 text ({error}); give a text file, shipped or null."
+        ) from None
+    rows = [{"text": part.strip()} for part in content.split("\n\n") if part.strip()]
+    if not rows:
+        raise InputError(f"train.general_text: {path} is empty; give a text file, shipped or null.")
+    return rows
