@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pronghorn.cli.common import use_compile_cache
+from pronghorn.cli.common import add_json_argument, use_compile_cache, write_json_if_asked
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="an earlier recipe of the same model and text: measure no cost twice",
     )
+    add_json_argument(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> int:
             f"{label:<16} {recipe['bytes'][name] / 2**20:8.1f} MiB of weights, held-out KL {kl[name]['mean']:.4f} (p99 "
             f"{kl[name]['p99']:.2f}), same first choice {kl[name]['top1_agreement']:.1%}"
         )
+    write_json_if_asked(options, {name: recipe[name] for name in ("kind", "bytes", "kl", "modules")})
     print(f"{options.out}: {len(recipe['modules'])} of {len(recipe['costs'])} modules are not {kind}")
     return 0
 
