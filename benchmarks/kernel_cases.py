@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -76,10 +75,10 @@ def normal(seed: int, shape, dtype=BF16, factor: float = 1.0) -> jax.Array:
 
 
 def tokamax_has(name: str) -> bool:
-    if importlib.util.find_spec("tokamax") is None:
+    try:
+        import tokamax
+    except ImportError:  # not installed, or without what it imports itself
         return False
-    import tokamax
-
     return hasattr(tokamax, name)
 
 

@@ -87,6 +87,8 @@ def main() -> int:
         if re.search(options.only, f"{case.op} {case.name} {case.direction}")
         and not (options.no_oracle and case.implementation == "xla")
     ]
+    ceiling = ceilings()  # while nothing else keeps the card or Python busy
+    print("ceilings: " + ", ".join(f"{value:.3g} {unit}" for unit, value in ceiling.items()), flush=True)
     pool = concurrent.futures.ThreadPoolExecutor(max(1, (os.cpu_count() or 4) - 2))
     try:
         makers = {
@@ -97,8 +99,6 @@ def main() -> int:
         # XLA tries products out on the GPU while it compiles: nothing is timed before it has ended.
         concurrent.futures.wait(futures, timeout=options.budget / 2)
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
-        ceiling = ceilings()
-        print("ceilings: " + ", ".join(f"{value:.3g} {unit}" for unit, value in ceiling.items()), flush=True)
         rows, made, arguments = [], None, ()
         for case, future in zip(cases, futures, strict=True):
             row: dict[str, Any] = case.row()

@@ -42,6 +42,7 @@ def figures_block() -> str:
         )
     parts += [kernel_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("kernels-*.json"))]
     rows = [row for path in sorted(RESULTS.glob("step-*.json")) for row in json.loads(path.read_text())]
+    rows = [row for row in rows if "error" not in row]
     for run in dict.fromkeys(row["run"] for row in rows):
         parts.append(step_table([row for row in rows if row["run"] == run]))
     return "\n\n".join(parts)
@@ -88,10 +89,11 @@ def step_table(rows: list[dict]) -> str:
     ]
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
+        policy = row["memory_policy"] + (", scanned" if row.get("layers") == "scanned" else "")
         note = f", {row['attention']} attention" if row.get("attention", "default") != "default" else ""
         lines.append(
             f"| {row['framework']}{note} | {row['model']} | {row['weights']} | {row['batch']}x{row['seq']} | "
-            f"{row['memory_policy']} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_device_gib']:.1f} | "
+            f"{policy} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_device_gib']:.1f} | "
             f"{row['compile_seconds']:.0f} | {row['loss']:.3f} | {row['grad_norm']:.3f} |"
         )
     ours = next((row for row in rows if row["framework"] == "pronghorn"), None)
