@@ -125,7 +125,7 @@ def test_read_job_is_frozen():
         ("train.resume=maybe", "train.resume: 'maybe' must be true or false or auto."),
         (
             "train.schedule=square",
-            "train.schedule: 'square' is not a choice; use cosine, linear or constant.",
+            "train.schedule: 'square' is not a choice; use cosine, linear, constant, wsd, inverse_sqrt or polynomial.",
         ),
         ("dtype=int8", "dtype: 'int8' is not a choice; use bfloat16, float16 or float32."),
         ("dtype=[bfloat16]", "dtype: ['bfloat16'] is not a choice"),

@@ -15,6 +15,7 @@ from pronghorn.pallas_kernels import (
     flash_attention,
     gated_activation,
     gated_mlp,
+    layer_norm,
     linear_cross_entropy,
     lora_linear,
     norm_linears,
@@ -86,6 +87,11 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         "rms_norm": (
             lambda i, x, w: rms_norm(x, w, eps=1e-6, implementation=i),
             [normal(length, width), normal(width)],
+            "pallas",
+        ),
+        "layer_norm": (
+            lambda i, x, w, b: layer_norm(x, w, b, eps=1e-5, implementation=i),
+            [normal(length, width), normal(width), normal(width)],
             "pallas",
         ),
         "rope": (lambda i, q, k: apply_rope(q, k, cos, sin, implementation=i), [q, k], "pallas"),
