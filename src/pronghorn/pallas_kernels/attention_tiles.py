@@ -17,10 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks
+from pronghorn.pallas_kernels.tile_operations import ptx, tile_product
 
 LOG2_E = math.log2(math.e)
-ROWS_BY_COLUMNS = ((1,), (0,))  # a @ b
-ROWS_BY_ROWS = ((1,), (1,))  # a @ b.T
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,17 +39,8 @@ class AttentionSpec:
 
 
 def dot(a: jax.Array, b: jax.Array, contract, spec: AttentionSpec) -> jax.Array:
-    """2-D product accumulated in fp32. fp32 operands keep fp32's precision, never a single tf32 product's.
-
-    Three tf32 products keep 22 of 24 bits of each operand and run on tensor cores, where Triton's product in true fp32
-    takes minutes to compile at head dim 256 and lives in spilled registers.
-    """
-    precision: lax.PrecisionLike = lax.Precision.DEFAULT
-    if a.dtype == jnp.float32:
-        precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if spec.native else lax.Precision.HIGHEST
-    return lax.dot_general(
-        a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    """`tile_product` of one attention call."""
+    return tile_product(a, b, contract, native=spec.native)
 
 
 def exp2(x: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -61,7 +51,7 @@ def exp2(x: jax.Array, spec: AttentionSpec) -> jax.Array:
     """
     if not spec.native:
         return jnp.exp2(x)
-    return _ptx("ex2.approx.ftz.f32 $0, $1;", x)
+    return ptx("ex2.approx.ftz.f32 $0, $1;", x)
 
 
 def exponentials(s: jax.Array, spec: AttentionSpec, offset: jax.Array) -> jax.Array:
@@ -69,7 +59,7 @@ def exponentials(s: jax.Array, spec: AttentionSpec, offset: jax.Array) -> jax.Ar
     if not spec.native:
         return jnp.exp2(s * spec.base2 - offset)
     code = f"{{.reg .f32 t; fma.rn.ftz.f32 t, $1, {_hex(spec.base2)}, $2; ex2.approx.ftz.f32 $0, t;}}"
-    return _ptx(code, s, jnp.broadcast_to(-offset, s.shape))
+    return ptx(code, s, jnp.broadcast_to(-offset, s.shape))
 
 
 def scores(qk: jax.Array, spec: AttentionSpec) -> jax.Array:
@@ -80,7 +70,7 @@ def scores(qk: jax.Array, spec: AttentionSpec) -> jax.Array:
     if not spec.native:
         return 1.0 - 2.0 / (1.0 + jnp.exp2(qk * factor))
     # tanh.approx is one instruction and too coarse: 2^-11 of a cap of 50 is 2 % of a probability.
-    return _ptx(
+    return ptx(
         f"{{.reg .f32 t; mul.ftz.f32 t, $1, {_hex(factor)}; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, 0f3F800000; "
         "rcp.approx.ftz.f32 t, t; fma.rn.ftz.f32 $0, t, 0fC0000000, 0f3F800000;}",
         qk,
@@ -90,18 +80,6 @@ def scores(qk: jax.Array, spec: AttentionSpec) -> jax.Array:
 def _hex(value: float) -> str:
     """A PTX literal."""
     return "0f" + struct.pack(">f", value).hex()
-
-
-def _ptx(code: str, *arguments: jax.Array) -> jax.Array:
-    """PTX for each element of fp32 arguments of one shape."""
-    (result,) = triton.elementwise_inline_asm(
-        code,
-        args=list(arguments),
-        constraints="=f" + ",f" * len(arguments),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)],
-    )
-    return result
 
 
 def _mask(shape: tuple[int, int], start, seq_len: int | None, head_dim: int) -> jax.Array | None:

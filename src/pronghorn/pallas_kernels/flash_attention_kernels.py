@@ -25,8 +25,6 @@ from jax.experimental.pallas import triton
 
 from pronghorn.pallas_kernels.attention_tiles import (
     LOG2_E,
-    ROWS_BY_COLUMNS,
-    ROWS_BY_ROWS,
     AttentionSpec,
     BlockRange,
     KeyInterval,
@@ -40,6 +38,7 @@ from pronghorn.pallas_kernels.attention_tiles import (
     walk,
 )
 from pronghorn.pallas_kernels.launch import cdiv, next_power_of_2, pallas_call
+from pronghorn.pallas_kernels.tile_operations import ROWS_BY_COLUMNS, ROWS_BY_ROWS
 from pronghorn.pallas_kernels.tuned import multiprocessors
 
 # Start of the running maximum: finite, so that (−inf) − (maximum) is never NaN in a row that saw no key yet.

@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch, tuned
+from pronghorn.pallas_kernels.tile_operations import ptx
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 
@@ -118,15 +119,11 @@ def sigmoid_in_kernel(x: jax.Array) -> jax.Array:
     """
     if launch.interpreting():
         return jax.nn.sigmoid(x)
-    (result,) = triton.elementwise_inline_asm(
+    return ptx(
         "{.reg .f32 t; mul.ftz.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.ftz.f32 t, t, 0f3F800000; "
         "rcp.approx.ftz.f32 $0, t;}",
-        args=[x],
-        constraints="=f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        x,
     )
-    return result
 
 
 def value_and_slope(

@@ -30,6 +30,12 @@ from jax.experimental.pallas import triton
 
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.gated_activation import Activation, sigmoid_in_kernel, value_and_slope
+from pronghorn.pallas_kernels.tile_operations import (
+    COLUMNS_BY_COLUMNS,
+    ROWS_BY_COLUMNS,
+    ROWS_BY_ROWS,
+    tile_product,
+)
 
 # A product of tiles has no side under 16.
 LEAST_SIDE = 16
@@ -39,10 +45,6 @@ BACKWARD_BLOCK = (32, 64, 4)
 # Runs of rows, and so partial sums, of the adapters' gradients: they follow from the shape alone, and so does the last
 # bit of the sums.
 MOST_ROW_RUNS = 8
-
-_ROWS_BY_COLUMNS = ((1,), (0,))  # a b
-_ROWS_BY_ROWS = ((1,), (1,))  # a bᵀ
-_COLUMNS_BY_COLUMNS = ((0,), (0,))  # aᵀ b
 
 
 class GatedFactors(NamedTuple):
@@ -172,14 +174,6 @@ def _clipped(block: tuple[int, int, int], rows: int, width: int) -> tuple[tuple[
     return (fit[0], fit[1]), min(block[2], launch.warps_for(fit[0] * fit[1], per_thread=16))
 
 
-def _dot(a: jax.Array, b: jax.Array, contract, native: bool) -> jax.Array:
-    """fp32 sums; three tf32 products where operands are fp32, which keep 22 of their 24 bits."""
-    precision: lax.PrecisionLike = lax.Precision.DEFAULT
-    if a.dtype == jnp.float32:
-        precision = lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else lax.Precision.HIGHEST
-    return lax.dot_general(a, b, (contract, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
 def _mask(shape, rows, columns):
     """Which elements of a tile exist; None where all do, which is known from the sizes alone."""
     pairs = ((shape[0], rows[:, None]), (shape[1], columns[None, :]))
@@ -206,9 +200,9 @@ def _forward_kernel(gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *, act
     ranks = _side(t_ref.shape[1])
     t = _load(t_ref, rows, ranks)
     gate = _load(gate_ref, rows, columns).astype(jnp.float32)
-    gate += _dot(t, _load(b_gate_ref, columns, ranks), _ROWS_BY_ROWS, native)
+    gate += tile_product(t, _load(b_gate_ref, columns, ranks), ROWS_BY_ROWS, native=native)
     up = _load(up_ref, rows, columns).astype(jnp.float32)
-    up += _dot(t, _load(b_up_ref, columns, ranks), _ROWS_BY_ROWS, native)
+    up += tile_product(t, _load(b_up_ref, columns, ranks), ROWS_BY_ROWS, native=native)
     value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
     h = (value * up).astype(h_ref.dtype)
     triton.store(h_ref.at[rows[:, None], columns[None, :]], h, mask=_mask(h_ref.shape, rows, columns))
@@ -244,12 +238,12 @@ def _backward_kernel(*refs, names, activation, block, runs, native):
         rows = rows_of(index)
         dh, gate, up = (tile.astype(jnp.float32) for tile in wide)
         t = thin[0]
-        gate += _dot(t, b_gate, _ROWS_BY_ROWS, native)
-        up += _dot(t, b_up, _ROWS_BY_ROWS, native)
+        gate += tile_product(t, b_gate, ROWS_BY_ROWS, native=native)
+        up += tile_product(t, b_up, ROWS_BY_ROWS, native=native)
         left = {"db_gate": t, "db_up": t}
         if "g" in ref:
             left["da_down"] = thin[1]
-            dh += _dot(left["da_down"], a_down, _ROWS_BY_COLUMNS, native)
+            dh += tile_product(left["da_down"], a_down, ROWS_BY_COLUMNS, native=native)
         value, slope = value_and_slope(gate, activation, sigmoid_in_kernel)
         tile = {
             "dgate": (dh * up * slope).astype(dtype),
@@ -264,10 +258,10 @@ def _backward_kernel(*refs, names, activation, block, runs, native):
         totals = {}
         for name, total in sums.items():
             if name in magnitudes:
-                wide = tile[name.removeprefix("largest_")].astype(jnp.float32)
-                totals[name] = jnp.maximum(total, jnp.max(jnp.abs(wide), axis=0))
+                written = tile[name.removeprefix("largest_")].astype(jnp.float32)
+                totals[name] = jnp.maximum(total, jnp.max(jnp.abs(written), axis=0))
             else:
-                totals[name] = total + _dot(left[name], right[name], _COLUMNS_BY_COLUMNS, native)
+                totals[name] = total + tile_product(left[name], right[name], COLUMNS_BY_COLUMNS, native=native)
         return totals, following
 
     summed = [name for name in ("da_down", "db_gate", "db_up") if name in ref]

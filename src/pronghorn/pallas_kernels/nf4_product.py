@@ -30,6 +30,7 @@ from pronghorn.pallas_kernels.nf4_dequantize import (
     nf4_dequantize,
     nf4_dequantize_reference,
 )
+from pronghorn.pallas_kernels.tile_operations import ROWS_BY_COLUMNS, ptx, tile_product
 
 SEPARATE_ROWS = 4
 MOST_ROWS = 64
@@ -150,14 +151,7 @@ def _multiply_add(a, b, c, native):
     """a b + c: one instruction, which Triton makes two of if it is not told."""
     if not native:
         return a * b + c
-    (result,) = triton.elementwise_inline_asm(
-        "fma.rn.f32 $0, $1, $2, $3;",
-        args=[a, jnp.broadcast_to(b, a.shape), c],
-        constraints="=f,f,f,f",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(a.shape, jnp.float32)],
-    )
-    return result
+    return ptx("fma.rn.f32 $0, $1, $2, $3;", a, jnp.broadcast_to(b, a.shape), c)
 
 
 def _together_kernel(
@@ -182,10 +176,7 @@ def _together_kernel(
         columns = i * width + jnp.arange(width)
         inside = (columns[:, None] < x_ref.shape[1]) & (at[None, :] < rows)
         x = triton.load(x_ref.at[at[None, :], columns[:, None]], mask=inside, other=0.0)
-        precision: jax.lax.PrecisionLike = jax.lax.Precision.DEFAULT
-        if x.dtype == jnp.float32:  # as in attention: true fp32 takes minutes to compile
-            precision = jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if native else jax.lax.Precision.HIGHEST
-        return total + jnp.dot(weight, x, precision=precision, preferred_element_type=jnp.float32)
+        return total + tile_product(weight, x, ROWS_BY_COLUMNS, native=native)
 
     start = jnp.zeros((out_rows, padded_rows), jnp.float32)
     total = jax.lax.fori_loop(0, launch.cdiv(per_row, blocks_at_a_time), step, start)
