@@ -73,7 +73,14 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
     device_batch = jax.device_put(step_batch(batch, packing=options.documents > 1))
     step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
-    compiled = compile_step(step, state, frozen, device_batch, memory_policy=policy)
+    compiled = compile_step(
+        step,
+        state,
+        frozen,
+        device_batch,
+        memory_policy=policy,
+        compiler_options=dict(option.split("=", 1) for option in options.xla),
+    )
     if options.hlo:
         Path(options.hlo).write_text(compiled.executable.as_text())
     plan = plan_from_compiled(
@@ -165,6 +172,7 @@ def main() -> None:
     parser.add_argument("--head-tile-rows", type=int, default=None)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--run", default="single", help="id shared by the rows of one run")
+    parser.add_argument("--xla", action="append", default=[], help="an option of XLA's, as name=value")
     parser.add_argument("--profile", default=None, help="folder for a profiler trace of the last three steps")
     parser.add_argument("--hlo", default=None, help="file for the optimised program")
     options = parser.parse_args()
