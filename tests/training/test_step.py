@@ -9,7 +9,6 @@ import pytest
 from pronghorn.lora import split
 from pronghorn.models import assign, flat_arrays
 from pronghorn.training import TrainConfig
-from pronghorn.training import step as step_module
 from pronghorn.training.guards import leaf_names
 from pronghorn.training.step import compile_step
 from tests.tolerances import assert_close
@@ -168,8 +167,3 @@ def test_the_compiled_step_takes_flat_lists_and_agrees(adam):
     assert_close(compiled_metrics["loss"], metrics["loss"])
     assert jax.tree.structure(compiled.state(new_leaves)) == jax.tree.structure(expected)
     assert all(leaf.is_deleted() for leaf in leaves[1:3])  # donated
-
-
-def test_xla_is_asked_which_options_it_has():
-    assert step_module._is_option("xla_gpu_experimental_parallel_async_compute_limit")
-    assert not step_module._is_option("xla_gpu_option_that_nobody_has")

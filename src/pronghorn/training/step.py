@@ -10,7 +10,6 @@ scaled (loss_scale.py), and a step whose gradient overflows is counted apart.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,8 +29,6 @@ from pronghorn.training.schedules import LearningRate
 
 # A leaf over this size fills the device by itself, and a second copy of its gradient would be felt.
 MOST_FLAT_ELEMENTS = 1 << 22
-_MEMORY_FENCE = "xla_gpu_experimental_scheduler_memory_fencing_threshold_bytes"
-MEMORY_FENCE_BYTES = 1 << 20
 
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[["TrainState", Any, Any], tuple["TrainState", Metrics]]
@@ -361,24 +358,9 @@ def _compiler_options(deterministic: bool, memory_policy: str = "keep") -> dict[
     if memory_policy.startswith("offload"):
         # By default two transfers are on their way at a time, and the device waits for one before it starts a third.
         options["xla_gpu_experimental_parallel_async_compute_limit"] = "16"
-        # Nothing but the optimizer waits for an adapter's gradients, so XLA puts them off to the end of the program and
-        # keeps what they are products of, 200 MB a layer of an 8B model at 8,192 tokens. With this it does not: 7.05 to
-        # 1.22 GiB of temporary arrays in that step.
-        if _is_option(_MEMORY_FENCE):
-            options[_MEMORY_FENCE] = str(MEMORY_FENCE_BYTES)
     if deterministic:
         options["xla_gpu_deterministic_ops"] = True
     return options
-
-
-@functools.cache
-def _is_option(name: str) -> bool:
-    """Whether this version of XLA has an option of that name, whose values are integers."""
-    try:
-        jax.jit(lambda: jnp.zeros(())).lower().compile(compiler_options={name: "0"})
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
