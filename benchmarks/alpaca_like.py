@@ -4,9 +4,12 @@ Lengths are log-normal with a median of 150 tokens: instruction sets have many s
 come from the hash of `data/permutation.py`, so they are the same under every version of numpy.
 
     python benchmarks/alpaca_like.py            # percentiles, and how full packed rows are
+    python benchmarks/alpaca_like.py --out batch.npz --batch 1 --seq 4096 --vocab-size 128256
 """
 
+import argparse
 import statistics
+from pathlib import Path
 
 import numpy as np
 
@@ -65,6 +68,15 @@ def packed_batch(rows: int, tokens: int, vocab_size: int, *, seed: int = 0) -> d
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=None, help="file for one packed batch, .npz")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--vocab-size", type=int, default=32_000)
+    options = parser.parse_args()
+    if options.out is not None:
+        np.savez(options.out, **packed_batch(options.batch, options.seq, options.vocab_size))
+        return
     sizes = lengths(0, 52_000)
     told = ", ".join(f"{p} % {int(np.percentile(sizes, p))}" for p in (5, 25, 50, 75, 95, 99, 100))
     print(f"52,000 documents, {int(sizes.sum()):,} tokens; lengths {told}")

@@ -12,6 +12,7 @@ random weights, which are written first.
 import argparse
 import datetime
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import common
+import shapes
 
 HERE = Path(__file__).parent
 PRONGHORN, UNSLOTH, LIGER, TRANSFORMERS = "pronghorn", "unsloth", "liger", "transformers"
@@ -36,14 +38,11 @@ def peer(framework: str, model: str, rows: int, tokens: int, *more: str) -> tupl
 
 
 def checkpointed(model: str, rows: int, tokens: int, *more: str) -> list[tuple[str, list[str]]]:
-    """A job that recomputes: Unsloth offloads to the host, Liger keeps layer inputs; ours once in either way."""
-    small = [] if rows * tokens < 32768 else ["--mlp-tile-tokens", "8192"]
+    """A job that recomputes: ours and Unsloth's offload to the host, Liger keeps layer inputs."""
+    small = ["--head-tile-rows", "512", *(["--mlp-tile-tokens", "8192"] * (rows * tokens >= 32768))]
     return [
         ours(model, rows, tokens, "--memory-policy", "offload_projections", *small, *more),
         peer(UNSLOTH, model, rows, tokens, "--checkpointing", "offload", *more),
-        ours(
-            model, rows, tokens, "--memory-policy", "layer_inputs", "--head-tile-rows", "512", *small, *more
-        ),
         peer(LIGER, model, rows, tokens, "--checkpointing", "full", *more),
     ]
 
@@ -58,17 +57,23 @@ def kept(model: str, rows: int, tokens: int) -> list[tuple[str, list[str]]]:
     ]
 
 
+PACKED = "alpaca-like"  # its place is taken by a file of packed documents
 BIG, SMALL, FULL = "llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"
 SUITES: dict[str, list[tuple[str, list[str]]]] = {
     BIG: [*kept(BIG, 1, 4096), ours(BIG, 1, 4096, "--weights", "fp8")],
     f"{BIG}-recomputed": [
         *checkpointed(BIG, 2, 4096),
-        *checkpointed(BIG, 4, 4096)[:3],
-        *checkpointed(BIG, 1, 32768)[:3],
+        *checkpointed(BIG, 4, 4096)[:2],
+        *checkpointed(BIG, 1, 32768)[:2],
     ],
     f"{BIG}-nf4": [
         *checkpointed(BIG, 2, 4096, "--weights", "nf4"),
-        *checkpointed(BIG, 1, 32768, "--weights", "nf4")[:3],
+        *checkpointed(BIG, 1, 32768, "--weights", "nf4")[:2],
+    ],
+    f"{BIG}-packed": [
+        ours(BIG, 1, 4096, "--data", PACKED),
+        peer(UNSLOTH, BIG, 1, 4096, "--data", PACKED),
+        peer(LIGER, BIG, 1, 4096, "--data", PACKED),
     ],
     SMALL: [*kept(SMALL, 1, 512)[:2], *kept(SMALL, 4, 2048)[:2], *kept(SMALL, 2, 512)[:2]],
     FULL: [
@@ -85,6 +90,8 @@ def run_job(framework: str, arguments: list[str], folder: Path, run: str, commit
         out = Path(scratch) / "row.json"
         script = "step.py" if framework == PRONGHORN else "peers.py"
         command = [sys.executable, str(HERE / script), *arguments, "--run", run, "--out", str(out)]
+        if PACKED in command:
+            command[command.index(PACKED)] = _packed_batch(arguments, Path(scratch))
         command += ["--commit", commit] if framework == PRONGHORN else ["--folder", str(folder)]
         try:
             done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=limit)
@@ -97,9 +104,21 @@ def run_job(framework: str, arguments: list[str], folder: Path, run: str, commit
     return {"framework": framework, "arguments": arguments, "run": run, "error": error[-300:]}
 
 
+def _packed_batch(arguments: list[str], folder: Path) -> str:
+    """A file of documents with the lengths of an instruction set, packed into rows of the job's size."""
+    given = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    out = str(folder / "packed.npz")
+    size = ["--batch", given["--batch"], "--seq", given["--seq"]]
+    size += ["--vocab-size", str(shapes.MODELS[given["--model"]].vocab_size)]
+    script = [sys.executable, str(HERE / "alpaca_like.py"), "--out", out, *size]
+    # Without a device: the job that reads the file needs all of it.
+    subprocess.run(script, check=True, capture_output=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    return out
+
+
 def with_mfu(rows: list[dict]) -> list[dict]:
     """Peers' share of the peak: the arithmetic of a job is that of our row of the same job."""
-    key = ("model", "adapter", "batch", "seq")
+    key = ("model", "adapter", "batch", "seq", "documents_per_row")
     per_token = {
         tuple(row[k] for k in key): row["mfu"] / row["tokens_per_second"] for row in rows if row.get("mfu")
     }

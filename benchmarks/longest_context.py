@@ -61,7 +61,7 @@ def planned(tokens: int, options: argparse.Namespace) -> tuple[int, int]:
         train_config(tokens, options),
         jnp.bfloat16,
         max_length=tokens,
-        layers="scanned",
+        layers=options.layers,
         packing=False,
         quantization=QuantizationConfig("nf4"),
     )
@@ -115,11 +115,11 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     import shapes
 
     import pronghorn as ph
-    from pronghorn.training.memory_plan import prepare_step, start_state
+    from pronghorn.training.memory_plan import plan_from_compiled, prepare_step, start_state
     from pronghorn.training.step import compile_step
 
     config = shapes.MODELS[options.model]
-    model = random_weights.quantized_model(config, "nf4", dtype=jnp.bfloat16, layers="scanned")
+    model = random_weights.random_model(config, "nf4", dtype=jnp.bfloat16, layers=options.layers)
     model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank))
     graph, trainable, frozen = ph.split(model)
     del model
@@ -129,6 +129,16 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     positions = np.arange(tokens, dtype=np.int32)[None, None]
     batch = jax.device_put({"input_ids": ids, "labels": ids, "positions": positions})
     compiled = compile_step(prepared.step, prepared.state, frozen, batch, memory_policy=train.memory_policy)
+    plan = plan_from_compiled(
+        config,
+        compiled.executable,
+        prepared.state,
+        trainable,
+        frozen,
+        (1, 1, tokens),
+        memory_policy=train.memory_policy,
+        compile_seconds=compiled.seconds,
+    )
     leaves = jax.tree.leaves(start_state(trainable, prepared.optimizer, train))
     del trainable
     frozen_leaves = jax.tree.leaves(frozen)
@@ -139,6 +149,9 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     memory = jax.local_devices()[0].memory_stats() or {}
     return {
+        "planned_device_gb": plan.peak_device_bytes / 1e9,
+        "pinned_host_gib": plan.pinned_host / 2**30,
+        "compile_seconds": plan.compile_seconds,
         "loss": loss,
         "grad_norm": float(metrics["grad_norm"]),
         "step_seconds": seconds,
@@ -149,12 +162,12 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def capped_step(pool: int, tokens: int, pinned: int, options: argparse.Namespace) -> dict[str, Any]:
+def capped_step(pool: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """`real_step` in a process of its own that may have `pool` GB of the device."""
     environment = {k: v for k, v in os.environ.items() if "CLIENT_MEM_FRACTION" not in k and k != PREALLOCATE}
     environment[f"{CLIENT}_MEM_FRACTION"] = f"{pool * 1e9 / options.device_bytes:.6f}"
     # XLA gives pinned memory out of a pool of 64 GB unless told otherwise.
-    environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(int(pinned / 2**30 * 1.1) + 8)
+    environment["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(options.host_gb)
     command = [sys.executable, __file__, "--child", str(tokens), *sys.argv[1:]]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -180,6 +193,8 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="take one real step in a capped pool")
     parser.add_argument("--tokens", type=int, default=None, help="a row of this length instead of a search")
     parser.add_argument("--device-bytes", type=float, default=84978434048, help="what a fraction of 1 means")
+    parser.add_argument("--host-gb", type=int, default=110, help="pinned host memory that a step may have")
+    parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
@@ -192,16 +207,25 @@ def main() -> None:
         tokens = options.tokens or longest(pool, known, options)
         row: dict[str, Any] = {"pool_gb": pool, "tokens": tokens, "published_unsloth": PUBLISHED.get(pool)}
         if tokens is not None:
-            device, pinned = known.get(tokens) or planned(tokens, options)
-            row |= {"planned_device_gb": device / 1e9, "pinned_host_gib": pinned / 2**30}
+            if tokens in known or not options.run:
+                device, pinned = known.get(tokens) or planned(tokens, options)
+                row |= {"planned_device_gb": device / 1e9, "pinned_host_gib": pinned / 2**30}
             if options.run:
-                row |= capped_step(pool, tokens, pinned, options)
+                row |= capped_step(pool, tokens, options)
             ratio = f" ({tokens / PUBLISHED[pool]:.2f}x Unsloth's)" if pool in PUBLISHED else ""
             print(f"  longest row {tokens:,} tokens{ratio}, {row}", flush=True)
         rows.append(row)
     settings = {
         name: getattr(options, name)
-        for name in ("model", "rank", "memory_policy", "mlp_tile_tokens", "head_tile_rows", "optimizer")
+        for name in (
+            "model",
+            "rank",
+            "memory_policy",
+            "mlp_tile_tokens",
+            "head_tile_rows",
+            "optimizer",
+            "layers",
+        )
     }
     common.write(
         Path(options.out), {"settings": settings, "rows": rows, **common.environment(options.commit)}

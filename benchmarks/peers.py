@@ -78,6 +78,27 @@ def load_transformers(options):
     return model
 
 
+def packed_inputs(path: str, framework: str):
+    """(arguments of the model, real tokens): all rows one after the other without padding, as TRL's collator has them.
+
+    Unsloth is given the documents' lengths besides, as its own collator does.
+    """
+    import numpy as np
+    import torch
+
+    batch = {name: values.reshape(-1) for name, values in np.load(path).items()}
+    real = batch["segment_ids"] > 0
+    ids, positions = (
+        torch.from_numpy(batch[n][real]).long().cuda()[None] for n in ("input_ids", "positions")
+    )
+    labels = torch.where(positions == 0, -100, ids)
+    inputs = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    if framework == "unsloth":
+        starts = np.flatnonzero(np.append(batch["positions"][real] == 0, True))
+        inputs["packed_seq_lengths"] = torch.from_numpy(np.diff(starts)).int()
+    return inputs, int(real.sum())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--framework", required=True, choices=("unsloth", "liger", "transformers"))
@@ -88,6 +109,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--data", default=None, help="a packed batch, from alpaca_like.py")
     parser.add_argument("--checkpointing", default="none", choices=("none", "full", "offload"))
     parser.add_argument("--attention", default="default", choices=("default", "cudnn", "flash"))
     parser.add_argument("--compile", action="store_true")
@@ -104,7 +126,12 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.vocab_size
-    ids = torch.randint(0, vocab_size, (options.batch, options.seq), generator=generator).cuda()
+    if options.data is None:
+        ids = torch.randint(0, vocab_size, (options.batch, options.seq), generator=generator).cuda()
+        inputs = {"input_ids": ids, "labels": ids}
+        tokens = ids.numel()
+    else:
+        inputs, tokens = packed_inputs(options.data, options.framework)
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kinds = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -122,7 +149,7 @@ def main() -> None:
                 stack.enter_context(sdpa_kernel(chosen))
             if trained[0].dtype == torch.float32 and options.adapter == "full":
                 stack.enter_context(torch.autocast("cuda", torch.bfloat16))
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**inputs).loss
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -149,7 +176,9 @@ def main() -> None:
         "memory_policy": options.checkpointing,
         "attention": options.attention,
         "torch_compile": options.compile,
-        "tokens_per_second": options.batch * options.seq / step_seconds,
+        "documents_per_row": 1 if options.data is None else "alpaca-like",
+        "real_tokens": tokens,
+        "tokens_per_second": tokens / step_seconds,
         "step_milliseconds": step_seconds * 1e3,
         "peak_device_gib": torch.cuda.max_memory_allocated() / 2**30,
         "reserved_device_gib": torch.cuda.max_memory_reserved() / 2**30,

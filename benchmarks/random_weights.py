@@ -1,6 +1,7 @@
-"""A quantised model of true shape with random weights: one weight at a time is on the device in 16 bits."""
+"""A model of true shape with random weights: one weight at a time is drawn, in parts, and quantised if asked for."""
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,20 +16,32 @@ from pronghorn.models.parameters import assign, named_parameters
 from pronghorn.quantization import QuantizationConfig, quantize
 from pronghorn.quantization.quantize_model import choose, empty_like, make_abstract
 
+_LARGEST_DRAWN = 1 << 26
 
-def quantized_model(config: DecoderConfig, kind: str, *, dtype: Any, layers: LayerLayout) -> Decoder:
-    """Linears inside of layers of one kind ("nf4"), everything else in `dtype`; norms are ones."""
+
+def random_model(config: DecoderConfig, kind: str | None, *, dtype: Any, layers: LayerLayout) -> Decoder:
+    """Linears inside of layers of one kind ("nf4", None for `dtype`), everything else in `dtype`; norms are ones."""
     model = Decoder.abstract(config, dtype=dtype, layers=layers)
     parameters = named_parameters(model)
+    if kind is None:
+        assign(model, _Drawn({name: p.shape for name, p in parameters.items()}, {}, dtype))
+        return model
     how = choose(parameters, family_named(config.family).tensor_names(config), QuantizationConfig(kind))  # type: ignore[arg-type]
     make_abstract(parameters, {name: empty_like(parameters[name].shape, dtype, how[name]) for name in how})
     assign(model, _Drawn({name: p.shape for name, p in parameters.items()}, how, dtype))
     return model
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))  # compiled, so that no fp32 copy is ever made
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(seed: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return (INITIALIZER_RANGE * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
+    # In parts: the random bits of a large embedding are more than the memory that a step's peak leaves.
+    parts = math.gcd(shape[0], 16) if math.prod(shape) > _LARGEST_DRAWN else 1
+    size = (shape[0] // parts, *shape[1:])
+
+    def part(key: jax.Array) -> jax.Array:
+        return (INITIALIZER_RANGE * jax.random.normal(key, size, jnp.float32)).astype(dtype)
+
+    return jax.lax.map(part, jax.random.split(jax.random.key(seed), parts)).reshape(shape)
 
 
 class _Drawn(Mapping[str, Any]):

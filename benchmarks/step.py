@@ -18,7 +18,6 @@ import random_weights
 import shapes
 
 import pronghorn as ph
-from pronghorn.models.decoder import Decoder
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.losses import step_batch
@@ -49,10 +48,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     """One row of results/step-*.json, and more."""
     config = shapes.MODELS[options.model]
     dtype = jnp.dtype(options.dtype)
-    if options.weights is None:
-        model = Decoder(config, dtype=dtype, layers=options.layers)
-    else:
-        model = random_weights.quantized_model(config, options.weights, dtype=dtype, layers=options.layers)
+    model = random_weights.random_model(config, options.weights, dtype=dtype, layers=options.layers)
     if options.adapter == "lora":
         model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank))
     train = TrainConfig(
@@ -70,8 +66,12 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     dtypes = compute_dtypes(trainable)
     del model
     flops = count_flops(config, trainable, frozen)
-    batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
-    device_batch = jax.device_put(step_batch(batch, packing=options.documents > 1))
+    if options.data is None:
+        batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
+    else:
+        batch = dict(np.load(options.data))
+    packing = options.documents > 1 or options.data is not None
+    device_batch = jax.device_put(step_batch(batch, packing=packing))
     step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
     compiled = compile_step(
         step,
@@ -111,9 +111,9 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
             for _ in range(3):
                 state_leaves, metrics = compiled(state_leaves, frozen_leaves, device_batch)
             jax.block_until_ready(metrics)
-    tokens = options.batch * options.seq
+    real = batch["segment_ids"] > 0
+    tokens = int(real.sum())
     peak = device_peak_flops(jax.devices()[0].device_kind)
-    real = np.ones((1, options.batch, options.seq), bool)
     memory = jax.devices()[0].memory_stats() or {}
     row = {
         "framework": "pronghorn",
@@ -124,7 +124,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "rank": options.rank,
         "batch": options.batch,
         "seq": options.seq,
-        "documents_per_row": options.documents,
+        "documents_per_row": options.documents if options.data is None else "alpaca-like",
+        "real_tokens": tokens,
         "layers": options.layers,
         "memory_policy": policy,
         "mlp_tile_tokens": options.mlp_tile_tokens,
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=1, help="equal documents packed into each row")
+    parser.add_argument("--data", default=None, help="a packed batch, from alpaca_like.py")
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--memory-policy", default="keep")
     parser.add_argument("--mlp-tile-tokens", type=int, default=None)
