@@ -58,7 +58,7 @@ def kept(model: str, rows: int, tokens: int) -> list[tuple[str, list[str]]]:
 
 
 PACKED = "alpaca-like"  # its place is taken by a file of packed documents
-BIG, SMALL, FULL = "llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b"
+BIG, SMALL, FULL, GEMMA = "llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b", "gemma-3-4b"
 SUITES: dict[str, list[tuple[str, list[str]]]] = {
     BIG: [*kept(BIG, 1, 4096), ours(BIG, 1, 4096, "--weights", "fp8")],
     f"{BIG}-recomputed": [
@@ -76,6 +76,7 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
         peer(LIGER, BIG, 1, 4096, "--data", PACKED),
     ],
     SMALL: [*kept(SMALL, 1, 512)[:2], *kept(SMALL, 4, 2048)[:2], *kept(SMALL, 2, 512)[:2]],
+    GEMMA: kept(GEMMA, 1, 4096)[:2],
     FULL: [
         ours(FULL, 8, 2048, "--adapter", "full"),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),

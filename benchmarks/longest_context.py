@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def train_config(tokens: int, options: argparse.Namespace) -> Any:
         max_steps=1000,
         schedule="constant",
         memory_policy=options.memory_policy,
-        mlp_tile_tokens=options.mlp_tile_tokens if tokens > options.mlp_tile_tokens else None,
+        mlp_tile_tokens=min(options.mlp_tile_tokens, max(1024, tokens // 16)),
         head_tile_rows=options.head_tile_rows,
         **({"optimizer": options.optimizer} if options.optimizer else {}),
     )
@@ -191,7 +192,10 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=8192, help="the shortest row that is compiled")
     parser.add_argument("--compilations", type=int, default=4, help="at most, a pool")
     parser.add_argument("--run", action="store_true", help="take one real step in a capped pool")
-    parser.add_argument("--tokens", type=int, default=None, help="a row of this length instead of a search")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=None, help="rows of these lengths, one a pool, not a search"
+    )
+    parser.add_argument("--at-once", action="store_true", help="pools side by side; times then say little")
     parser.add_argument("--device-bytes", type=float, default=84978434048, help="what a fraction of 1 means")
     parser.add_argument("--host-gb", type=int, default=110, help="pinned host memory that a step may have")
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
@@ -201,20 +205,25 @@ def main() -> None:
         print(json.dumps(real_step(options.child, options)), flush=True)
         return
     os.environ[PREALLOCATE] = "false"  # this process only compiles: the device is for the steps it starts
-    rows, known = [], {}
-    for pool in options.pools:
-        print(f"{pool} GB", flush=True)
-        tokens = options.tokens or longest(pool, known, options)
+    known: dict[int, tuple[int, int]] = {}
+    given = options.tokens or [None] * len(options.pools)
+
+    def measure(pool: int, tokens: int | None) -> dict[str, Any]:
+        tokens = tokens or longest(pool, known, options)
         row: dict[str, Any] = {"pool_gb": pool, "tokens": tokens, "published_unsloth": PUBLISHED.get(pool)}
-        if tokens is not None:
-            if tokens in known or not options.run:
-                device, pinned = known.get(tokens) or planned(tokens, options)
-                row |= {"planned_device_gb": device / 1e9, "pinned_host_gib": pinned / 2**30}
-            if options.run:
-                row |= capped_step(pool, tokens, options)
-            ratio = f" ({tokens / PUBLISHED[pool]:.2f}x Unsloth's)" if pool in PUBLISHED else ""
-            print(f"  longest row {tokens:,} tokens{ratio}, {row}", flush=True)
-        rows.append(row)
+        if tokens is None:
+            return row
+        if tokens in known or not options.run:
+            device, pinned = known.get(tokens) or planned(tokens, options)
+            row |= {"planned_device_gb": device / 1e9, "pinned_host_gib": pinned / 2**30}
+        if options.run:
+            row |= capped_step(pool, tokens, options)
+        ratio = f" ({tokens / PUBLISHED[pool]:.2f}x Unsloth's)" if pool in PUBLISHED else ""
+        print(f"{pool} GB: longest row {tokens:,} tokens{ratio}, {row}", flush=True)
+        return row
+
+    with ThreadPoolExecutor(len(given) if options.at_once else 1) as pool:
+        rows = list(pool.map(measure, options.pools, given))
     settings = {
         name: getattr(options, name)
         for name in (

@@ -7,6 +7,8 @@ import argparse
 
 import shapes
 
+from pronghorn.models.families import family_named
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -14,39 +16,15 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(shapes.MODELS), default="llama-3.1-8b")
     options = parser.parse_args()
     import torch
-    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config = shapes.MODELS[options.model]
-    rope = config.rope
-    parameters = {"rope_type": rope.kind, "rope_theta": rope.base}
-    if rope.kind == "llama3":
-        parameters |= {
-            "factor": rope.factor,
-            "low_freq_factor": rope.low_freq_factor,
-            "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }
-    kind = {"llama": "Llama", "qwen3": "Qwen3"}[config.family]
-    hf_config = getattr(transformers, f"{kind}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        rope_parameters=parameters,
-        tie_word_embeddings=config.tie_word_embeddings,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-    )
+    settings = family_named(config.family).config_to_hf(config)
+    settings |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = getattr(transformers, f"{kind}ForCausalLM")(hf_config)
+        hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.bfloat16)
     model.save_pretrained(options.folder, max_shard_size="5GB")
     _write_tokenizer(options.folder)
 
