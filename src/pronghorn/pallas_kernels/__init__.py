@@ -7,6 +7,7 @@ function; its module of the same name is reached with `from pronghorn.pallas_ker
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
+from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
 from pronghorn.pallas_kernels.gated_mlp import gated_mlp
 from pronghorn.pallas_kernels.launch import kernels
 from pronghorn.pallas_kernels.layer_norm import layer_norm
@@ -24,6 +25,7 @@ __all__ = [
     "cross_entropy",
     "flash_attention",
     "gated_activation",
+    "gated_delta_rule",
     "gated_mlp",
     "kernels",
     "layer_norm",

@@ -1,0 +1,323 @@
+"""The gated delta rule: linear attention whose state forgets, and overwrites what a key had stored.
+
+A head's state S `[dk, dv]` is zero where a segment starts, and for every token, with α = exp(g) and β in [0, 1],
+
+    S ← α S,    S ← S + k (β (v − Sᵀk))ᵀ,    o = scale Sᵀq
+
+In chunks of C tokens, with c the running sum of g inside a chunk, D_ij = exp(c_i − c_j) for i >= j, e_i = exp(c_i),
+w_i = exp(c_last − c_i), γ = exp(c_last), and S the state in front of the chunk:
+
+    A = strictly lower part of (β_i k_i·k_j D_ij),    T = (I + A)⁻¹,    [U, W] = T [β v, β e k]
+    V = U − W S                                        what every token writes
+    O = scale ((e q) S + ((q kᵀ) D) V),    S ← γ S + (w k)ᵀ V
+
+Segments cut all of it: D is zero between two segments, e and γ where the state belongs to an earlier one, w where a
+later one has started. Backward, from dO and the gradient R of the state behind the chunk, with P = scale (q kᵀ) D:
+
+    dV = Pᵀ dO + (w k) R,    gradient of S: γ R + scale (e q)ᵀ dO − Wᵀ dV           (from the last chunk to the first)
+    [Xv, Xk] = Tᵀ [dV, −dV Sᵀ],    dA = −(Xv Uᵀ + Xk Wᵀ), strictly lower
+    d(β v) = Xv,    d(β e k) = Xk,    d(e q) = scale dO Sᵀ,    d(w k) = V Rᵀ,    dP = dO Vᵀ
+
+and by the product rule to q, k, v, β and c; dg is the sum of dc over what follows in the chunk.
+
+Saved: q, k, v, g, β. T, U, W and the chunks' states are computed again in the backward pass. fp32 inside.
+
+Sources: Yang, Kautz and Hatamizadeh, Gated Delta Networks, 2024, arXiv:2412.06464, section 3; the chunks are those of
+Yang et al., Parallelizing Linear Transformers with the Delta Rule, 2024, arXiv:2406.06484, section 3.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
+
+CHUNK = 64
+
+
+def gated_delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """Read a state that every token decays and corrects.
+
+    Args:
+      q, k: [batch, seq, heads, dk]; bf16, fp16 or fp32. Keys of length one keep the state bounded. Each serves
+        value_heads / heads value heads that follow one another.
+      v: [batch, seq, value_heads, dv], the dtype of q.
+      g: [batch, seq, value_heads], log of the decay, at most 0; computed with in fp32.
+      beta: [batch, seq, value_heads], how much of what the key had stored is replaced; computed with in fp32.
+      segment_ids: int [batch, seq]; the state starts anew wherever the id changes. None: each row is one segment.
+      scale: factor of the output; default 1 / sqrt(dk).
+      implementation: "xla", or None for the platform's default.
+
+    Returns:
+      [batch, seq, value_heads, dv] in the dtype of v.
+
+    Raises:
+      InputError: when the shapes do not fit each other.
+    """
+    _check_shapes(q, k, v, g, beta, segment_ids)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    launch.resolve(implementation, default_gpu="xla", available=("xla",))
+    if v.size == 0:
+        return jnp.zeros_like(v)
+    g, beta = g.astype(jnp.float32), beta.astype(jnp.float32)
+    return _gated_delta_rule(scale, q, k, v, g, beta, segment_runs(segment_ids, q.shape[:2]))
+
+
+def continue_gated_delta_rule(
+    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, beta: jax.Array, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(output, state) of tokens that follow those already in the state; not to be differentiated.
+
+    Arguments as in `gated_delta_rule`, with state fp32 [batch, value_heads, dk, dv]. A token with g = 0 and beta = 0
+    leaves the state as it is.
+    """
+    _check_shapes(q, k, v, g, beta, None)
+    size = min(CHUNK, launch.next_power_of_2(q.shape[1]))
+    runs = segment_runs(None, q.shape[:2])
+    c = _chunks(q, k, v, g.astype(jnp.float32), beta.astype(jnp.float32), runs, size, carried=True)
+    out, after = _forward(c, q.shape[-1] ** -0.5, state)
+    return _joined(out, q.shape[1]).astype(v.dtype), after
+
+
+def gated_delta_rule_reference(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    beta: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    scale: float | None = None,
+) -> jax.Array:
+    """The oracle of `gated_delta_rule`: one token after the other, in fp32."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = v.shape[2] // k.shape[2]
+    q32, k32 = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (q, k))
+    runs = segment_runs(segment_ids, q.shape[:2])
+    starts = runs != jnp.pad(runs, ((0, 0), (1, 0)))[:, :-1]
+
+    def one_token(state, token):
+        q, k, v, g, beta, start = token
+        state = jnp.where(start[:, None, None, None], 0.0, state * jnp.exp(g)[..., None, None])
+        stored = _product("bhkv,bhk->bhv", state, k)
+        state = state + k[..., None] * (beta[..., None] * (v - stored))[..., None, :]
+        return state, scale * _product("bhkv,bhk->bhv", state, q)
+
+    tokens = (q32, k32, v.astype(jnp.float32), g.astype(jnp.float32), beta.astype(jnp.float32), starts)
+    zero = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
+    _, out = jax.lax.scan(one_token, zero, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    return jnp.moveaxis(out, 0, 1).astype(v.dtype)
+
+
+def segment_runs(segment_ids: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
+    """The number of the segment of every token in its row, from 0, int32 `[batch, seq]`: an id may come again."""
+    if segment_ids is None:
+        return jnp.zeros(shape, jnp.int32)
+    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def _check_shapes(q, k, v, g, beta, segment_ids):
+    if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:2] != q.shape[:2]:
+        raise InputError(
+            f"gated_delta_rule: q {q.shape}, k {k.shape} and v {v.shape} must be [batch, seq, heads, dim], q and k alike."
+        )
+    if v.shape[2] % q.shape[2]:
+        raise InputError(
+            f"gated_delta_rule: {v.shape[2]} value heads are no multiple of {q.shape[2]} query and key heads."
+        )
+    if g.shape != v.shape[:3] or beta.shape != v.shape[:3]:
+        raise InputError(
+            f"gated_delta_rule: g {g.shape} and beta {beta.shape} must be [batch, seq, value heads] = {v.shape[:3]}."
+        )
+    if segment_ids is not None and segment_ids.shape != q.shape[:2]:
+        raise InputError(
+            f"gated_delta_rule: segment_ids {segment_ids.shape} must be [batch, seq] = {q.shape[:2]}."
+        )
+
+
+def _product(pattern: str, *operands: jax.Array) -> jax.Array:
+    return jnp.einsum(pattern, *operands, precision=jax.lax.Precision.HIGHEST)
+
+
+class _Chunks(NamedTuple):
+    """Everything by chunk, fp32: q, k, v [chunks, batch, value_heads, C, dim]; the others as in the file's formulas,
+    [.., C], `pairs` (D) [.., C, C] and `through` (γ) [chunks, batch, value_heads]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    beta: jax.Array
+    pairs: jax.Array
+    into: jax.Array
+    out_of: jax.Array
+    through: jax.Array
+
+
+def _cut(x: jax.Array, size: int) -> jax.Array:
+    """[batch, seq, heads, ..] -> [chunks, batch, heads, size, ..], zeros behind the last token."""
+    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, 3)
+
+
+def _joined(x: jax.Array, seq: int) -> jax.Array:
+    """The way back."""
+    x = jnp.moveaxis(jnp.moveaxis(x, 3, 2), 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :seq]
+
+
+def _chunks(q, k, v, g, beta, runs, size: int, *, carried: bool = False) -> _Chunks:
+    """`carried`: the first segment continues the state that the first chunk is given."""
+    group = v.shape[2] // k.shape[2]
+    q, k = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (q, k))
+    decay = jnp.cumsum(_cut(g, size), axis=-1)
+    runs = jnp.pad(runs, ((0, 0), (0, -runs.shape[1] % size)), mode="edge")
+    runs = jnp.moveaxis(runs.reshape(runs.shape[0], -1, size), 1, 0)[:, :, None]  # [chunks, batch, 1, size]
+    last = runs[..., -1:]
+    before = jnp.pad(last[:-1], ((1, 0), *((0, 0),) * 3), constant_values=0 if carried else -1)
+    lower = jnp.tril(jnp.ones((size, size), bool))
+    same = (runs[..., :, None] == runs[..., None, :]) & lower
+    end = decay[..., -1:]
+    return _Chunks(
+        *(_cut(x, size) for x in (q, k, v.astype(jnp.float32), beta)),
+        pairs=jnp.exp(jnp.where(same, decay[..., :, None] - decay[..., None, :], -jnp.inf)),
+        into=jnp.where(runs == before, jnp.exp(decay), 0.0),
+        out_of=jnp.where(runs == last, jnp.exp(end - decay), 0.0),
+        through=jnp.where(last == before, jnp.exp(end), 0.0)[..., 0],
+    )
+
+
+def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(A, U, W)."""
+    coupling = c.beta[..., None] * _product("nbhik,nbhjk->nbhij", c.k, c.k) * c.pairs
+    coupling = jnp.tril(coupling, -1)
+    right = jnp.concatenate(
+        [c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1
+    )
+    both = _solve(coupling, right, transposed=False)
+    return coupling, both[..., : c.v.shape[-1]], both[..., c.v.shape[-1] :]
+
+
+def _solve(coupling: jax.Array, right: jax.Array, *, transposed: bool) -> jax.Array:
+    """(I + A)⁻¹ right, or (I + Aᵀ)⁻¹ right: the diagonal of A is not read."""
+    return jax.lax.linalg.triangular_solve(
+        coupling, right, left_side=True, lower=True, transpose_a=transposed, unit_diagonal=True
+    )
+
+
+def _states(c: _Chunks, u: jax.Array, w: jax.Array, state: jax.Array):
+    """(state behind the last chunk, (states in front of every chunk, V of every chunk))."""
+
+    def one_chunk(state, chunk):
+        u, w, leaving, through = chunk
+        written = u - _product("bhik,bhkv->bhiv", w, state)
+        after = through[..., None, None] * state + _product("bhik,bhiv->bhkv", leaving, written)
+        return after, (state, written)
+
+    return jax.lax.scan(one_chunk, state, (u, w, c.out_of[..., None] * c.k, c.through))
+
+
+def _forward(c: _Chunks, scale: float, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(O by chunk, the state at the end)."""
+    _, u, w = _solved(c)
+    after, (states, written) = _states(c, u, w, state)
+    inside = _product("nbhik,nbhjk->nbhij", c.q, c.k) * c.pairs
+    out = _product("nbhik,nbhkv->nbhiv", c.into[..., None] * c.q, states)
+    return scale * (out + _product("nbhij,nbhjv->nbhiv", inside, written)), after
+
+
+def _no_state(c: _Chunks) -> jax.Array:
+    return jnp.zeros((*c.q.shape[1:3], c.q.shape[-1], c.v.shape[-1]), jnp.float32)
+
+
+def _backward(c: _Chunks, scale: float, dout: jax.Array) -> dict[str, jax.Array]:
+    """Gradients by chunk of q, k, v, beta and decay (c of the formulas)."""
+    coupling, u, w = _solved(c)
+    _, (states, written) = _states(c, u, w, _no_state(c))
+    scores = _product("nbhik,nbhjk->nbhij", c.q, c.k)
+    inside = scale * scores * c.pairs
+    arriving, leaving = scale * c.into[..., None] * c.q, c.out_of[..., None] * c.k
+
+    def one_chunk(after, chunk):
+        w, arriving, leaving, through, dout, local = chunk
+        d_written = local + _product("bhik,bhkv->bhiv", leaving, after)
+        before = through[..., None, None] * after + _product("bhik,bhiv->bhkv", arriving, dout)
+        return before - _product("bhik,bhiv->bhkv", w, d_written), (after, d_written)
+
+    local = _product("nbhij,nbhiv->nbhjv", inside, dout)
+    _, (after, d_written) = jax.lax.scan(
+        one_chunk, _no_state(c), (w, arriving, leaving, c.through, dout, local), reverse=True
+    )
+    d_w = -_product("nbhiv,nbhkv->nbhik", d_written, states)
+    x = _solve(coupling, jnp.concatenate([d_written, d_w], axis=-1), transposed=True)
+    x_v, x_k = x[..., : c.v.shape[-1]], x[..., c.v.shape[-1] :]
+    d_coupling = -jnp.tril(
+        _product("nbhiv,nbhjv->nbhij", x_v, u) + _product("nbhik,nbhjk->nbhij", x_k, w), -1
+    )
+    d_inside = _product("nbhiv,nbhjv->nbhij", dout, written)
+    d_arriving = _product("nbhiv,nbhkv->nbhik", dout, states)  # of e q, but for the scale
+    d_leaving = _product("nbhiv,nbhkv->nbhik", written, after)
+
+    d_scores = scale * d_inside * c.pairs
+    d_keys = c.beta[..., None] * d_coupling * c.pairs  # of k_i·k_j
+    entering = c.beta * c.into
+    dq = scale * c.into[..., None] * d_arriving + _product("nbhij,nbhjk->nbhik", d_scores, c.k)
+    dk = entering[..., None] * x_k + c.out_of[..., None] * d_leaving
+    dk = dk + _product("nbhij,nbhik->nbhjk", d_scores, c.q)
+    dk = dk + _product("nbhij,nbhjk->nbhik", d_keys + jnp.swapaxes(d_keys, -1, -2), c.k)
+    keys = _product("nbhik,nbhjk->nbhij", c.k, c.k)
+    d_beta = jnp.sum(x_v * c.v, -1) + c.into * jnp.sum(x_k * c.k, -1)
+    d_beta = d_beta + jnp.sum(d_coupling * keys * c.pairs, -1)
+    # Of the exponents: e and D's rows add, D's columns and w subtract, the last token gets what w and γ add.
+    d_pairs = d_inside * inside + d_coupling * coupling
+    d_out_of = jnp.sum(d_leaving * leaving, -1)
+    d_decay = jnp.sum(d_pairs, -1) - jnp.sum(d_pairs, -2) - d_out_of
+    d_decay = d_decay + jnp.sum(d_arriving * arriving, -1) + entering * jnp.sum(x_k * c.k, -1)
+    d_end = jnp.sum(d_out_of, -1) + c.through * jnp.sum(states * after, (-1, -2))
+    d_decay = d_decay.at[..., -1].add(d_end)
+    return {"q": dq, "k": dk, "v": c.beta[..., None] * x_v, "beta": d_beta, "decay": d_decay}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_delta_rule(scale, q, k, v, g, beta, runs):
+    c = _chunks(q, k, v, g, beta, runs, CHUNK)
+    out, _ = _forward(c, scale, _no_state(c))
+    return _joined(out, q.shape[1]).astype(v.dtype)
+
+
+def _gated_delta_rule_forward(scale, *inputs):
+    return _gated_delta_rule(scale, *inputs), inputs
+
+
+def _gated_delta_rule_backward(scale, inputs, dout):
+    q, k, v, g, beta, runs = inputs
+    c = _chunks(q, k, v, g, beta, runs, CHUNK)
+    found = _backward(c, scale, _cut(dout.astype(jnp.float32), CHUNK))
+    dg = jnp.cumsum(found["decay"][..., ::-1], axis=-1)[..., ::-1]
+    dq, dk, dv, d_beta, dg = (
+        _joined(x, q.shape[1]) for x in (found["q"], found["k"], found["v"], found["beta"], dg)
+    )
+    return _group_sum(dq, q), _group_sum(dk, k), dv.astype(v.dtype), dg, d_beta, None
+
+
+def _group_sum(gradient: jax.Array, of: Any) -> jax.Array:
+    """Gradients of value heads added up over those that share a head of q or k."""
+    batch, seq, heads, dim = of.shape
+    return jnp.sum(gradient.reshape(batch, seq, heads, -1, dim), axis=3).astype(of.dtype)
+
+
+_gated_delta_rule.defvjp(_gated_delta_rule_forward, _gated_delta_rule_backward)

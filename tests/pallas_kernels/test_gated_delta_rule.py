@@ -1,0 +1,107 @@
+"""gated_delta_rule: chunks against one token after the other, and what segments must cut."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels.gated_delta_rule import (
+    continue_gated_delta_rule,
+    gated_delta_rule,
+    gated_delta_rule_reference,
+)
+from tests.pallas_kernels.comparison import assert_matches_oracle, normal, saved_shapes
+from tests.tolerances import assert_close
+
+NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
+# batch, seq, heads, value heads, dk, dv: under a chunk, a chunk and a bit, several with grouped heads.
+SHAPES = [(1, 5, 1, 1, 4, 6), (2, 70, 1, 2, 8, 5), (1, 200, 2, 6, 12, 16)]
+
+
+def arguments(shape, dtype="float32", *, alike=0.0):
+    """Keys of length one, decays from nearly none to nearly all; `alike` of every key is one and the same vector."""
+    batch, seq, heads, value_heads, dk, dv = shape
+    q, k = normal(0, (batch, seq, heads, dk)), normal(1, (batch, seq, heads, dk))
+    k = k + alike * normal(7, (dk,))
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    v = normal(2, (batch, seq, value_heads, dv))
+    g = -jax.nn.softplus(normal(3, (batch, seq, value_heads), scale=3.0) - 3.0)
+    beta = jax.nn.sigmoid(normal(4, (batch, seq, value_heads), scale=2.0))
+    return q.astype(dtype), k.astype(dtype), v.astype(dtype), g, beta
+
+
+def segments(batch, seq, *cuts):
+    ids = np.zeros((batch, seq), np.int32)
+    for cut in cuts:
+        ids[-1, cut:] += 1
+    return jnp.asarray(ids)
+
+
+def assert_shape_matches(shape, dtype="float32", segment_ids=None, *, alike=0.0, **options):
+    given = arguments(shape, dtype, alike=alike)
+    op = functools.partial(gated_delta_rule, segment_ids=segment_ids, **options)
+    oracle = functools.partial(gated_delta_rule_reference, segment_ids=segment_ids)
+    assert_matches_oracle(op, oracle, given, normal(5, given[2].shape, dtype), dtype, NAMES)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_chunks_match_the_recurrence(shape):
+    assert_shape_matches(shape)
+
+
+def test_chunks_match_the_recurrence_in_bf16():
+    assert_shape_matches(SHAPES[1], "bfloat16")
+
+
+def test_segments_that_start_inside_at_the_edge_of_and_across_chunks():
+    assert_shape_matches(SHAPES[2], segment_ids=segments(1, 200, 30, 33, 64, 150))
+
+
+def test_keys_that_are_nearly_one_vector():
+    assert_shape_matches((1, 130, 1, 1, 8, 4), alike=10.0)
+
+
+def test_a_packed_document_is_the_document_alone():
+    given = arguments((1, 150, 2, 2, 8, 8))
+    packed = gated_delta_rule(*given, segment_ids=segments(1, 150, 70))
+    alone = gated_delta_rule(*(x[:, 70:] for x in given))
+    assert_close(packed[:, 70:], alone)
+
+
+def test_the_same_id_again_is_another_segment():
+    given, ids = arguments((1, 90, 1, 1, 8, 8)), jnp.asarray([[0] * 20 + [1] * 50 + [0] * 20])
+    assert_close(
+        gated_delta_rule(*given, segment_ids=ids),
+        gated_delta_rule_reference(*given, segment_ids=segments(1, 90, 20, 70)),
+    )
+
+
+def test_a_state_carries_on_and_padding_leaves_it_alone():
+    given, state = arguments((2, 90, 1, 2, 8, 4)), jnp.zeros((2, 2, 8, 4))
+    first = [x[:, :75] for x in given]
+    padded = [jnp.pad(x, ((0, 0), (0, 5), *((0, 0),) * (x.ndim - 2))) for x in first]
+    _, state = continue_gated_delta_rule(*padded, state)
+    second, _ = continue_gated_delta_rule(*(x[:, 75:] for x in given), state)
+    assert_close(second, gated_delta_rule_reference(*given)[:, 75:])
+
+
+def test_saves_its_inputs_only():
+    given = arguments(SHAPES[0])
+    runs = given[0].shape[:2]
+    assert saved_shapes(gated_delta_rule, *given) == sorted([*(x.shape for x in given), runs])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v, g, b: (q, k[..., :2], v, g, b), "q and k alike"),
+        (lambda q, k, v, g, b: (q, k, v[:, :, :1], g[:, :, :1], b[:, :, :1]), "no multiple"),
+        (lambda q, k, v, g, b: (q, k, v, g[..., 0], b), "value heads"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(InputError, match=message):
+        gated_delta_rule(*change(*arguments((1, 5, 2, 4, 4, 6))))
