@@ -30,7 +30,7 @@ from pronghorn.training.checkpoints import (
     check_settings,
     restore,
 )
-from pronghorn.training.config import TrainConfig
+from pronghorn.training.compile_run import compile_run
 from pronghorn.training.flat_tree import as_tree
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
@@ -40,7 +40,7 @@ from pronghorn.training.interruption import Interruption
 from pronghorn.training.losses import step_batch
 from pronghorn.training.metrics import JsonLines, MetricsBuffer, Progress, peak_device_bytes
 from pronghorn.training.result import Evaluation, TrainResult
-from pronghorn.training.step import TrainState, compile_step, compute_dtypes
+from pronghorn.training.step import TrainState, compute_dtypes
 from pronghorn.training.trackers import Trackers
 
 # An adapter's A has a gradient once its B has moved; with a warm-up that takes two updates. Ten is patience enough.
@@ -98,42 +98,8 @@ class Run:
             check_settings(checkpoint, self.settings)
         self.names = leaf_names(trainable, model)
         self.dtypes = compute_dtypes(trainable)
-        batch = trainer.loader.batch_at(0)
         self.frozen_leaves = jax.tree.leaves(self.frozen)
-        evaluation = trainer._compiled_evaluation(trainable, self.frozen)
-
-        def build(config: TrainConfig) -> tuple[memory_plan.MemoryPlan, Any]:
-            prepared = memory_plan.prepare_step(self.graph, trainable, config, self.total, dtype=model.dtype)
-            compiled = compile_step(
-                prepared.step,
-                prepared.state,
-                self.frozen,
-                step_batch(batch, trainer.data.packing),
-                deterministic=config.deterministic,
-                memory_policy=config.memory_policy,
-            )
-            plan = memory_plan.plan_from_compiled(
-                model.config,
-                compiled.executable,
-                prepared.state,
-                trainable,
-                self.frozen,
-                batch["input_ids"].shape,
-                memory_policy=config.memory_policy,
-                compile_seconds=compiled.seconds,
-                evaluation=evaluation,
-            )
-            return plan, (prepared, compiled)
-
-        self.plan, (prepared, self.compiled) = memory_plan.build_with_policy(
-            model.config,
-            config,
-            build,
-            trainable,
-            self.frozen,
-            batch["input_ids"].shape,
-            dtype=model.dtype,
-        )
+        self.plan, prepared, self.compiled = compile_run(trainer, self.graph, trainable, self.frozen)
         if config.save_every is not None:
             # The newest is written before the oldest goes.
             check_free_space(
