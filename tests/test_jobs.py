@@ -11,7 +11,8 @@ from pronghorn.converters import peft
 from pronghorn.converters.huggingface import load, load_model
 from pronghorn.data import DataConfig
 from pronghorn.errors import InputError, RunError
-from pronghorn.lora import LoRAConfig, add_lora, merge, select, split
+from pronghorn.lora import LoRAConfig, add_lora, merge, split
+from pronghorn.lora_sites import select
 from pronghorn.models import Decoder
 from pronghorn.training import TrainConfig, Trainer
 from tests import tiny

@@ -10,17 +10,8 @@ import pytest
 
 from pronghorn.errors import InputError
 from pronghorn.fingerprint import base_hash, same_base
-from pronghorn.lora import (
-    LoRAConfig,
-    LoRAParam,
-    add_lora,
-    merge,
-    merge_lora,
-    select,
-    shallow_copy,
-    sites,
-    split,
-)
+from pronghorn.lora import LoRAConfig, LoRAParam, add_lora, merge, merge_lora, shallow_copy, split
+from pronghorn.lora_sites import select, sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import assign, flat_arrays, named_parameters

@@ -11,7 +11,8 @@ from pronghorn.converters.huggingface import load_model, original_weights
 from pronghorn.converters.merged import save_merged
 from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.errors import InputError
-from pronghorn.lora import LoRAConfig, Site, add_lora, merge, merge_lora, remove_lora, sites, split
+from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, remove_lora, split
+from pronghorn.lora_sites import Site, sites
 from pronghorn.lora_start import start_factors
 from pronghorn.models import Decoder, named_parameters
 from pronghorn.training.guards import leaf_names

@@ -11,7 +11,7 @@ from pronghorn.converters.combine import combine_adapters
 from pronghorn.converters.huggingface import load_model
 from pronghorn.converters.peft import load_adapter
 from pronghorn.errors import InputError
-from pronghorn.lora import sites
+from pronghorn.lora_sites import sites
 from tests.converters import tiny_models
 from tests.converters.test_peft import peft_logits, peft_made, transformers_model
 from tests.tolerances import MODEL_LOGITS

@@ -13,7 +13,8 @@ import safetensors.numpy
 from pronghorn.converters.huggingface import load, load_model
 from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.errors import InputError
-from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, sites, split
+from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
+from pronghorn.lora_sites import sites
 from tests.converters import tiny_models
 from tests.tolerances import MODEL_LOGITS
 

@@ -13,7 +13,8 @@ from pronghorn.converters.peft_config import read_config
 from pronghorn.converters.peft_sites import peft_sites
 from pronghorn.converters.safetensors_files import read_header
 from pronghorn.errors import InputError
-from pronghorn.lora import LoRAConfig, add_lora, attach, merge_lora, sites
+from pronghorn.lora import LoRAConfig, add_lora, attach, merge_lora
+from pronghorn.lora_sites import sites
 from pronghorn.models import flat_arrays
 from pronghorn.models.families import family_named
 from pronghorn.models.tensor_names import by_our_names

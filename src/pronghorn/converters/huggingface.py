@@ -18,6 +18,8 @@ import numpy as np
 
 from pronghorn.converters import bitsandbytes
 from pronghorn.converters.carried_files import carry_files, load_tokenizer, write_manifest, written_by_us
+from pronghorn.converters.folder_tensors import cut_tensors, keep_dtypes, match_tensors
+from pronghorn.converters.lazy_weights import LazyWeights, cast
 from pronghorn.converters.quantized_weights import (
     check_scales,
     in_8_bits,
@@ -39,7 +41,8 @@ from pronghorn.converters.sources import resolve_model_path
 from pronghorn.converters.text_towers import WRAPPERS, text_config, tower_tensors
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder
-from pronghorn.lora import merged_config, merged_weight, sites
+from pronghorn.lora import merged_config, merged_weight
+from pronghorn.lora_sites import sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
 from pronghorn.models.families import family_for, family_named
@@ -51,7 +54,6 @@ __all__ = ["load", "load_model", "load_tokenizer", "read_config", "resolve_model
 
 DTYPES = ("bfloat16", "float16", "float32")
 _MAX_CONFIG_BYTES = 1 << 24
-_NAMED = 5
 
 
 def load(
@@ -129,7 +131,7 @@ def load_model(
             sizes[stored[theirs].dtype.name] += stored[theirs].nbytes
     commonest = next((name for name, _ in sizes.most_common() if name in DTYPES), "float32")
     model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")
-    table = _match_tensors(folder, model, names, stored)
+    table = match_tensors(folder, model, names, stored)
     for name, tensor in table.items():
         if tensor.dtype.name not in DTYPES and not (dtype and tensor.dtype.name == "float64"):
             raise InputError(
@@ -137,14 +139,14 @@ def load_model(
                 "use a checkpoint that is not quantised, or give a dtype."
             )
     if dtype is None and len(sizes) > 1:
-        _keep_dtypes(folder, model, table)
+        keep_dtypes(folder, model, table)
     ways: dict[str, QuantizationConfig] = {}
     if quantization is not None and not any(isinstance(t, bitsandbytes.QuantizedTensor) for t in table.values()):
         ways = choose(named_parameters(model), names, quantization)
     forms = quantized_forms(folder, table, quantization, ways, dtype, commonest)
     make_abstract(named_parameters(model), forms)
     with ReadAhead(table, (name for name in reading_order(model) if name in table)) as files:
-        assign(model, _LazyWeights(files, table, dtype, forms, ways))
+        assign(model, LazyWeights(files, table, dtype, forms, ways))
     check_scales(folder, model, forms)
     wrapped = any(name not in joined for name in tower)
     model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=wrapped)
@@ -293,7 +295,7 @@ def write_model(
 
     def fetch(tensor_name: str) -> np.ndarray:
         array = np.asarray(value_of(ours[tensor_name]))
-        return array if target is None else _cast(array, np.dtype(target), tensor_name)
+        return array if target is None else cast(array, np.dtype(target), tensor_name)
 
     # What the family stores as one tensor is put together again.
     fused = family.fused_tensors(config)
@@ -340,91 +342,6 @@ def write_model(
     )
 
 
-def cut_tensors(
-    stored: Mapping[str, Any], fused: Mapping[str, tuple[tuple[str, int], ...]]
-) -> dict[str, Any]:
-    """The tensors of a folder, each one that holds several cut into these: rows lie one after the other in the file.
-
-    Raises:
-      InputError: a tensor does not have the rows of its parts, or is quantised in blocks that two of them share.
-    """
-    cut = dict(stored)
-    for name, parts in fused.items():
-        if name not in cut:
-            continue
-        tensor = cut.pop(name)
-        if tensor.shape[:1] != (sum(rows for _, rows in parts),):
-            raise InputError(
-                f"{tensor.file}: {name} has shape {list(tensor.shape)} and config.json asks for "
-                f"{sum(rows for _, rows in parts)} rows; config.json belongs to another model."
-            )
-        if isinstance(tensor, bitsandbytes.QuantizedTensor):
-            first = 0
-            for part, rows in parts:
-                cut[part] = tensor.rows(first, rows)
-                first += rows
-            continue
-        offset = tensor.offset
-        for part, rows in parts:
-            cut[part] = dataclasses.replace(tensor, shape=(rows, *tensor.shape[1:]), offset=offset)
-            offset += cut[part].nbytes
-    return cut
-
-
-class _LazyWeights(Mapping[str, Any]):
-    """`{our name: array or quantised weight}`, read (and quantised on the device) as each is asked for."""
-
-    def __init__(
-        self,
-        files: ReadAhead,
-        table: Mapping[str, Any],
-        dtype: str | None,
-        forms: Mapping[str, QuantizedArray],
-        ways: Mapping[str, QuantizationConfig],
-    ):
-        self._files = files
-        self._table = table
-        self._on_device: deque[Any] = deque()
-        self._forms = forms
-        self._ways = ways
-        self._dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
-
-    def __getitem__(self, name: str) -> Any:
-        array = self._files.read(name)
-        if is_quantized(array):
-            return dataclasses.replace(array, dtype_name=self._forms[name].dtype_name)
-        array = array if self._dtype is None else _cast(array, self._dtype, name)
-        if name in self._ways:
-            # Copies and quantisers are queued, not waited for; but no more than three 16-bit copies may be there.
-            self._on_device.append(quantize(jnp.asarray(array), self._ways[name]))
-            if len(self._on_device) > 2:
-                jax.block_until_ready(self._on_device.popleft())
-            return self._on_device[-1]
-        return array
-
-    def __contains__(self, name: object) -> bool:  # Mapping's own would read the tensor
-        return name in self._table
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-
-def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """`array` in `dtype`; a finite value that float16 cannot hold is refused instead of becoming infinite."""
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if dtype == np.float16 and np.isinf(result).any() and not np.isinf(array).any():
-        raise InputError(
-            f"{name} has values beyond 65504, which float16 cannot hold; use bfloat16 or float32."
-        )
-    return result
-
-
 def _dtype_name(dtype: Any) -> str | None:
     if dtype is None:
         return None
@@ -435,68 +352,6 @@ def _dtype_name(dtype: Any) -> str | None:
     if name not in DTYPES:
         raise InputError(f"dtype={name!r} is not supported; use one of {', '.join(DTYPES)}.")
     return name
-
-
-def _match_tensors(
-    folder: Path, model: Decoder, names: Mapping[str, str], stored: Mapping[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """{our name: stored tensor}, after every name and shape has been compared with the architecture."""
-    config = model.config
-    shapes = {name: parameter.shape for name, parameter in named_parameters(model).items()}
-    missing = [theirs for theirs in names.values() if theirs not in stored]
-    expected = set(names.values())
-    extra = [name for name in stored if name not in expected and not name.endswith("rotary_emb.inv_freq")]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        _check_tied_copy(folder, stored["lm_head.weight"], stored.get(names["embed_tokens.weight"]))
-        extra.remove("lm_head.weight")
-    if missing:
-        raise InputError(
-            f"{folder}: the weights lack {_listed(missing)}, which config.json asks for; "
-            "the download is incomplete or config.json belongs to another model."
-        )
-    if extra:
-        raise InputError(
-            f"{folder}: the weights have {_listed(extra)}, which config.json does not describe; "
-            "config.json belongs to another model."
-        )
-    rows = stored[names["embed_tokens.weight"]].shape[:1]
-    if rows != (config.vocab_size,) and len(stored[names["embed_tokens.weight"]].shape) == 2:
-        raise InputError(
-            f"{folder}: the embedding has {rows[0]} rows and config.json says vocab_size {config.vocab_size}; "
-            f"set vocab_size to {rows[0]} if the weights are right."
-        )
-    for name, theirs in names.items():
-        if stored[theirs].shape != shapes[name]:
-            raise InputError(
-                f"{stored[theirs].file}: {theirs} has shape {list(stored[theirs].shape)} and config.json asks for "
-                f"{list(shapes[name])}; config.json belongs to another model."
-            )
-    return {name: stored[theirs] for name, theirs in names.items()}
-
-
-def _check_tied_copy(folder: Path, head: StoredTensor, embedding: StoredTensor | None) -> None:
-    """A tied checkpoint may hold the head a second time, as long as it is the same."""
-    same = embedding is not None and (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    if not same or head.read().tobytes() != embedding.read().tobytes():  # type: ignore[union-attr]
-        raise InputError(
-            f"{folder}: config.json says that lm_head.weight is the embedding, and the file has another one; "
-            'set "tie_word_embeddings": false in config.json if the file is right.'
-        )
-
-
-def _keep_dtypes(folder: Path, model: Decoder, table: Mapping[str, StoredTensor]) -> None:
-    """Give the abstract leaves of `model` the dtypes of their tensors, where a checkpoint mixes them."""
-    seen: dict[int, tuple[str, np.dtype]] = {}
-    for name, parameter in named_parameters(model).items():
-        dtype = table[name].dtype
-        first, first_dtype = seen.setdefault(id(parameter.variable), (name, dtype))
-        if dtype != first_dtype:
-            raise InputError(
-                f"{folder}: {first} is {first_dtype.name} and {name} is {dtype.name}, which one stack cannot hold; "
-                'give a dtype, or layers="unrolled".'
-            )
-        leaf = parameter.variable.get_value()
-        parameter.variable.set_value(jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)))
 
 
 def _config_text(model: Decoder, config: DecoderConfig, dtype: str) -> str:
@@ -524,8 +379,3 @@ def _config_text(model: Decoder, config: DecoderConfig, dtype: str) -> str:
             "config.json: the model's architecture cannot be written as Hugging Face keys; report this."
         )
     return json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more

@@ -24,7 +24,8 @@ from pronghorn.converters.safetensors_files import DEFAULT_SHARD_BYTES
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder, write_json
 from pronghorn.fingerprint import base_hash, same_base
-from pronghorn.lora import attach, merge, remove_lora, sites, split
+from pronghorn.lora import attach, merge, remove_lora, split
+from pronghorn.lora_sites import sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
 from pronghorn.new_tokens import with_tokens

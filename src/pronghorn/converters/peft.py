@@ -60,7 +60,8 @@ from pronghorn.converters.text_towers import tower_name
 from pronghorn.errors import InputError
 from pronghorn.files import new_folder
 from pronghorn.fingerprint import base_hash, same_base
-from pronghorn.lora import EMBEDDING, HEAD, AdapterInfo, Factors, Site, adapter_scale, attach, sites
+from pronghorn.lora import EMBEDDING, HEAD, AdapterInfo, adapter_scale, attach
+from pronghorn.lora_sites import Factors, Site, sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
 from pronghorn.new_tokens import with_tokens

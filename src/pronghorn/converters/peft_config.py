@@ -12,7 +12,8 @@ from typing import Any
 
 from pronghorn.converters.peft_sites import FusedSite, alpha_of
 from pronghorn.errors import InputError
-from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo, Factors, Site, sites
+from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo
+from pronghorn.lora_sites import Factors, Site, sites
 from pronghorn.models.decoder import Decoder
 
 CONFIG_NAME = "adapter_config.json"

@@ -18,7 +18,8 @@ import numpy as np
 
 from pronghorn.converters.text_towers import wrapped_name
 from pronghorn.errors import InputError
-from pronghorn.lora import Factors, Site, adapter_scale, sites
+from pronghorn.lora import adapter_scale
+from pronghorn.lora_sites import Factors, Site, sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.families import family_named
 

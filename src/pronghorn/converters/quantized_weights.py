@@ -18,7 +18,8 @@ import numpy as np
 from pronghorn.converters import bitsandbytes, fp8_checkpoints
 from pronghorn.converters.safetensors_files import StoredTensor
 from pronghorn.errors import InputError
-from pronghorn.lora import merged_weight, sites
+from pronghorn.lora import merged_weight
+from pronghorn.lora_sites import sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization import FP8Array, Int8Array, QuantizationConfig, is_quantized, quantize
