@@ -183,3 +183,22 @@ class WeightShape(NamedTuple):
 
 
 TUNED_NF4 = (WeightShape("Llama-3.1-8B up_proj", 14336, 4096),)
+
+
+class GroupedShape(NamedTuple):
+    """grouped_linear: x [rows, inputs] in groups of `sizes`, weight [groups, outputs, inputs]; rank of the adapter."""
+
+    name: str
+    sizes: tuple[int, ...]
+    rows: int
+    inputs: int
+    outputs: int
+    rank: int
+
+
+SMALL_GROUPED = (
+    GroupedShape("one row", (1,), 1, 3, 2, 1),
+    GroupedShape("one-row and empty groups", (0, 1, 5, 0, 1), 7, 21, 11, 3),
+    GroupedShape("all rows in one group", (0, 19, 0), 19, 16, 37, 2),
+    GroupedShape("several blocks, rows left over", (17, 0, 35, 1), 61, 40, 70, 5),
+)

@@ -1,0 +1,132 @@
+"""Products of rows sorted by group with one matrix a group: what a mixture of experts multiplies.
+
+Rows of X [rows, i] lie sorted by group; group g holds rows s_g .. e_g, from `group_sizes`. Rows past the last group's
+belong to none. With W [groups, o, i], and P Q the low-rank part that an adapter adds:
+
+    by_rows:             Y_row = X_row W_gᵀ + P_row Q_gᵀ + b_g      W [groups, o, i], Q [groups, o, r]
+    by_columns:          Y_row = X_row W_g  + P_row Q_g             W [groups, i, o], Q [groups, r, o]
+    over_rows:           D_g = Σ_{row in g} A_rowᵀ B_row            [groups, a, b]
+
+so both directions of a layer read the same array, no matrix is transposed in memory, and no sum of W and an adapter's
+product is formed. Sums are in fp32; a row of no group gives zeros, an empty group a D of zeros.
+
+"xla" is `jax.lax.ragged_dot_general`, which a CPU and an interpreter of small sizes are served by.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import launch
+
+
+class LowRank(NamedTuple):
+    """What is added to a product: P [rows, r], and Q [groups, o, r] or [groups, r, o], as W lies."""
+
+    rows: jax.Array
+    matrices: jax.Array
+
+
+def by_rows(
+    x: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    lowrank: LowRank | None = None,
+    bias: jax.Array | None = None,
+    *,
+    dtype: Any = None,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """X_row W_gᵀ + P_row Q_gᵀ + b_g.
+
+    Args:
+      x: [rows, i]; bf16, fp16 or fp32.
+      weight: [groups, o, i] in the dtype of x.
+      group_sizes: int32 [groups]; their sum is at most rows.
+      lowrank: in the dtype of x.
+      bias: [groups, o].
+      dtype: of the result; that of x by default.
+      implementation: "pallas", "xla", or None: the kernel on a GPU.
+
+    Returns:
+      [rows, o].
+
+    Raises:
+      InputError: where shapes do not fit each other.
+    """
+    return _product(x, weight, group_sizes, lowrank, bias, dtype or x.dtype, implementation, transposed=True)
+
+
+def by_columns(
+    x: jax.Array,
+    weight: jax.Array,
+    group_sizes: jax.Array,
+    lowrank: LowRank | None = None,
+    *,
+    dtype: Any = None,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """X_row W_g + P_row Q_g -> [rows, o]; like `by_rows` with weight [groups, i, o]."""
+    return _product(x, weight, group_sizes, lowrank, None, dtype or x.dtype, implementation, transposed=False)
+
+
+def over_rows(
+    a: jax.Array,
+    b: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    dtype: Any = jnp.float32,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """Σ_{row in g} A_rowᵀ B_row -> [groups, a, b] of `dtype`, for A [rows, a] and B [rows, b] of one dtype.
+
+    Raises:
+      InputError: where shapes do not fit each other.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[0] or a.dtype != b.dtype:
+        raise InputError(
+            f"over_rows: {a.dtype}{a.shape} and {b.dtype}{b.shape} must be [rows, columns] of the same rows and dtype."
+        )
+    launch.resolve(implementation, available=("xla",), default_gpu="xla")
+    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+    return lax.ragged_dot_general(
+        a, b, group_sizes, dims, precision=_precision(a), preferred_element_type=jnp.float32
+    ).astype(dtype)
+
+
+def group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
+    """int32 [rows]: the group of each row, and the number of groups for a row of none."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right").astype(jnp.int32)
+
+
+def _precision(x):
+    """fp32 products are fp32's, as in the kernels."""
+    return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _product(x, weight, group_sizes, lowrank, bias, dtype, implementation, *, transposed):
+    groups, inner = weight.shape[0], weight.shape[2 if transposed else 1]
+    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != inner or group_sizes.shape != (groups,):
+        raise InputError(
+            f"grouped product: x {x.shape}, weight {weight.shape} and group_sizes {group_sizes.shape} do not fit; "
+            f"they must be [rows, i], {'[groups, o, i]' if transposed else '[groups, i, o]'} and [groups]."
+        )
+    launch.resolve(implementation, available=("xla",), default_gpu="xla")
+    y = _ragged(x, weight, group_sizes, transposed)
+    if lowrank is not None:
+        y += _ragged(lowrank.rows, lowrank.matrices, group_sizes, transposed)
+    if bias is not None:
+        padded = jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))
+        y += padded[group_of_rows(group_sizes, x.shape[0])]
+    return y.astype(dtype)
+
+
+def _ragged(x, weight, group_sizes, transposed):
+    """One product by XLA, in fp32."""
+    dims = lax.RaggedDotDimensionNumbers((((1,), (2 if transposed else 1,)), ((), ())), [0], [0])
+    return lax.ragged_dot_general(
+        x, weight, group_sizes, dims, precision=_precision(x), preferred_element_type=jnp.float32
+    )

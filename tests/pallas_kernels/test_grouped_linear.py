@@ -1,0 +1,107 @@
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import shapes
+from pronghorn.pallas_kernels.grouped_linear import grouped_linear, grouped_linear_reference
+from tests.pallas_kernels.comparison import (
+    assert_matches_oracle,
+    gradient,
+    normal,
+    saved_shapes,
+    shapes_computed,
+)
+
+NAMES = ("y", "dx", "dweight", "dlora_a", "dlora_b", "dbias")
+IMPLEMENTATIONS = ("xla",)
+
+
+def inputs(shape, dtype="float32", master="float32"):
+    """x, weight, A, B, bias of one `GroupedShape`."""
+    groups = len(shape.sizes)
+    return (
+        normal(0, (shape.rows, shape.inputs), dtype),
+        normal(1, (groups, shape.outputs, shape.inputs), dtype, 0.3),
+        normal(2, (groups, shape.rank, shape.inputs), master, 0.3),
+        normal(3, (groups, shape.outputs, shape.rank), master, 0.3),
+        normal(4, (groups, shape.outputs), dtype),
+    )
+
+
+def ops(shape, implementation):
+    """The op and its oracle as functions of `inputs`."""
+    sizes = jnp.asarray(shape.sizes, jnp.int32)
+
+    def op(x, weight, a, b, bias):
+        return grouped_linear(x, weight, sizes, a, b, scale=1.5, bias=bias, implementation=implementation)
+
+    def oracle(x, weight, a, b, bias):
+        return grouped_linear_reference(x, weight, sizes, a, b, scale=1.5, bias=bias)
+
+    return op, oracle
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", shapes.SMALL_GROUPED, ids=lambda shape: shape.name)
+def test_values_and_gradients_equal_the_oracle(shape, implementation):
+    op, oracle = ops(shape, implementation)
+    cotangent = normal(9, (shape.rows, shape.outputs))
+    assert_matches_oracle(op, oracle, inputs(shape), cotangent, "float32", NAMES)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bits_equal_the_oracle(dtype, implementation):
+    shape = shapes.SMALL_GROUPED[-1]
+    op, oracle = ops(shape, implementation)
+    cotangent = normal(9, (shape.rows, shape.outputs), dtype)
+    assert_matches_oracle(op, oracle, inputs(shape, dtype), cotangent, dtype, NAMES)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_of_no_group_are_zero_whatever_they_hold(implementation):
+    shape = shapes.SMALL_GROUPED[-1]
+    held = sum(shape.sizes)
+    assert held < shape.rows
+    op, _ = ops(shape, implementation)
+    x, *rest = inputs(shape)
+    poisoned = x.at[held:].set(jnp.nan)
+    cotangent = normal(9, (shape.rows, shape.outputs))
+    y, pull = jax.vjp(op, x, *rest)
+    other, other_pull = jax.vjp(op, poisoned, *rest)
+    assert not jnp.any(y[held:]) and jnp.array_equal(y, other)
+    for name, a, b in zip(NAMES[1:], pull(cotangent), other_pull(cotangent), strict=True):
+        assert jnp.array_equal(a, b), name
+    assert not jnp.any(pull(cotangent)[0][held:])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_frozen_weights_get_no_gradient_and_no_matrix_of_their_size_is_computed(implementation):
+    shape = shapes.GroupedShape("frozen", (3, 0, 6), 9, 24, 40, 2)
+    x, weight, a, b, _ = inputs(shape)
+    sizes = jnp.asarray(shape.sizes, jnp.int32)
+
+    def op(x, a, b):
+        return grouped_linear(x, weight, sizes, a, b, implementation=implementation)
+
+    computed = shapes_computed(gradient(op), x, a, b)
+    groups = len(shape.sizes)
+    assert (groups, 40, 24) not in computed and (40, 24) not in computed
+    assert saved_shapes(op, x, a, b).count((9, 24)) == 1  # X, and nothing else of its size
+    assert (9, 2) in saved_shapes(op, x, a, b)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, weight, a, b, bias = inputs(shapes.SMALL_GROUPED[1])
+    sizes = jnp.asarray(shapes.SMALL_GROUPED[1].sizes, jnp.int32)
+    with pytest.raises(InputError, match="weight"):
+        grouped_linear(x[:, 1:], weight, sizes)
+    with pytest.raises(InputError, match="group_sizes"):
+        grouped_linear(x, weight, sizes[1:])
+    with pytest.raises(InputError, match="both"):
+        grouped_linear(x, weight, sizes, a)
+    with pytest.raises(InputError, match="lora_b"):
+        grouped_linear(x, weight, sizes, a, b[:, 1:])
+    with pytest.raises(InputError, match="bias"):
+        grouped_linear(x, weight, sizes, bias=bias[:1])
