@@ -119,10 +119,7 @@ def test_lowers_for_an_h100_to_a_product_of_fp8_operands():
     assert "f8E5M2" in products[1]
 
 
-OPTIONS = {
-    "xla_gpu_enable_triton_gemm": False,
-    "xla_gpu_dot_merger_threshold_mb": "0",
-}  # as in a training step
+OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": "0"}  # as in a training step
 
 
 def three_products(x, dy, low, residual, codes, scales):

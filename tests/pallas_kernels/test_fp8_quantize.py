@@ -16,7 +16,9 @@ def assert_equal(actual, expected):
 
 
 def both(x, scales):
-    return [jax.jit(lambda x, i=i: fp8_quantize(x, scales, implementation=i))(x) for i in ("pallas", "xla")]
+    return [
+        jax.jit(lambda x, i=i: fp8_quantize(x, scales, implementation=i))(x) for i in ("pallas", "xla")
+    ]
 
 
 @pytest.mark.parametrize("scales,shape", [("row", (2, 3, 70)), ("row", (37, 16)), ("block", (130, 200))])

@@ -51,11 +51,7 @@ def assert_kernels_match(shape, dtype, activation="silu", wanted=("h", *SUMS, *L
     found = jax.jit(backward)(dh, gate, up, factors)
     for name in ("dgate", "dup"):
         largest = getattr(found, f"largest_{name}")
-        assert (
-            largest == jnp.max(jnp.abs(getattr(found, name)))
-            if f"largest_{name}" in wanted
-            else largest is None
-        )
+        assert largest == jnp.max(jnp.abs(getattr(found, name))) if f"largest_{name}" in wanted else largest is None
     for name in ("dgate", "dup", *(name for name in wanted if name not in LARGEST)):
         assert_close(getattr(found, name), expected[name], dtype=dtype, what=name)
     assert all(getattr(found, name) is None for name in ("h", *SUMS) if name not in wanted)
@@ -104,9 +100,7 @@ def test_lowers_for_an_h100(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize(
-    "shape", [*SMALL, (577, 1536, 32, 16), (4096, 8192, 32, 16), (1000, 2050, 128, 64)], ids=str
-)
+@pytest.mark.parametrize("shape", [*SMALL, (577, 1536, 32, 16), (4096, 8192, 32, 16), (1000, 2050, 128, 64)], ids=str)
 def test_matches_oracle_on_a_gpu(shape, dtype):
     with launch.interpret(False):
         assert_kernels_match(shape, dtype)

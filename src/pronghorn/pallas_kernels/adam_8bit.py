@@ -85,15 +85,9 @@ def adam_8bit(
             jax.ShapeDtypeStruct(moment.absmax.shape, jnp.float32),
         ]
     # Moments change in place; so does a gradient that has the update's dtype.
-    aliases = ({3: 1, 4: 2, 5: 3, 6: 4} if in_place else {}) | (
-        {2: 0} if gradient.dtype == jnp.float32 else {}
-    )
+    aliases = ({3: 1, 4: 2, 5: 3, 6: 4} if in_place else {}) | ({2: 0} if gradient.dtype == jnp.float32 else {})
     update, *moments = launch_by_blocks(
-        functools.partial(_kernel, **settings, in_place=in_place),
-        "adam_8bit",
-        gradient.size,
-        tuple(shapes),
-        aliases,
+        functools.partial(_kernel, **settings, in_place=in_place), "adam_8bit", gradient.size, tuple(shapes), aliases
     )(
         scalars,
         lookup_table(),
@@ -137,7 +131,9 @@ def adam_8bit_reference(
 def zero_moment(shape: tuple[int, ...], *, signed: bool) -> Blockwise:
     """A moment of zeros: the code of zero, and scales of zero."""
     zero = ZERO_SIGNED if signed else 0
-    return Blockwise(jnp.full(shape, zero, jnp.uint8), jnp.zeros(num_blocks(math.prod(shape)), jnp.float32))
+    return Blockwise(
+        jnp.full(shape, zero, jnp.uint8), jnp.zeros(num_blocks(math.prod(shape)), jnp.float32)
+    )
 
 
 def _corrections(count, beta1, beta2):

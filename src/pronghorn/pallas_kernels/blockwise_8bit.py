@@ -171,9 +171,7 @@ def encoded(table_ref: Any, x: jax.Array, *, signed: bool) -> jax.Array:
 
 def _with_sign_of(x: jax.Array, magnitude: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x80000000)
-    return jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | bits, jnp.float32
-    )
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | bits, jnp.float32)
 
 
 def _lines(signed: bool) -> list[tuple[float, float]]:

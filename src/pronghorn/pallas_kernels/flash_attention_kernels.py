@@ -81,9 +81,7 @@ def _forward_kernel(
         sink = sinks_ref[pl.program_id(0)].astype(jnp.float32) * LOG2_E
         highest = jnp.maximum(sink, LOWEST)
         maximum = jnp.zeros((b.block_q,), jnp.float32) + highest
-        total = jnp.zeros((b.block_q,), jnp.float32) + exp2(
-            jnp.zeros((b.block_q,), jnp.float32) + (sink - highest), spec
-        )
+        total = jnp.zeros((b.block_q,), jnp.float32) + exp2(jnp.zeros((b.block_q,), jnp.float32) + (sink - highest), spec)
 
     def body(block, _, carry, edge):
         accumulator, maximum, total = carry

@@ -34,7 +34,6 @@ from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.fp8_quantize import Format, fp8_quantize, round_to_fp8
 from pronghorn.pallas_kernels.fp8_transpose import fp8_transpose
 
-
 def fp8_times_transposed(
     x: jax.Array,
     codes: jax.Array,
@@ -156,7 +155,9 @@ def _product(a, codes, axis, scale, dtype, fast, of_rows=None):
     # XLA hands a scalar factor in the dtype of the product to cuBLAS, and not one with a cast behind it. fp16 does not
     # reach as far as scales do.
     narrow = scale.ndim == 0 and dtype != jnp.float16
-    product = jax.lax.dot_general(a, codes, dims, preferred_element_type=dtype if narrow else jnp.float32)
+    product = jax.lax.dot_general(
+        a, codes, dims, preferred_element_type=dtype if narrow else jnp.float32
+    )
     product *= scale.astype(product.dtype)
     if of_rows is not None:
         product *= of_rows.astype(product.dtype)

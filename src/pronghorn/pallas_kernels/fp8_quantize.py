@@ -83,14 +83,8 @@ def fp8_quantize(
       InputError: unknown `scales`, or blocks of what is no matrix.
     """
     if scales not in ("row", "block") or (scales == "block" and x.ndim != 2):
-        raise InputError(
-            f"fp8_quantize: scales={scales!r} must be 'row', or 'block' for a matrix and not {x.shape}."
-        )
-    if (
-        launch.resolve(implementation) == "xla"
-        or not x.size
-        or (scales == "row" and x.shape[-1] > MOST_COLUMNS)
-    ):
+        raise InputError(f"fp8_quantize: scales={scales!r} must be 'row', or 'block' for a matrix and not {x.shape}.")
+    if launch.resolve(implementation) == "xla" or not x.size or (scales == "row" and x.shape[-1] > MOST_COLUMNS):
         return fp8_quantize_reference(x, scales)
     return _launch(x, scales)
 

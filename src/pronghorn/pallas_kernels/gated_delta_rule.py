@@ -205,7 +205,9 @@ def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(A, U, W)."""
     coupling = c.beta[..., None] * _product("nbhik,nbhjk->nbhij", c.k, c.k) * c.pairs
     coupling = jnp.tril(coupling, -1)
-    right = jnp.concatenate([c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1)
+    right = jnp.concatenate(
+        [c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1
+    )
     both = _solve(coupling, right, transposed=False)
     return coupling, both[..., : c.v.shape[-1]], both[..., c.v.shape[-1] :]
 

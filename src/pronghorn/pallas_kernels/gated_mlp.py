@@ -287,9 +287,7 @@ def _gated_mlp_backward(options, residuals, dy):
         (found.dgate, found.dup), passing, saved, others, norm, largest=largest
     )
     of_both = tuple(
-        gradient
-        if db is None
-        else gradient._replace(lora_b=own_rows(db, index, saved["linears"], norm.scales))
+        gradient if db is None else gradient._replace(lora_b=own_rows(db, index, saved["linears"], norm.scales))
         for index, (gradient, db) in enumerate(zip(of_both, dbs, strict=True))
     )
     return dx, dnorm_weight, (*of_both, *of_down)
@@ -303,12 +301,7 @@ def _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options) 
         dh = input_gradient((dy,), g, down)
         return GatedGradients(
             *gated_activation_backward(
-                dh,
-                gate,
-                up,
-                activation=options.activation,
-                with_h=with_h,
-                with_kernel=options.norm.with_kernel,
+                dh, gate, up, activation=options.activation, with_h=with_h, with_kernel=options.norm.with_kernel
             )
         )
     if g is not None:

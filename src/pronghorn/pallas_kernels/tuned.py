@@ -115,8 +115,6 @@ def write(
         for op, by_key in merged.items()
     ]
     head = {"device": device_kind, "compute_capability": capability, "versions": versions}
-    write_atomic(
-        path, json.dumps(head, indent=1)[:-2] + ',\n "choices": {\n' + ",\n".join(lines) + "\n }\n}\n"
-    )
+    write_atomic(path, json.dumps(head, indent=1)[:-2] + ',\n "choices": {\n' + ",\n".join(lines) + "\n }\n}\n")
     read.cache_clear()
     return path
