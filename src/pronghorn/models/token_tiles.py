@@ -58,6 +58,9 @@ def in_token_tiles(
     if count == 1:
         flat = tuple(row.reshape(tokens, -1) for row in rows)
         return function(prepare(operands), flat, 0).reshape(batch, seq, -1)
+    # Tiles that come out even spare copies with padding, if it takes less than twice as many.
+    even = (n for n in range(count, 2 * count) if tokens % n == 0 and tokens // n % _MULTIPLE == 0)
+    count = next(even, count)
     size = cdiv(tokens, count)
     if tokens % count or size % _MULTIPLE:
         size = min(tile_tokens, cdiv(size, _MULTIPLE) * _MULTIPLE)
