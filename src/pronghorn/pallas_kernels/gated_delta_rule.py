@@ -192,8 +192,12 @@ def _chunks(q, k, v, g, beta, runs, size: int, *, carried: bool = False) -> _Chu
     lower = jnp.tril(jnp.ones((size, size), bool))
     same = (runs[..., :, None] == runs[..., None, :]) & lower
     end = decay[..., -1:]
+    q, k, v, beta = (_cut(x, size) for x in (q, k, v.astype(jnp.float32), beta))
     return _Chunks(
-        *(_cut(x, size) for x in (q, k, v.astype(jnp.float32), beta)),
+        q,
+        k,
+        v,
+        beta,
         pairs=jnp.exp(jnp.where(same, decay[..., :, None] - decay[..., None, :], -jnp.inf)),
         into=jnp.where(runs == before, jnp.exp(decay), 0.0),
         out_of=jnp.where(runs == last, jnp.exp(end - decay), 0.0),
