@@ -37,6 +37,20 @@ SPECIAL = {
         {"model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 130, "tie_word_embeddings": False},
     ),
+    "qwen3_5": (
+        {
+            "model_type": "qwen3_5_text",
+            "head_dim": 16,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+        },
+        {"model_type": "qwen3_5_vision", "out_hidden_size": 48, "num_position_embeddings": 16},
+        {"image_token_id": 130, "video_token_id": 129, "vision_start_token_id": 1, "vision_end_token_id": 2},
+    ),
 }
 
 
@@ -82,7 +96,7 @@ def test_tower_computes_what_the_wrapper_computes_and_is_saved_as_a_text_model(p
     assert np.max(np.abs(forward(model, ids) - expected)) <= 1e-4
     save_model(model, tmp_path / "text")
     reread = AutoModelForCausalLM.from_pretrained(tmp_path / "text", attn_implementation="eager").eval()
-    assert type(reread).__name__ in ("Gemma3ForCausalLM", "MistralForCausalLM")
+    assert type(reread).__name__ in ("Gemma3ForCausalLM", "MistralForCausalLM", "Qwen3_5ForCausalLM")
     np.testing.assert_allclose(logits_of(reread, ids), expected, atol=1e-6)
     theirs, ours = tower_tensors(open_weights(folder)), open_weights(tmp_path / "text")
     assert all(theirs[name].read().tobytes() == tensor.read().tobytes() for name, tensor in ours.items())

@@ -6,7 +6,6 @@ has no such op (layer norm, MLPs that are not gated, norms on outputs) is put to
 `jax.checkpoint`, so that it saves no more: the elementwise parts run again in the backward pass, the products do not.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,50 +14,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.config import DecoderConfig, LayerKind
-from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, Taps, value_or_none
+from pronghorn.models.delta_net import add_delta_net
+from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
+from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
+from pronghorn.models.short_convolution import add_convolution
 from pronghorn.models.token_tiles import in_token_tiles
 from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
-from pronghorn.pallas_kernels.norm_linears import Dropout, norm_linears
 from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rope import apply_rope
-from pronghorn.pallas_kernels.stacked_linears import LinearWeights
-
-# A dropout mask of its own for every linear of a layer: the layer's key is folded with this number.
-_DROPOUT_STREAM = {
-    "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6, "in_proj": 7,
-    "out_proj": 8,
-}  # fmt: skip
-
-
-def _operands(
-    holder: nnx.Module, names: tuple[str, ...], dropout_key: jax.Array | None
-) -> tuple[tuple[LinearWeights, ...], tuple[float, ...], Dropout | None]:
-    """(arrays, scales, dropout) of some linear layers, as the ops take them."""
-    linears = [getattr(holder, name) for name in names]
-    arrays = []
-    for linear in linears:
-        a, b = linear.adapter()
-        arrays.append(LinearWeights(linear.weight.get_value(), a, b, value_or_none(linear.bias)))
-    dropout = None
-    if dropout_key is not None and any(linear.lora_dropout for linear in linears):
-        keys = tuple(jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name]) for name in names)
-        dropout = Dropout(tuple(linear.lora_dropout for linear in linears), keys)
-    return tuple(arrays), tuple(linear.lora_scale for linear in linears), dropout
-
-
-def _row_lengths_trained(holder: nnx.Module, names: tuple[str, ...]) -> bool:
-    """Whether one of these linear layers has DoRA, which the ops that join several layers do not know."""
-    return any(getattr(holder, name).lora_magnitude_vector is not None for name in names)
-
-
-def _linear(holder: nnx.Module, name: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-    """One linear layer by itself."""
-    if dropout_key is not None:
-        dropout_key = jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name])
-    return getattr(holder, name)(x, dropout_key)
-
 
 def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
     """x + scale out."""
@@ -67,46 +32,32 @@ def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
 
 def project_qkv(
     layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """The residual stream `[batch, seq, d]` -> itself, queries `[batch, seq, heads, head_dim]`, keys and values
-    `[.., kv_heads, head_dim]`.
+    `[.., kv_heads, head_dim]`, and what gates attention's output, like the queries, or None.
 
     The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
     computed. Heads are normalised where the family does so in front of rope; nothing is rotated yet.
     """
     attention = layer.self_attn
     norm = None if config.block == "post" else layer.input_layernorm
-    names = ("q_proj", "k_proj", "v_proj")
-    if isinstance(norm, RMSNorm) and config.block != "parallel" and not _row_lengths_trained(attention, names):
-        linears, scales, dropout = _operands(attention, names, dropout_key)
-        x, (q, k, v) = norm_linears(
-            x,
-            norm.weight.get_value(),
-            linears,
-            scales=scales,
-            eps=norm.eps,
-            weight_offset=norm.weight_offset,
-            dropout=dropout,
-        )
-    else:
-
-        @jax.checkpoint
-        def project(x):
-            n = x if norm is None else norm(x)
-            return [_linear(attention, name, n, dropout_key) for name in names]
-
-        q, k, v = project(x)
+    x, (q, k, v) = normalized_linears(
+        norm, attention, ("q_proj", "k_proj", "v_proj"), x, dropout_key, joined=config.block != "parallel"
+    )
     if config.qk_norm_over == "width":
         q, k = normalize_heads(attention, q, k)
     batch, seq, _ = x.shape
-    q = q.reshape(batch, seq, config.num_heads, config.head_dim)
+    gate = None
+    q = q.reshape(batch, seq, config.num_heads, -1)
+    if config.attention_gate:
+        q, gate = jnp.split(q, 2, axis=-1)
     k = k.reshape(batch, seq, config.num_kv_heads, config.head_dim)
     v = v.reshape(batch, seq, config.num_kv_heads, config.head_dim)
     if config.qk_norm_over != "width" and not config.qk_norm_after_rope:
         q, k = normalize_heads(attention, q, k)
     if config.rope_interleaved:
         q, k = _halves(q, config), _halves(k, config)
-    return x, q, k, v
+    return x, q, k, v, gate
 
 
 def normalize_heads(attention: Attention, q: Any, k: Any) -> tuple[Any, Any]:
@@ -138,82 +89,36 @@ def add_attention(
     layer: DecoderLayer,
     x: jax.Array,
     heads: jax.Array,
+    gate: jax.Array | None = None,
     *,
     config: DecoderConfig,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """x `[batch, seq, d]` + W_o heads, of heads `[batch, seq, heads, head_dim]`; normalised and scaled where the
-    family does so. Named for memory policies."""
+    """x `[batch, seq, d]` + W_o heads, of heads `[batch, seq, heads, head_dim]`, times the sigmoid of the gate where
+    there is one; normalised and scaled where the family does so. Named for memory policies."""
+    if gate is not None:
+        heads = jax.checkpoint(_gated)(heads, gate)
     return checkpoint_name(
         _add_attention(layer, x, heads, config=config, dropout_key=dropout_key), "stream_after_attention"
     )
+
+
+def _gated(heads: jax.Array, gate: jax.Array) -> jax.Array:
+    """heads * sigmoid(gate), in fp32, rounded once."""
+    return (heads.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(heads.dtype)
 
 
 def _add_attention(layer, x, heads, *, config, dropout_key):
     attention = layer.self_attn
     normalized = config.block in ("post", "sandwich")
     plain = not normalized and config.residual_scale == 1.0
-    if plain and not _row_lengths_trained(attention, ("o_proj",)):
-        (linear,), (scale,), dropout = _operands(attention, ("o_proj",), dropout_key)
+    if plain and not row_lengths_trained(attention, ("o_proj",)):
+        (linear,), (scale,), dropout = operands(attention, ("o_proj",), dropout_key)
         return residual_linear(x, heads, linear, scale=scale, dropout=dropout)
-    out = _linear(attention, "o_proj", heads.reshape(*x.shape[:2], -1), dropout_key)
+    out = one_linear(attention, "o_proj", heads.reshape(*x.shape[:2], -1), dropout_key)
     if normalized:
         out = layer.post_attention_layernorm(out)
     return _scaled_sum(x, out, config.residual_scale)
-
-
-def add_convolution(
-    layer: DecoderLayer,
-    x: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    config: DecoderConfig,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """x `[batch, seq, d]` + W_out (c * conv(b * h)), with b, c and h the thirds of W_in norm(x) (Liquid AI 2025).
-
-    The convolution is each feature's own, over its last `conv_width` tokens. Saved: x and W_in norm(x).
-    """
-
-    @jax.checkpoint
-    def widen(x):
-        return _linear(layer.conv, "in_proj", layer.input_layernorm(x), dropout_key)
-
-    @jax.checkpoint
-    def narrow(wide):
-        gated, gate = convolution_inputs(wide)
-        taps = [
-            earlier_tokens(gated, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)
-        ]
-        return _linear(layer.conv, "out_proj", gate * weighted_taps(layer.conv.conv, taps), dropout_key)
-
-    return x + narrow(widen(x))
-
-
-def convolution_inputs(wide: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(what is convolved, what the outcome is multiplied by), each `[batch, seq, d]`."""
-    b, c, h = jnp.split(wide, 3, axis=-1)
-    return b * h, c
-
-
-def weighted_taps(conv: Taps, taps: Sequence[jax.Array]) -> jax.Array:
-    """The sum of the taps `[batch, seq, d]`, the token itself last, each feature with its own weights; in fp32."""
-    weight = conv.weight.get_value()[:, 0].astype(jnp.float32)
-    total = sum(tap.astype(jnp.float32) * weight[:, i] for i, tap in enumerate(taps))
-    if conv.bias is not None:
-        total = total + conv.bias.get_value().astype(jnp.float32)
-    return jnp.asarray(total, taps[-1].dtype)
-
-
-def earlier_tokens(values: jax.Array, ago: int, segment_ids: jax.Array | None) -> jax.Array:
-    """Values `[batch, seq, d]` of `ago` tokens before, zero where that is in front of the row or of the segment."""
-    if ago == 0:
-        return values
-    earlier = jnp.pad(values, ((0, 0), (ago, 0), (0, 0)))[:, : values.shape[1]]
-    if segment_ids is None:
-        return earlier
-    same = jnp.pad(segment_ids, ((0, 0), (ago, 0)), constant_values=-1)[:, : values.shape[1]] == segment_ids
-    return jnp.where(same[..., None], earlier, 0)
 
 
 def feed_forward(
@@ -232,7 +137,7 @@ def feed_forward(
     """
     if tile_tokens is None:
         return _feed_forward(layer, x, residual, config=config, dropout_key=dropout_key)
-    split: Any = nnx.split(layer, lambda path, _: path[0] not in ("self_attn", "conv"), ...)
+    split: Any = nnx.split(layer, lambda path, _: path[0] not in ("self_attn", "conv", "linear_attn"), ...)
     graph, operands, others = split
     unread = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), others)
 
@@ -275,10 +180,10 @@ def _feed_forward(layer, x, residual, *, config, dropout_key):
     }
     norm = getattr(layer, norms[config.block]) if config.block in norms else None
     names = ("gate_proj", "up_proj", "down_proj")
-    joined = config.gated_mlp and not _row_lengths_trained(layer.mlp, names)
+    joined = config.gated_mlp and not row_lengths_trained(layer.mlp, names)
     if isinstance(norm, RMSNorm) and joined:
         plain = config.block == "pre" and config.residual_scale == 1.0
-        linears, scales, dropout = _operands(layer.mlp, names, dropout_key)
+        linears, scales, dropout = operands(layer.mlp, names, dropout_key)
         out = gated_mlp_op(
             x,
             norm.weight.get_value(),
@@ -312,7 +217,7 @@ def mlp(
     @jax.checkpoint
     def widen(x):
         n = x if norm is None else norm(x)
-        return [_linear(module, name, n, dropout_key) for name in names]
+        return [one_linear(module, name, n, dropout_key) for name in names]
 
     @jax.checkpoint
     def narrow(wide):
@@ -322,7 +227,7 @@ def mlp(
         else:
             (up,) = wide
             hidden = _activation(up, config.activation, _xielu(module.act_fn))
-        return _linear(module, "down_proj", hidden, dropout_key)
+        return one_linear(module, "down_proj", hidden, dropout_key)
 
     return narrow(widen(x))
 
@@ -376,7 +281,7 @@ def decoder_layer(
       cos, sin: fp32 `[batch, seq, rotated / 2]`; None where the layer is told no positions.
       segment_ids: int `[batch, seq]`, or None for one segment a row.
       query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
-      kind: "full", "sliding" for a window of config.sliding_window tokens, or "conv".
+      kind: "full", "sliding" for a window of config.sliding_window tokens, "conv" or "linear".
       dropout_key: of this layer; None drops nothing.
       tile_tokens: as in `feed_forward`.
     """
@@ -414,9 +319,12 @@ def attention_part(
     if kind == "conv":
         with jax.named_scope("conv"):
             return add_convolution(layer, x, segment_ids, config=config, dropout_key=dropout_key), x
+    if kind == "linear":
+        with jax.named_scope("linear_attention"):
+            return add_delta_net(layer, x, segment_ids, config=config, dropout_key=dropout_key)
     attention = layer.self_attn
     with jax.named_scope("attention"):
-        x, q, k, v = project_qkv(layer, x, config=config, dropout_key=dropout_key)
+        x, q, k, v, gate = project_qkv(layer, x, config=config, dropout_key=dropout_key)
         if cos is not None and sin is not None:
             q, k = apply_rope(q, k, cos, sin)
         if config.qk_norm_after_rope:
@@ -432,4 +340,4 @@ def attention_part(
             sinks=value_or_none(attention.sinks),
             scale=config.attention_scale,
         )
-        return add_attention(layer, x, heads, config=config, dropout_key=dropout_key), x
+        return add_attention(layer, x, heads, gate, config=config, dropout_key=dropout_key), x

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 from pronghorn.models import rope
 from pronghorn.models.blocks import (
     add_attention,
-    convolution_inputs,
     feed_forward,
     normalize_heads,
     project_qkv,
     scaled_queries,
-    weighted_taps,
 )
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.delta_net import StateCache, cached_delta_net, empty_state
 from pronghorn.models.layers import DecoderLayer, value_or_none
+from pronghorn.models.short_convolution import convolution_inputs, weighted_taps
 
 
 class LayerCache(NamedTuple):
@@ -55,13 +55,21 @@ def empty_cache(
     dtype: Any,
     leading: tuple = (),
     kind: LayerKind = "full",
-) -> LayerCache:
+) -> LayerCache | StateCache:
     """Zeros for one layer, or for a stack of `leading[0]` layers."""
+    if kind == "linear":
+        return empty_state(config, batch, dtype=dtype, leading=leading)
     if kind == "conv":
         shape = (*leading, batch, max_length, 1, config.hidden_size)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 0), dtype))
     shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
     return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def max_length(cache: Any) -> int:
+    """The slots of a model's cache: a state has none, and no model is of states alone."""
+    kept = (layer for segment in cache for layer in segment)
+    return int(next(layer.keys.shape[-3] for layer in kept if isinstance(layer, LayerCache)))
 
 
 def rotation(config: DecoderConfig, positions: jax.Array, max_length: int) -> dict[LayerRope, Rotation]:
@@ -159,13 +167,13 @@ def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array
 def cached_decoder_layer(
     layer: DecoderLayer,
     x: jax.Array,
-    cache: LayerCache,
+    cache: Any,
     angles: Rotation,
     positions: jax.Array,
     *,
     config: DecoderConfig,
     kind: LayerKind,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, Any]:
     """`layers.decoder_layer` for tokens that follow those in the cache; returns the cache with them in it.
 
     Args:
@@ -175,8 +183,11 @@ def cached_decoder_layer(
     """
     if kind == "conv":
         return _cached_convolution(layer, x, cache, positions, config=config)
+    if kind == "linear":
+        mixed, cache = cached_delta_net(layer, x, cache, positions, config=config)
+        return feed_forward(layer, mixed, mixed, config=config), cache
     attention = layer.self_attn
-    x, q, k, v = project_qkv(layer, x, config=config)
+    x, q, k, v, gate = project_qkv(layer, x, config=config)
     q = _rotated(q, angles.query)
     if config.qk_norm_after_rope:
         q, _ = normalize_heads(attention, q, None)
@@ -200,6 +211,6 @@ def cached_decoder_layer(
         sinks=value_or_none(attention.sinks),
         scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
     )
-    attended = add_attention(layer, x, heads, config=config)
+    attended = add_attention(layer, x, heads, gate, config=config)
     read = x if config.block == "parallel" else attended
     return feed_forward(layer, read, attended, config=config), cache

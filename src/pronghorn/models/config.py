@@ -8,7 +8,7 @@ from typing import Literal
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-LayerKind = Literal["full", "sliding", "conv"]
+LayerKind = Literal["full", "sliding", "conv", "linear"]
 LayerRope = Literal["global", "local", "none"]
 Block = Literal["pre", "post", "sandwich", "parallel"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -66,8 +66,12 @@ class DecoderConfig:
       embedding_scale, residual_scale, logit_scale: factors on the embedding, on what each half of a layer adds, and on
         the logits (before their softcap).
       layer_kinds: what each layer sees: all before it, a window, or the last conv_width tokens through a gated
-        convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases). layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or
-        none. Empty means all alike.
+        convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases), or all before it
+        through the state of a gated delta net ("linear", `models/delta_net.py`; linear_*, and conv_width of its own
+        convolution). layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
+        all alike.
+      attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
+        multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
       query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original context)).
     """
@@ -111,6 +115,11 @@ class DecoderConfig:
     query_scale_beta: float = 0.0
     conv_width: int = 0
     conv_bias: bool = False
+    attention_gate: bool = False
+    linear_key_heads: int = 0
+    linear_value_heads: int = 0
+    linear_key_dim: int = 0
+    linear_value_dim: int = 0
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -121,8 +130,19 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if "sliding" in self.layer_kinds and self.sliding_window is None:
             raise ValueError("layer_kinds has 'sliding' and sliding_window is None")
-        if "conv" in self.layer_kinds and self.conv_width < 1:
-            raise ValueError("layer_kinds has 'conv' and conv_width is 0")
+        for kind in ("conv", "linear"):
+            if kind in self.layer_kinds and self.conv_width < 1:
+                raise ValueError(f"layer_kinds has {kind!r} and conv_width is 0")
+        if "linear" in self.layer_kinds:
+            if min(self.linear_key_heads, self.linear_value_heads, self.linear_key_dim, self.linear_value_dim) < 1:
+                raise ValueError("layer_kinds has 'linear' and heads or sizes of linear attention are 0")
+            if self.linear_value_heads % self.linear_key_heads:
+                raise ValueError(
+                    f"linear_value_heads {self.linear_value_heads} is no multiple of linear_key_heads "
+                    f"{self.linear_key_heads}"
+                )
+            if set(self.layer_kinds) == {"linear"}:
+                raise ValueError("every layer is of linear attention, and at least one has to attend")
         if self.layer_ropes and len(self.layer_ropes) != self.num_layers:
             raise ValueError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if set(self.layer_ropes) <= {"global"}:

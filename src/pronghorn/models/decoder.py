@@ -304,7 +304,7 @@ class Decoder(nnx.Module):
         Returns:
           Logits fp32 `[batch, tokens, vocab]`, and the cache with the new tokens in it.
         """
-        max_length = cache[0][0].keys.shape[-3]
+        max_length = kv_cache.max_length(cache)
         if not isinstance(positions, jax.core.Tracer) and int(jnp.max(positions)) >= max_length:
             raise InputError(
                 f"positions reach {int(jnp.max(positions))} and the cache was made for max_length={max_length}; "

@@ -31,6 +31,7 @@ from pronghorn.models import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5,
     seed_oss,
     smollm3,
     stablelm,
@@ -76,6 +77,7 @@ FAMILIES: tuple[Family, ...] = (
     internlm3.IQUESTCODER,
     ministral3.FAMILY,
     lfm2.FAMILY,
+    qwen3_5.FAMILY,
 )
 
 
@@ -111,7 +113,7 @@ def family_for(hf_config: HfConfig) -> Family:
         found = "no key of it is unusual, so it may be a small file to add (docs/adding-a-model.md)"
     raise InputError(
         f"config.json: model_type {model_type!r}{remote} is not supported ({found}); supported are {supported}, and "
-        "the text towers of gemma3 and mistral3."
+        "the text towers of gemma3, mistral3 and qwen3_5."
     )
 
 

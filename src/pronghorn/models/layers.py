@@ -144,13 +144,19 @@ class RMSNorm(nnx.Module):
     """x / rms(x) * (offset + weight), computed in fp32 (Zhang and Sennrich 2019)."""
 
     def __init__(
-        self, size: int, config: DecoderConfig, *, dtype: Any, axis: str = "hidden", leading: tuple = ()
+        self,
+        size: int,
+        config: DecoderConfig,
+        *,
+        dtype: Any,
+        axis: str = "hidden",
+        leading: tuple = (),
+        weight_offset: float | None = None,
     ):
-        # The scale that is applied starts at one, whatever the offset.
-        start = jnp.full((*leading, size), 1.0 - config.norm_weight_offset, dtype)
-        self.weight = _param(start, (axis,), leading)
         self.eps = config.rms_norm_eps
-        self.weight_offset = config.norm_weight_offset
+        self.weight_offset = config.norm_weight_offset if weight_offset is None else weight_offset
+        # The scale that is applied starts at one, whatever the offset.
+        self.weight = _param(jnp.full((*leading, size), 1.0 - self.weight_offset, dtype), (axis,), leading)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight.get_value(), eps=self.eps, weight_offset=self.weight_offset)
@@ -210,14 +216,16 @@ def _heads_norm(
 
 
 class Attention(nnx.Module):
-    """Parameters of grouped-query attention: `{q,k,v,o}_proj`, and `{q,k}_norm` and `sinks` or None."""
+    """Parameters of grouped-query attention: `{q,k,v,o}_proj`, and `{q,k}_norm` and `sinks` or None. With
+    `attention_gate` q_proj is twice as wide: of every head the query, then the gate."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         hidden, head_dim = config.hidden_size, config.head_dim
         query, key_value = config.num_heads * head_dim, config.num_kv_heads * head_dim
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
         bias = config.qkv_bias
-        self.q_proj = Linear(hidden, query, axes=("heads", "hidden"), bias=bias, **common)
+        wide = 2 * query if config.attention_gate else query
+        self.q_proj = Linear(hidden, wide, axes=("heads", "hidden"), bias=bias, **common)
         self.k_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
         self.v_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
         self.o_proj = Linear(query, hidden, axes=("hidden", "heads"), bias=config.output_bias, **common)
@@ -231,11 +239,13 @@ class Attention(nnx.Module):
 class Taps(nnx.Module):
     """Weights of a convolution along the tokens, each feature by itself: `[d, 1, width]`, and a bias `[d]` or None."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
-        shape = (*leading, config.hidden_size, 1, config.conv_width)
+    def __init__(
+        self, size: int, width: int, *, bias: bool, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()
+    ):
+        shape = (*leading, size, 1, width)
         self.weight = _param(_normal(rngs, shape, dtype), ("hidden", "one", "taps"), leading)
-        bias = jnp.zeros((*leading, config.hidden_size), dtype) if config.conv_bias else None
-        self.bias = nnx.data(None if bias is None else _param(bias, ("hidden",), leading))
+        zeros = jnp.zeros((*leading, size), dtype) if bias else None
+        self.bias = nnx.data(None if zeros is None else _param(zeros, ("hidden",), leading))
 
 
 class ShortConv(nnx.Module):
@@ -245,8 +255,31 @@ class ShortConv(nnx.Module):
         hidden = config.hidden_size
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
         self.in_proj = Linear(hidden, 3 * hidden, axes=("ffn", "hidden"), bias=config.conv_bias, **common)
-        self.conv = Taps(config, **common)
+        self.conv = Taps(hidden, config.conv_width, bias=config.conv_bias, **common)
         self.out_proj = Linear(hidden, hidden, axes=("hidden", "ffn"), bias=config.conv_bias, **common)
+
+
+class DeltaNet(nnx.Module):
+    """Parameters of a gated delta net (`models/delta_net.py`): `in_proj_{qkv,z,b,a}`, the convolution `conv1d`, of every
+    value head `A_log` and `dt_bias`, the `norm` of a head, and `out_proj`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
+        hidden, heads = config.hidden_size, config.linear_value_heads
+        keys, values = config.linear_key_heads * config.linear_key_dim, heads * config.linear_value_dim
+        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        self.conv1d = Taps(2 * keys + values, config.conv_width, bias=False, **common)
+        self.in_proj_qkv = Linear(hidden, 2 * keys + values, axes=("heads", "hidden"), **common)
+        self.in_proj_z = Linear(hidden, values, axes=("heads", "hidden"), **common)
+        self.in_proj_b = Linear(hidden, heads, axes=("heads", "hidden"), **common)
+        self.in_proj_a = Linear(hidden, heads, axes=("heads", "hidden"), **common)
+        # As in Mamba 2: a head forgets at a rate of its own, from 1 to 16 times its step.
+        rates = jnp.broadcast_to(jnp.linspace(1.0, 16.0, heads, dtype=jnp.float32), (*leading, heads))
+        self.A_log = _param(jnp.log(rates).astype(dtype), ("heads",), leading)
+        self.dt_bias = _param(jnp.ones((*leading, heads), dtype), ("heads",), leading)
+        # Its weight is the scale itself, whatever the other norms of the model store.
+        norm: dict[str, Any] = {"axis": "head_dim", "leading": leading, "weight_offset": 0.0}
+        self.norm = RMSNorm(config.linear_value_dim, config, dtype=dtype, **norm)
+        self.out_proj = Linear(values, hidden, axes=("hidden", "heads"), **common)
 
 
 class XIELU(nnx.Module):
@@ -291,11 +324,12 @@ LAYER_NORMS = {
 
 
 class DecoderLayer(nnx.Module):
-    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv`), `mlp`, and its
-    LAYER_NORMS."""
+    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv` or
+    `linear_attn`), `mlp`, and its LAYER_NORMS."""
 
     self_attn: Attention
     conv: ShortConv
+    linear_attn: DeltaNet
 
     input_layernorm: RMSNorm | LayerNorm
     post_attention_layernorm: RMSNorm | LayerNorm
@@ -315,6 +349,8 @@ class DecoderLayer(nnx.Module):
             setattr(self, name, hidden_norm(config, dtype=dtype, leading=leading))
         if kind == "conv":
             self.conv = ShortConv(config, dtype=dtype, rngs=rngs, leading=leading)
+        elif kind == "linear":
+            self.linear_attn = DeltaNet(config, dtype=dtype, rngs=rngs, leading=leading)
         else:
             self.self_attn = Attention(config, dtype=dtype, rngs=rngs, leading=leading)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs, leading=leading)

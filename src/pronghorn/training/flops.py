@@ -85,8 +85,11 @@ def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount
         (trained if "embed_tokens.weight" in _names(trainable) else fixed)["lm_head.weight"] = head
     per_layer_pair = 12.0 * config.num_heads * config.head_dim
     full = config.layer_kinds.count("full")
+    # Of a delta net's state, a token reads what its key had stored, adds to it, and reads it: 6 dk dv a head, forward.
+    state = config.linear_value_heads * config.linear_key_dim * config.linear_value_dim
+    recurrent = 18.0 * state * config.layer_kinds.count("linear")
     return FlopCount(
-        per_token=4.0 * sum(fixed.values()) + 6.0 * sum(trained.values()),
+        per_token=4.0 * sum(fixed.values()) + 6.0 * sum(trained.values()) + recurrent,
         per_pair=per_layer_pair * full,
         per_window_pair=per_layer_pair * config.layer_kinds.count("sliding"),
         sliding_window=config.sliding_window,

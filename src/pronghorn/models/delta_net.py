@@ -1,0 +1,137 @@
+"""A layer's gated delta net, in place of attention (Yang et al. 2024, arXiv:2412.06464; as Qwen3-Next and Qwen3.5 have it).
+
+With n = norm(x), and for every value head the numbers A_log and dt_bias,
+
+    [q, k, v] = silu(conv(W_qkv n)),  z = W_z n,  β = sigmoid(W_b n),  g = −exp(A_log) softplus(W_a n + dt_bias)
+    o = gated_delta_rule(q / |q|, k / |k|, v, g, β)          x + W_out (rms_norm(o) * silu(z))
+
+The convolution is each feature's own, over its last `conv_width` tokens. It and the state are cut where segments are.
+
+Saved: x, W_qkv n, z, W_b n, W_a n and o. The convolution, the activations and the norms run again in the backward pass.
+
+For decoding, `StateCache` holds a row's state and the tokens that its next convolution reaches back to: nothing that
+grows. Tokens of a call may be padded anywhere (position −1); a row whose first token stands at position 0 starts anew.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.layers import DecoderLayer, DeltaNet, RMSNorm
+from pronghorn.models.projections import normalized_linears, one_linear
+from pronghorn.models.short_convolution import earlier_tokens, weighted_taps
+from pronghorn.pallas_kernels.gated_delta_rule import continue_gated_delta_rule, gated_delta_rule
+
+_LENGTH_EPS = 1e-6  # as in the release of the models: under the root, added to the squared length
+_NAMES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+
+class StateCache(NamedTuple):
+    """What decoding keeps of one layer; stacked layers have a leading axis.
+
+    Attributes:
+      recent: W_qkv n of the last tokens, `[batch, conv_width - 1, features]`, zeros in front of the row.
+      state: fp32 `[batch, value_heads, key_dim, value_dim]`.
+    """
+
+    recent: jax.Array
+    state: jax.Array
+
+
+def empty_state(config: DecoderConfig, batch: int, *, dtype: Any, leading: tuple = ()) -> StateCache:
+    """Zeros for one layer, or for a stack of `leading[0]` layers."""
+    heads, key_dim, value_dim = config.linear_value_heads, config.linear_key_dim, config.linear_value_dim
+    features = 2 * config.linear_key_heads * key_dim + heads * value_dim
+    return StateCache(
+        jnp.zeros((*leading, batch, config.conv_width - 1, features), dtype),
+        jnp.zeros((*leading, batch, heads, key_dim, value_dim), jnp.float32),
+    )
+
+
+def add_delta_net(
+    layer: DecoderLayer,
+    x: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    config: DecoderConfig,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(x + what the layer's delta net makes of it, x to be read on from), `[batch, seq, d]`; named for memory policies."""
+    module = layer.linear_attn
+    x, (wide, z, b, a) = normalized_linears(layer.input_layernorm, module, _NAMES, x, dropout_key)
+
+    @jax.checkpoint
+    def mix(wide, b, a):
+        taps = [earlier_tokens(wide, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)]
+        return gated_delta_rule(*_rule_inputs(module, taps, b, a, config), segment_ids=segment_ids)
+
+    heads = checkpoint_name(mix(wide, b, a), "attention_out")
+    out = x + _output(module, heads, z, dropout_key)
+    return checkpoint_name(out, "stream_after_attention"), x
+
+
+def _rule_inputs(
+    module: DeltaNet, taps: list[jax.Array], b: jax.Array, a: jax.Array, config: DecoderConfig
+) -> tuple[jax.Array, ...]:
+    """(q, k, v, g, beta) of `gated_delta_rule` from the taps of W_qkv n, W_b n and W_a n."""
+    mixed = weighted_taps(module.conv1d, taps)
+    mixed = jax.nn.silu(mixed.astype(jnp.float32)).astype(mixed.dtype)
+    keys = config.linear_key_heads * config.linear_key_dim
+    q, k, v = jnp.split(mixed, (keys, 2 * keys), axis=-1)
+    batch, seq, _ = mixed.shape
+    q, k = (_unit_length(x.reshape(batch, seq, config.linear_key_heads, -1)) for x in (q, k))
+    rate = jnp.exp(module.A_log.get_value().astype(jnp.float32))
+    step = jax.nn.softplus(a.astype(jnp.float32) + module.dt_bias.get_value().astype(jnp.float32))
+    beta = jax.nn.sigmoid(b.astype(jnp.float32))
+    return q, k, v.reshape(batch, seq, config.linear_value_heads, -1), -rate * step, beta
+
+
+def _unit_length(x: jax.Array) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    square = jnp.sum(x32 * x32, axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(square + _LENGTH_EPS)).astype(x.dtype)
+
+
+def _output(module: DeltaNet, heads: jax.Array, z: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    """W_out (rms_norm(heads) * silu(z)); saved: heads and z."""
+
+    @jax.checkpoint
+    def narrow(heads, z):
+        gated = _gated_norm(module.norm, heads, z.reshape(heads.shape))
+        return one_linear(module, "out_proj", gated.reshape(z.shape), dropout_key)
+
+    return narrow(heads, z)
+
+
+def _gated_norm(norm: RMSNorm, heads: jax.Array, z: jax.Array) -> jax.Array:
+    gate = jax.nn.silu(z.astype(jnp.float32))
+    return (norm(heads).astype(jnp.float32) * gate).astype(heads.dtype)
+
+
+def cached_delta_net(
+    layer: DecoderLayer, x: jax.Array, cache: StateCache, positions: jax.Array, *, config: DecoderConfig
+) -> tuple[jax.Array, StateCache]:
+    """`add_delta_net` of tokens `[batch, tokens, d]` that follow those in the cache, and the cache with them in it."""
+    module, history = layer.linear_attn, config.conv_width - 1
+    x, (wide, z, b, a) = normalized_linears(layer.input_layernorm, module, _NAMES, x, None)
+    real = positions >= 0
+    count = jnp.sum(real, axis=1)
+    # Real tokens move to the front, in their order; what is behind them is padding.
+    order = jnp.argsort(~real, axis=1, stable=True)
+    there = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
+    wide, b, a = (jnp.take_along_axis(values, order[..., None], axis=1) for values in (wide, b, a))
+    fresh = (jnp.take_along_axis(positions, order[:, :1], axis=1) == 0)[..., None]
+    row = jnp.concatenate([jnp.where(fresh, 0, cache.recent).astype(wide.dtype), wide], axis=1)
+    taps = [row[:, i : i + x.shape[1]] for i in range(config.conv_width)]
+    q, k, v, g, beta = _rule_inputs(module, taps, b, a, config)
+    heads, state = continue_gated_delta_rule(
+        q, k, v, jnp.where(there, g, 0.0), jnp.where(there, beta, 0.0), jnp.where(fresh[..., None], 0.0, cache.state)
+    )
+    last = count[:, None] + jnp.arange(history)
+    recent = jnp.take_along_axis(row, last[..., None], axis=1).astype(cache.recent.dtype)
+    back = jnp.argsort(order, axis=1)
+    heads = jnp.take_along_axis(heads, back[..., None, None], axis=1)
+    return x + _output(module, heads, z, None), StateCache(recent, state)

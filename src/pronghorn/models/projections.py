@@ -1,0 +1,79 @@
+"""Linear layers of a layer, as the ops take them: by themselves, or several that read one normalised input."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from pronghorn.models.layers import LayerNorm, RMSNorm, value_or_none
+from pronghorn.pallas_kernels.norm_linears import Dropout, norm_linears
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
+
+# A dropout mask of its own for every linear of a layer: the layer's key is folded with this number.
+_DROPOUT_STREAM = {
+    "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6, "in_proj": 7,
+    "out_proj": 8, "in_proj_qkv": 9, "in_proj_z": 10, "in_proj_b": 11, "in_proj_a": 12,
+}  # fmt: skip
+
+
+def operands(
+    holder: nnx.Module, names: tuple[str, ...], dropout_key: jax.Array | None
+) -> tuple[tuple[LinearWeights, ...], tuple[float, ...], Dropout | None]:
+    """(arrays, scales, dropout) of some linear layers, as the ops take them."""
+    linears = [getattr(holder, name) for name in names]
+    arrays = []
+    for linear in linears:
+        a, b = linear.adapter()
+        arrays.append(LinearWeights(linear.weight.get_value(), a, b, value_or_none(linear.bias)))
+    dropout = None
+    if dropout_key is not None and any(linear.lora_dropout for linear in linears):
+        keys = tuple(jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name]) for name in names)
+        dropout = Dropout(tuple(linear.lora_dropout for linear in linears), keys)
+    return tuple(arrays), tuple(linear.lora_scale for linear in linears), dropout
+
+
+def row_lengths_trained(holder: nnx.Module, names: tuple[str, ...]) -> bool:
+    """Whether one of these linear layers has DoRA, which the ops that join several layers do not know."""
+    return any(getattr(holder, name).lora_magnitude_vector is not None for name in names)
+
+
+def one_linear(holder: nnx.Module, name: str, x: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    """One linear layer by itself."""
+    if dropout_key is not None:
+        dropout_key = jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name])
+    return getattr(holder, name)(x, dropout_key)
+
+
+def normalized_linears(
+    norm: RMSNorm | LayerNorm | None,
+    holder: nnx.Module,
+    names: tuple[str, ...],
+    x: jax.Array,
+    dropout_key: jax.Array | None,
+    *,
+    joined: bool = True,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """(x, y of every linear layer named): of norm(x), or of x where there is no norm.
+
+    The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
+    computed. `joined=False` for a stream that others read as well.
+    """
+    if isinstance(norm, RMSNorm) and joined and not row_lengths_trained(holder, names):
+        linears, scales, dropout = operands(holder, names, dropout_key)
+        x, outputs = norm_linears(
+            x,
+            norm.weight.get_value(),
+            linears,
+            scales=scales,
+            eps=norm.eps,
+            weight_offset=norm.weight_offset,
+            dropout=dropout,
+        )
+        return x, list(outputs)
+
+    @jax.checkpoint
+    def project(x):
+        n = x if norm is None else norm(x)
+        return [one_linear(holder, name, n, dropout_key) for name in names]
+
+    return x, project(x)
