@@ -115,12 +115,27 @@ def _start(
         raise InputError(
             f"lora.use_dora: {site.name} cannot have it; leave it out of lora.targets, or use_dora=false."
         )
+    if site.experts and (config.use_dora or config.dropout):
+        option = "use_dora" if config.use_dora else "dropout"
+        raise InputError(
+            f"lora.{option}: {site.name} cannot have it; leave experts out of lora.targets, or lora.{option}."
+        )
     if is_abstract(site):
         fan_out, fan_in = site.shape
-        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rank, fan_in), (fan_out, rank), (fan_out,))]
+        leading = site.experts
+        shapes = [
+            jax.ShapeDtypeStruct((*leading, *s), jnp.float32)
+            for s in ((rank, fan_in), (fan_out, rank), (fan_out,))
+        ]
         in_base = weight is not None and config.init not in ("kaiming", "gaussian", "loftq")
         start_shapes = (shapes[0], shapes[1]) if in_base else None
         return Factors(shapes[0], shapes[1], scale, shapes[2] if config.use_dora else None, start_shapes)
+    if site.experts:
+        keys = jax.random.split(key, site.experts)
+        a, b, start = jax.vmap(
+            lambda key, one: start_factors(config, site.shape, one, rank, scale, key, None)
+        )(keys, weight)
+        return Factors(a, b, scale, None, start)
     before = None if original is None else lambda: original(site.name)
     a, b, start = start_factors(config, site.shape, weight, rank, scale, key, before)
     magnitude = row_norms(weight) if config.use_dora and weight is not None else None
@@ -184,7 +199,7 @@ def attach(
         out_axis, in_axis = module.weight.get_metadata()["logical_axes"][-2:]
         if isinstance(module, Embedding):
             out_axis, in_axis = in_axis, out_axis
-        leading = ("layers",) * stacked
+        leading = ("layers",) * stacked + ("experts",) * len(present[0].experts)
         name_a, name_b = factor_names(module)
         setattr(module, name_a, LoRAParam(first.a, logical_axes=(*leading, "rank", in_axis)))
         setattr(module, name_b, LoRAParam(first.b, logical_axes=(*leading, out_axis, "rank")))

@@ -11,6 +11,7 @@ from pronghorn.errors import InputError
 
 ALL_LINEAR = "all-linear"
 HEAD, EMBEDDING = "lm_head", "embed_tokens"
+EXPERTS = ".mlp.experts."  # in the name of a linear that every expert has one of
 STARTS = ("kaiming", "gaussian", "pissa", "olora", "loftq")
 
 
@@ -21,10 +22,11 @@ class LoRAConfig:
     Attributes:
       rank: r, the inner size of every adapter.
       alpha: numerator of the scale; None means `rank`, so that the scale is 1 (sqrt(r) for rsLoRA).
-      targets: "all-linear" (every linear inside the layers, not the head), or names and patterns. A name matches the
-        end of a module's name ("q_proj", "mlp.up_proj", "lm_head", "embed_tokens"), ours or else that of transformers
-        ("qkv_proj" of Phi 3 is q, k and v), a pattern with `*`, `?` or `[`
-        matches all of it as a shell would ("layers.*.mlp.up_proj"), and "re:..." is a regular expression for all of it.
+      targets: "all-linear" (every linear inside the layers, but neither the head nor experts), or names and patterns.
+        A name matches the end of a module's name ("q_proj", "mlp.up_proj", "lm_head", "embed_tokens"), ours or else
+        that of transformers ("qkv_proj" of Phi 3 is q, k and v), a pattern with `*`, `?` or `[` matches all of it as a
+        shell would ("layers.*.mlp.up_proj"), and "re:..." is a regular expression for all of it. "experts.gate_proj",
+        "experts.up_proj" and "experts.down_proj" give every expert an A and a B of its own.
       exclude: names and patterns as in `targets`, of modules that get none.
       dropout: share of the inputs of A that is dropped while training.
       use_rslora: scale by alpha / sqrt(r).
@@ -147,7 +149,7 @@ def adapter_scale(rank: int, alpha: float, use_rslora: bool) -> float:
 def matches(name: str, layer: int | None, target: str) -> bool:
     """Whether a target of `LoRAConfig.targets` chooses the module `name`, which is in a layer or (None) in none."""
     if target == ALL_LINEAR:
-        return layer is not None
+        return layer is not None and EXPERTS not in name
     if target.startswith("re:"):
         try:
             return re.fullmatch(target[3:], name) is not None

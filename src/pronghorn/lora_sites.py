@@ -8,6 +8,7 @@ from flax import nnx
 from pronghorn.errors import InputError
 from pronghorn.lora_config import ALL_LINEAR, EMBEDDING, HEAD, LoRAConfig, matches
 from pronghorn.models.decoder import Decoder
+from pronghorn.models.expert_layers import ExpertLinear
 from pronghorn.models.families import family_named
 from pronghorn.models.layers import Embedding, Linear, value_or_none
 
@@ -71,6 +72,13 @@ class Site:
         """(fan out, fan in) of the adapter: the weight's shape, an embedding's transposed."""
         rows, columns = self.module.weight.get_value().shape[-2:]
         return (columns, rows) if isinstance(self.module, Embedding) else (rows, columns)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """(experts,) where the weight, and so A and B, are stacks of one for each; else ()."""
+        if not isinstance(self.module, ExpertLinear):
+            return ()
+        return (self.module.weight.get_value().shape[-3],)
 
 
 def factor_names(module: Linear | Embedding) -> tuple[str, str]:

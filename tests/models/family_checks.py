@@ -28,6 +28,7 @@ from tests.models.reference import gradient_error, random_ids, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
 TOKENS, FIRST = 500, 301  # tokens of a row, and of the first of two documents packed into one
+ATTENTION = [f"{p}_proj" for p in "qkvo"]
 CHUNK = 20  # tokens decoded at a time, over twice as many
 CHECKS = ("logits", "gradients", "decoding", "round trip", "transformers reads it", "PEFT", "NF4")
 LIMITS = dict.fromkeys(CHECKS, MODEL_LOGITS) | {"gradients": MODEL_GRADIENT, "round trip": 0.0, "NF4": 1e-3}
@@ -207,6 +208,33 @@ CASES = {
             "block_ffn_dim_multiplier": 1.2,
         },
     ),
+    "qwen3_moe": Case(
+        "qwen3_moe",
+        {
+            "head_dim": 12,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": Case(
+        "mixtral", {"num_local_experts": 5, "sliding_window": 17, "intermediate_size": 40}, "scanned"
+    ),
+    "olmoe": Case(
+        "olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 40}, "scanned"
+    ),
+    "qwen2_moe": Case(
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 64,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "ministral3": Case(
         "ministral3",
         {
@@ -383,7 +411,8 @@ def _with_dequantized(torch_model: Any, quantized: Any) -> Any:
         state = getattr(parameter, "quant_state", None)
         if state is not None:
             # As rows of one block: where a row ends inside of one, bitsandbytes 0.50 dequantises wrongly on a CPU.
-            state.shape = torch.Size((parameter.numel() * 2 // state.blocksize, state.blocksize))
+            if parameter.numel() * 2 >= state.blocksize:
+                state.shape = torch.Size((parameter.numel() * 2 // state.blocksize, state.blocksize))
             weights[name].copy_(dequantize_4bit(parameter.data, state).reshape(weights[name].shape))
             count += 1
     assert count, "bitsandbytes quantised something"
@@ -422,7 +451,10 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     """Merged weights: PEFT's own adapter as we read it, and as PEFT reads it after we have written it."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    options = LoraConfig(r=3, lora_alpha=7, target_modules="all-linear", init_lora_weights=False)
+    # Of a mixture PEFT would take the experts' names for all-linear, too.
+    sparse = model.config.experts is not None
+    targets: Any = ATTENTION if sparse else "all-linear"
+    options = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)
     theirs = get_peft_model(copy.deepcopy(torch_model), options)
     theirs.save_pretrained(str(folder / "peft"))
     adapted = load_adapter(model, folder / "peft")
@@ -437,9 +469,11 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     changed = sum(not np.array_equal(expected[name], base[name]) for name in base)
     # Cohere's query and key norms are matrices as well: a row a head.
     linears = sum(
-        name.startswith("layers.") and len(array.shape) == 2 and "norm" not in name for name, array in base.items()
+        name.startswith("layers.") and len(array.shape) == 2 and not any(part in name for part in ("norm", "mlp.gate."))
+        for name, array in base.items()
     )
-    assert changed == linears, "every linear was adapted"
+    adapted_count = len(ATTENTION) * model.config.num_layers if sparse else linears
+    assert changed == adapted_count, "every linear was adapted"
     return max(
         float(np.max(np.abs(found - expected[name])))
         for name in base

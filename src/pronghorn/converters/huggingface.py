@@ -38,6 +38,7 @@ from pronghorn.converters.safetensors_files import (
     write_weights,
 )
 from pronghorn.converters.sources import resolve_model_path
+from pronghorn.converters.stacked_tensors import stack_tensors, unstacked
 from pronghorn.converters.text_towers import WRAPPERS, text_config, tower_tensors
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder
@@ -124,6 +125,7 @@ def load_model(
     joined = join_tensors(folder, open_weights(folder))
     tower = tower_tensors(joined)
     stored = cut_tensors(tower, family.fused_tensors(config))
+    stored = stack_tensors(folder, stored, family.stacked_tensors(config))
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
@@ -167,6 +169,7 @@ def original_weights(folder: str | Path) -> Callable[[str], np.ndarray]:
         family = family_for(hf_config)
         config = family.config_from_hf(hf_config)
         stored = cut_tensors(open_weights(Path(folder)), family.fused_tensors(config))
+        stored = stack_tensors(folder, stored, family.stacked_tensors(config))
         theirs = family.tensor_names(config)[f"{name}.weight"]
         if theirs not in stored or stored[theirs].dtype.name not in DTYPES:
             raise InputError(
@@ -310,6 +313,8 @@ def write_model(
     def fetch_file(name: str) -> np.ndarray:
         return np.concatenate([fetch(part) for part, _ in fused[name]]) if name in fused else fetch(name)
 
+    stacks = family.stacked_tensors(config)
+    file_spec, fetch_file = unstacked(stacks, file_spec, fetch_file)  # type: ignore[assignment]
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
     named = {name: theirs for theirs, name in ours.items()}
     joined = join_fused(packed_weights(model, named, quantization, keep_quantized), fused)
@@ -331,7 +336,8 @@ def write_model(
     }
     carry_files(folder, model.source, tokenizer_from)
     (folder / "config.json").write_bytes(text.encode("utf-8"))
-    names = dict.fromkeys(file for name in ours if (file := parts.get(name, name)) not in joined)
+    whole = dict.fromkeys(file for name in ours if (file := parts.get(name, name)) not in joined)
+    names = [name for file in whole for name in stacks.get(file, (file,))]
     specs = {name: file_spec(name) for name in names}
     specs |= {name: TensorSpec(array.dtype, array.shape) for name, array in small.items()}
     write_weights(

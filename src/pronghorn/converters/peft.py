@@ -102,6 +102,12 @@ def save_adapter(
     adapted = {name: (site, factors) for name, (site, factors) in found.items() if factors is not None}
     if info is None or not adapted:
         raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
+    experts = [name for name, site in sites(model).items() if site.experts and site.adapted]
+    if experts:
+        raise InputError(
+            f"{out_dir}: the adapter is of experts too ({experts[0]}), which a PEFT folder is not written with yet; save "
+            "the model with save_merged, or train it without experts in lora.targets."
+        )
     modules = module_names(model)
     arrays: dict[str, tuple[TensorSpec, Any]] = {}
     for name, (_, factors) in adapted.items():

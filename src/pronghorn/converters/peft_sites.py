@@ -43,7 +43,8 @@ class FusedSite:
 
 def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
     """Every place where PEFT can put an adapter, by our name of it."""
-    family, found = family_named(model.config.family), dict[str, Site | FusedSite](sites(model))
+    family = family_named(model.config.family)
+    found: dict[str, Site | FusedSite] = {n: site for n, site in sites(model).items() if not site.experts}
     ours = {theirs: name for name, theirs in family.tensor_names(model.config).items()}
     for tensor, pieces in family.fused_tensors(model.config).items():
         if not tensor.endswith(".weight"):

@@ -6,6 +6,7 @@ has no such op (layer norm, MLPs that are not gated, norms on outputs) is put to
 `jax.checkpoint`, so that it saves no more: the elementwise parts run again in the backward pass, the products do not.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.models.delta_net import add_delta_net
+from pronghorn.models.expert_layers import SparseMLP
+from pronghorn.models.experts import sparse_mlp
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
 from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
 from pronghorn.models.short_convolution import add_convolution
@@ -179,6 +182,12 @@ def _feed_forward(layer, x, residual, *, config, dropout_key):
         "parallel": "input_layernorm",
     }
     norm = getattr(layer, norms[config.block]) if config.block in norms else None
+    if isinstance(layer.mlp, SparseMLP):
+        linear = functools.partial(one_linear, dropout_key=dropout_key)
+        out = sparse_mlp(layer.mlp, x, norm, config=config, linear=linear)
+        if config.block in ("post", "sandwich"):
+            out = layer.post_feedforward_layernorm(out)
+        return _scaled_sum(residual, out, config.residual_scale)
     names = ("gate_proj", "up_proj", "down_proj")
     joined = config.gated_mlp and not row_lengths_trained(layer.mlp, names)
     if isinstance(norm, RMSNorm) and joined:

@@ -6,6 +6,8 @@ A family file (`models/<family>.py`) maps a Hugging Face `config.json` to it; th
 import dataclasses
 from typing import Literal
 
+from pronghorn.models.experts_config import ExpertsConfig
+
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 LayerKind = Literal["full", "sliding", "conv", "linear"]
@@ -73,6 +75,7 @@ class DecoderConfig:
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
+      experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
       query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original context)).
     """
 
@@ -120,6 +123,7 @@ class DecoderConfig:
     linear_value_heads: int = 0
     linear_key_dim: int = 0
     linear_value_dim: int = 0
+    experts: ExpertsConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -151,6 +155,8 @@ class DecoderConfig:
             raise ValueError("layer_ropes has 'local' and local_rope is None")
         if self.gated_mlp and self.activation not in GATED_ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} has no gated form")
+        if self.experts is not None and (not self.gated_mlp or self.mlp_bias or self.block == "parallel"):
+            raise ValueError("experts are gated, have no bias, and read the stream after attention")
         if self.rope_interleaved and self.qk_norm_after_rope:
             raise ValueError("heads that are normalised after rope keep the order of their dims")
 
@@ -160,3 +166,12 @@ class DecoderConfig:
         if not self.layer_ropes:
             return tuple((kind, "global") for kind in self.layer_kinds)
         return tuple(zip(self.layer_kinds, self.layer_ropes, strict=True))
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def layer_structure(self) -> tuple[tuple[tuple[LayerKind, LayerRope], bool], ...]:
+        """(pattern, has experts) of every layer: layers of which it is equal can be scanned over."""
+        return tuple((pattern, self.is_sparse(i)) for i, pattern in enumerate(self.layer_pattern))

@@ -26,6 +26,8 @@ class Family:
       tensor_names: DecoderConfig -> {single-layer name of ours: name in the checkpoint}, base weights only.
       fused_tensors: DecoderConfig -> the tensors that the file holds as one, as `tensor_names.fused_tensors` gives
         them; `tensor_names` has the names of their parts.
+      stacked_tensors: DecoderConfig -> {name in `tensor_names`: the tensors of the file that it stacks on a new first
+        axis, in order}: the weights of experts.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Family:
     config_to_hf: Callable[[DecoderConfig], dict[str, Any]]
     tensor_names: Callable[[DecoderConfig], dict[str, str]]
     fused_tensors: Callable[[DecoderConfig], dict[str, tuple[tuple[str, int], ...]]] = lambda config: {}
+    stacked_tensors: Callable[[DecoderConfig], dict[str, tuple[str, ...]]] = lambda config: {}
 
 
 # Keys that say nothing about the forward pass.

@@ -19,8 +19,9 @@ from pronghorn.models import cache as kv_cache
 from pronghorn.models import rope
 from pronghorn.models.blocks import attention_part, decoder_layer, feed_forward
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.expert_layers import SparseMLP
 from pronghorn.models.layer_stack import LayerStack, run_offloaded
-from pronghorn.models.layers import DecoderLayer, Embedding, Linear, hidden_norm, value_or_none
+from pronghorn.models.layers import MLP, DecoderLayer, Embedding, Linear, hidden_norm, value_or_none
 from pronghorn.models.memory_policies import MEMORY_POLICIES, POLICIES
 
 LayerLayout = Literal["unrolled", "scanned"]
@@ -68,7 +69,14 @@ class Segment(nnx.Module):
         self.repeats = repeats
         self.stacked = stacked
         self.layers = nnx.List([
-            DecoderLayer(config, dtype=dtype, rngs=rngs, leading=leading, kind=config.layer_kinds[start + i])
+            DecoderLayer(
+                config,
+                dtype=dtype,
+                rngs=rngs,
+                leading=leading,
+                kind=config.layer_kinds[start + i],
+                mlp=SparseMLP if config.is_sparse(start + i) else MLP,
+            )
             for i in range(period)
         ])  # fmt: skip
 
@@ -150,7 +158,7 @@ class Decoder(nnx.Module):
         self.new_tokens: Any = nnx.static(None)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=self.dtype, rngs=rngs)
         scanned = layers == "scanned"
-        plan = plan_segments(config.layer_pattern) if scanned else ((0, config.num_layers, 1),)
+        plan = plan_segments(config.layer_structure) if scanned else ((0, config.num_layers, 1),)
         self.segments = nnx.List([
             Segment(config, *cut, stacked=scanned, dtype=self.dtype, rngs=rngs) for cut in plan
         ])  # fmt: skip

@@ -25,13 +25,17 @@ from pronghorn.models import (
     ministral,
     ministral3,
     mistral,
+    mixtral,
     nemotron,
     olmo2,
     olmo3,
+    olmoe,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_5,
+    qwen3_moe,
     seed_oss,
     smollm3,
     stablelm,
@@ -78,6 +82,10 @@ FAMILIES: tuple[Family, ...] = (
     ministral3.FAMILY,
     lfm2.FAMILY,
     qwen3_5.FAMILY,
+    qwen3_moe.FAMILY,
+    mixtral.FAMILY,
+    olmoe.FAMILY,
+    qwen2_moe.FAMILY,
 )
 
 

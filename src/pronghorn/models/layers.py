@@ -5,6 +5,7 @@ With `leading=(layers,)` every parameter of a module is stacked on a leading axi
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -298,8 +299,16 @@ class MLP(nnx.Module):
     """Parameters of the feed-forward network: `{gate,up,down}_proj`; gate_proj is None where nothing is gated, and
     act_fn where the activation has no parameters."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
-        hidden, ffn = config.hidden_size, config.intermediate_size
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        leading: tuple[int, ...] = (),
+        width: int | None = None,
+    ):
+        hidden, ffn = config.hidden_size, width or config.intermediate_size
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading, "bias": config.mlp_bias}
         gate = Linear(hidden, ffn, axes=("ffn", "hidden"), **common) if config.gated_mlp else None
         self.gate_proj = nnx.data(gate)
@@ -325,7 +334,7 @@ LAYER_NORMS = {
 
 class DecoderLayer(nnx.Module):
     """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv` or
-    `linear_attn`), `mlp`, and its LAYER_NORMS."""
+    `linear_attn`), `mlp` (an `MLP` or a `SparseMLP`), and its LAYER_NORMS."""
 
     self_attn: Attention
     conv: ShortConv
@@ -344,6 +353,7 @@ class DecoderLayer(nnx.Module):
         rngs: nnx.Rngs,
         leading: tuple[int, ...] = (),
         kind: LayerKind = "full",
+        mlp: Callable[..., Any] = MLP,
     ):
         for name in LAYER_NORMS[config.block]:
             setattr(self, name, hidden_norm(config, dtype=dtype, leading=leading))
@@ -353,7 +363,7 @@ class DecoderLayer(nnx.Module):
             self.linear_attn = DeltaNet(config, dtype=dtype, rngs=rngs, leading=leading)
         else:
             self.self_attn = Attention(config, dtype=dtype, rngs=rngs, leading=leading)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs, leading=leading)
+        self.mlp = mlp(config, dtype=dtype, rngs=rngs, leading=leading)
 
 
 def value_or_none(variable: nnx.Variable | None) -> Any:

@@ -34,12 +34,54 @@ def llama_tensor_names(config: DecoderConfig, modules: Mapping[str, str] | None 
         layer |= {f"{module}.{leaf}": f"{theirs}.{leaf}" for leaf in ("weight", *["bias"] * has_bias)}
     if config.activation == "xielu":
         layer |= {name: name for name in (f"mlp.act_fn.{p}" for p in ("alpha_p", "alpha_n", "beta", "eps"))}
+    sparse = {ours: theirs for ours, theirs in layer.items() if not ours.startswith("mlp.")}
+    sparse |= _sparse_names(config, modules or {})
     names = {"embed_tokens.weight": "model.embed_tokens.weight"}
     for index in range(config.num_layers):
         prefix = f"layers.{index}."
-        names |= {f"{prefix}{ours}": f"model.{prefix}{theirs}" for ours, theirs in layer.items()}
+        own = sparse if config.is_sparse(index) else layer
+        names |= {f"{prefix}{ours}": f"model.{prefix}{theirs}" for ours, theirs in own.items()}
     names |= {f"norm.{leaf}": f"model.norm.{leaf}" for leaf in ("weight", *["bias"] * config.norm_bias)}
     return names if config.tie_word_embeddings else names | {"lm_head.weight": "lm_head.weight"}
+
+
+_EXPERT_LINEARS = tuple(f"mlp.experts.{p}_proj.weight" for p in ("gate", "up", "down"))
+
+
+def _sparse_names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str, str]:
+    """The names of a mixture of experts within a layer, ours -> the checkpoint's."""
+    experts = config.experts
+    if experts is None:
+        return {}
+    ours = ["mlp.gate.weight", *["mlp.gate.e_score_correction_bias"] * experts.correction_bias, *_EXPERT_LINEARS]
+    if experts.shared_width:
+        ours += [f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")]
+    ours += ["mlp.shared_expert_gate.weight"] * experts.shared_gate
+    names = {}
+    for name in ours:
+        module, _, leaf = name.rpartition(".")
+        names[name] = f"{modules.get(module, module)}.{leaf}"
+    return names
+
+
+def expert_tensors(config: DecoderConfig, pattern: Mapping[str, str] | None = None) -> dict[str, tuple[str, ...]]:
+    """{name in `tensor_names`: one tensor an expert in the file} of checkpoints that hold experts one by one.
+
+    Args:
+      pattern: names within a layer that differ, "mlp.experts.up_proj" -> "block_sparse_moe.experts.{}.w3".
+    """
+    if config.experts is None:
+        return {}
+    found = {}
+    for index in range(config.num_layers):
+        if config.is_sparse(index):
+            for name in _EXPERT_LINEARS:
+                module, _, leaf = name.rpartition(".")
+                usual = module.replace("experts.", "experts.{}.")
+                theirs = f"model.layers.{index}.{(pattern or {}).get(module, usual)}.{leaf}"
+                count = range(config.experts.num_experts)
+                found[f"model.layers.{index}.{name}"] = tuple(theirs.format(i) for i in count)
+    return found
 
 
 def fused_tensors(config: DecoderConfig, modules: Sequence[str]) -> dict[str, tuple[tuple[str, int], ...]]:
@@ -74,6 +116,9 @@ def by_our_names(
 ) -> dict[str, Any]:
     """Arrays of transformers by our names, those of linears that are several of ours cut by rows.
 
+    In memory transformers has experts stacked, gate and up as one `experts.gate_up_proj`, and its own name of the
+    router where the file has another.
+
     Args:
       arrays: by the names of transformers; those that the family does not have are left out.
       names, fused: of the family.
@@ -83,4 +128,14 @@ def by_our_names(
         if name in arrays:
             cuts = np.cumsum([rows for _, rows in parts])[:-1]
             arrays |= dict(zip([part for part, _ in parts], np.split(arrays.pop(name), cuts), strict=True))
-    return {ours: arrays[theirs] for ours, theirs in names.items() if theirs in arrays}
+    for name in [name for name in arrays if name.endswith("experts.gate_up_proj")]:
+        start = name.removesuffix("gate_up_proj")
+        halves = np.split(arrays.pop(name), 2, axis=1)
+        arrays |= {f"{start}{p}_proj.weight": half for p, half in zip(("gate", "up"), halves, strict=True)}
+        arrays[f"{start}down_proj.weight"] = arrays.pop(f"{start}down_proj")
+    found = {}
+    for ours, theirs in names.items():
+        name = theirs if theirs in arrays else f"model.{ours}"
+        if name in arrays:
+            found[ours] = arrays[name]
+    return found

@@ -164,7 +164,10 @@ def choose(
     candidates = {
         ours: theirs.removesuffix(".weight")
         for ours, theirs in modules.items()
-        if ours.startswith("layers.") and ours.endswith(".weight") and len(parameters[ours].shape) == 2
+        if ours.startswith("layers.")
+        and ours.endswith(".weight")
+        and len(parameters[ours].shape) == 2
+        and "experts" not in parameters[ours].logical_axes  # a router
     }
     others = [theirs.removesuffix(".weight") for theirs in modules.values()]
     unknown = [module for module, _ in config.modules if module not in candidates.values()]

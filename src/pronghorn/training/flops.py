@@ -114,4 +114,8 @@ def _product_weights(tree: Any, config: DecoderConfig) -> dict[str, int]:
         vector = any(part in name for part in ("norm", "bias", "sinks", "magnitude"))
         if not (looked_up or vector) and len(leaf.shape) >= 2:
             sizes[name] = int(np.prod(leaf.shape))
+            if (
+                ".mlp.experts." in name and config.experts is not None
+            ):  # a token is multiplied by those it chose
+                sizes[name] = sizes[name] * config.experts.experts_per_token // config.experts.num_experts
     return sizes

@@ -1,0 +1,95 @@
+"""Weights of experts: one tensor each in a file, one stack of ours."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pronghorn.converters.safetensors_files import StoredTensor, TensorSpec
+from pronghorn.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedTensor(TensorSpec):
+    """Tensors of files as one on a new first axis: nothing is read before `read`."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def file(self) -> Path:
+        """The file of the first."""
+        return self.parts[0].file
+
+    def read(self) -> np.ndarray:
+        """All of them, stacked; every bit as stored."""
+        stack = np.empty(self.shape, self.dtype)
+        for place, part in enumerate(self.parts):
+            stack[place] = part.read()
+        return stack
+
+
+def stack_tensors(
+    folder: str | Path, stored: Mapping[str, Any], stacks: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
+    """The tensors of a folder, those that are parts of a stack as one.
+
+    Args:
+      stored: the folder's, by name.
+      stacks: {name of the stack: its parts in order}, `Family.stacked_tensors`.
+
+    Raises:
+      InputError: a part is missing, quantised, or of another shape or dtype than the first.
+    """
+    found = dict(stored)
+    for name, names in stacks.items():
+        missing = [part for part in names if part not in found]
+        if missing:
+            raise InputError(
+                f"{folder}: the weights lack {missing[0]}, which config.json asks for; the download is incomplete or "
+                "config.json belongs to another model."
+            )
+        parts = tuple(found.pop(part) for part in names)
+        first = parts[0]
+        for part_name, part in zip(names, parts, strict=True):
+            if not isinstance(part, StoredTensor):
+                raise InputError(
+                    f"{part.file}: {part_name} is quantised, and experts are read in 16 or 32 bits; give the folder that "
+                    "it was made from."
+                )
+            if (part.shape, part.dtype) != (first.shape, first.dtype):
+                raise InputError(
+                    f"{part.file}: {part_name} is {part.dtype.name}{list(part.shape)} and {names[0]} "
+                    f"{first.dtype.name}{list(first.shape)}; experts of one layer have to be alike."
+                )
+        found[name] = StackedTensor(first.dtype, (len(parts), *first.shape), parts)
+    return found
+
+
+def unstacked(
+    stacks: Mapping[str, tuple[str, ...]],
+    spec: Callable[[str], TensorSpec],
+    fetch: Callable[[str], np.ndarray],
+) -> tuple[Callable[[str], TensorSpec], Callable[[str], np.ndarray]]:
+    """(spec, fetch) of the tensors of a file, given those of ours: the inverse of `stack_tensors`.
+
+    A file lists the experts of a layer one after the other, so its three stacks are held until the next layer's.
+    """
+    places = {part: (name, i) for name, parts in stacks.items() for i, part in enumerate(parts)}
+    whole = functools.lru_cache(maxsize=3)(fetch)
+
+    def part_spec(name: str) -> TensorSpec:
+        if name not in places:
+            return spec(name)
+        stack = spec(places[name][0])
+        return TensorSpec(stack.dtype, stack.shape[1:])
+
+    def part_fetch(name: str) -> np.ndarray:
+        if name not in places:
+            return fetch(name)
+        stack, i = places[name]
+        return whole(stack)[i]
+
+    return part_spec, part_fetch

@@ -1,0 +1,118 @@
+"""The modules of a mixture of experts, named as in Hugging Face. What they compute is in `models/experts.py`.
+
+A linear of all experts is one module, its weight stacked on an axis of experts: `[experts, out, in]`. Where layers are
+scanned there is an axis of layers in front of it.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.layers import MLP, Constant, Linear, _normal, _param, value_or_none
+from pronghorn.pallas_kernels.grouped_linear import grouped_linear
+
+
+class Router(nnx.Module):
+    """The router's weight `[experts, d]`, and `e_score_correction_bias` fp32 `[experts]` or None.
+
+    It is no `Linear`: neither adapters nor quantisation are for it, as in transformers.
+    """
+
+    def __init__(
+        self, config: ExpertsConfig, hidden: int, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()
+    ):
+        shape = (*leading, config.num_experts, hidden)
+        self.weight = _param(_normal(rngs, shape, dtype), ("experts", "hidden"), leading)
+        correction = None
+        if config.correction_bias:
+            axes = ("layers",) * len(leading) + ("experts",)
+            zeros = jnp.zeros((*leading, config.num_experts), jnp.float32)
+            correction = Constant(zeros, logical_axes=axes)
+        self.e_score_correction_bias = nnx.data(correction)
+
+
+class ExpertLinear(Linear):
+    """y = x W_eᵀ + b_e + s (x A_eᵀ) B_eᵀ for rows x sorted by expert e, through `pallas_kernels.grouped_linear`.
+
+    Attributes are those of `Linear` with an axis of experts in front: weight `[experts, out, in]`, bias
+    `[experts, out]`, lora_A fp32 `[experts, r, in]`, lora_B `[experts, out, r]`. DoRA and dropout are not for it.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str, str],
+        bias: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs,
+        leading: tuple[int, ...] = (),
+    ):
+        super().__init__(
+            in_features,
+            out_features,
+            axes=axes,
+            bias=bias,
+            dtype=dtype,
+            rngs=rngs,
+            leading=(*leading, experts),
+        )
+        layers = ("layers",) * len(leading)
+        for name, own in (("weight", axes), ("bias", axes[:1])):
+            variable = getattr(self, name)
+            if variable is not None:
+                axes_of_all = (*layers, "experts", *own)
+                setattr(self, name, nnx.Param(variable.get_value(), logical_axes=axes_of_all))
+
+    def grouped(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """`[rows, in]`, those of expert 0 first, and int32 `[experts]` how many each has -> `[rows, out]`."""
+        a, b = self.adapter()
+        return grouped_linear(
+            rows,
+            self.weight.get_value(),
+            group_sizes,
+            a,
+            b,
+            scale=self.lora_scale,
+            bias=value_or_none(self.bias),
+        )
+
+
+class Experts(nnx.Module):
+    """`{gate,up,down}_proj` of all experts."""
+
+    def __init__(
+        self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()
+    ):
+        assert config.experts is not None
+        count, width, hidden = config.experts.num_experts, config.experts.width, config.hidden_size
+        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        self.gate_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
+        self.up_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
+        self.down_proj = ExpertLinear(count, width, hidden, axes=("hidden", "ffn"), **common)
+
+
+class SparseMLP(nnx.Module):
+    """Parameters of a mixture of experts: the router `gate`, `experts`, and `shared_expert` (with its
+    `shared_expert_gate`) or None."""
+
+    def __init__(
+        self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()
+    ):
+        experts = config.experts
+        assert experts is not None
+        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        self.gate = Router(experts, config.hidden_size, **common)
+        self.experts = Experts(config, **common)
+        shared = MLP(config, width=experts.shared_width, **common) if experts.shared_width else None
+        self.shared_expert = nnx.data(shared)
+        gate = (
+            Linear(config.hidden_size, 1, axes=("one", "hidden"), **common) if experts.shared_gate else None
+        )
+        self.shared_expert_gate = nnx.data(gate)

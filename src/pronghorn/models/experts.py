@@ -1,0 +1,193 @@
+"""The forward pass of a mixture of experts: route, sort by expert, one grouped product a linear, sum back.
+
+Everything has static shapes: T tokens that choose k experts each are T k rows, sorted by expert. No row is dropped and
+none is padded, whatever the router chooses; an expert without a token is a group of no rows.
+
+    rows     x_s = n[t(s)],                 s the sorted place of (token t, choice j)
+    experts  y_s = W_down (f(W_gate x_s) * W_up x_s), each W the expert's own
+    back     y_t = Σ_j w_tj y_s(t, j)       in fp32, rounded once
+
+A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. Both gathers here know their
+inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = w_s dy_t(s), dw_tj = dy_t · y_s(t, j).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.expert_layers import Router, SparseMLP
+from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.layers import value_or_none
+from pronghorn.pallas_kernels.gated_activation import gated_activation
+
+
+class Routing(NamedTuple):
+    """What a router chose.
+
+    Attributes:
+      logits: `[tokens, experts]` in the dtype of the stream.
+      weights: fp32 `[tokens, k]`, of the chosen experts.
+      experts: int32 `[tokens, k]`, by falling score; of equal scores the expert with the lower number first.
+    """
+
+    logits: jax.Array
+    weights: jax.Array
+    experts: jax.Array
+
+
+class Order(NamedTuple):
+    """The T k rows by expert.
+
+    Attributes:
+      choice: int32 `[rows]`, the place t k + j that stands at each sorted place.
+      place: int32 `[tokens, k]`, the sorted place of each choice.
+      group_sizes: int32 `[experts]`.
+    """
+
+    choice: jax.Array
+    place: jax.Array
+    group_sizes: jax.Array
+
+
+def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
+    """The experts of each token of n `[tokens, d]`, as transformers chooses them; see `ExpertsConfig`."""
+    logits = jax.lax.dot_general(n, router.weight.get_value(), (((1,), (1,)), ((), ())))
+    k, wide = config.experts_per_token, logits.astype(jnp.float32)
+    if config.router == "softmax_after_top_k":
+        best, experts = jax.lax.top_k(wide, k)
+        return Routing(logits, jax.nn.softmax(best, axis=-1), experts.astype(jnp.int32))
+    scores = jax.nn.sigmoid(wide) if config.router == "sigmoid" else jax.nn.softmax(wide, axis=-1)
+    correction = value_or_none(router.e_score_correction_bias)
+    ranked = jax.lax.stop_gradient(scores)
+    if correction is not None:
+        ranked = ranked + correction.astype(jnp.float32)
+    if config.groups > 1:
+        ranked = _of_best_groups(ranked, config)
+    experts = jax.lax.top_k(ranked, k)[1].astype(jnp.int32)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if config.normalized:
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + config.normalizer_epsilon)
+    return Routing(logits, weights * config.scaling_factor, experts)
+
+
+def _of_best_groups(ranked: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """Scores `[tokens, experts]`, those outside of the best groups minus infinity."""
+    grouped = ranked.reshape(ranked.shape[0], config.groups, -1)
+    of_group = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+    chosen = jax.lax.top_k(of_group, config.groups_chosen)[1]
+    allowed = jnp.any(chosen[:, :, None] == jnp.arange(config.groups), axis=1)
+    return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)
+
+
+def order_by_expert(experts: jax.Array, num_experts: int) -> Order:
+    """The order of the rows for choices int32 `[tokens, k]`; of one expert's rows the earlier token first."""
+    flat = experts.reshape(-1)
+    choice = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    rows = jnp.arange(flat.size, dtype=jnp.int32)
+    place = jnp.zeros(flat.size, jnp.int32).at[choice].set(rows, unique_indices=True).reshape(experts.shape)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
+    return Order(choice, place, sizes)
+
+
+@jax.custom_vjp
+def rows_by_expert(n: jax.Array, order: Order) -> jax.Array:
+    """n `[tokens, d]` -> its rows by expert, `[tokens k, d]`."""
+    return jnp.take(n, order.choice // order.place.shape[1], axis=0)
+
+
+def _rows_forward(n, order):
+    return rows_by_expert(n, order), order
+
+
+def _rows_backward(order, dx):
+    chosen = jnp.take(dx, order.place, axis=0).astype(jnp.float32)
+    return jnp.sum(chosen, axis=1).astype(dx.dtype), None
+
+
+rows_by_expert.defvjp(_rows_forward, _rows_backward)
+
+
+@jax.custom_vjp
+def weighted_sum(y: jax.Array, weights: jax.Array, order: Order) -> jax.Array:
+    """Rows by expert `[tokens k, d]` and fp32 weights `[tokens, k]` -> `[tokens, d]` in the dtype of y."""
+    chosen = jnp.take(y, order.place, axis=0).astype(jnp.float32)
+    return jnp.sum(weights[..., None] * chosen, axis=1).astype(y.dtype)
+
+
+def _sum_forward(y, weights, order):
+    return weighted_sum(y, weights, order), (y, weights, order)
+
+
+def _sum_backward(residuals, dout):
+    y, weights, order = residuals
+    wide = dout.astype(jnp.float32)
+    of_rows = jnp.take(wide, order.choice // order.place.shape[1], axis=0)
+    dy = (jnp.take(weights.reshape(-1), order.choice)[:, None] * of_rows).astype(y.dtype)
+    chosen = jnp.take(y, order.place, axis=0).astype(jnp.float32)
+    return dy, jnp.sum(wide[:, None] * chosen, axis=-1), None
+
+
+weighted_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def sparse_mlp(
+    module: SparseMLP,
+    x: jax.Array,
+    norm: Any,
+    *,
+    config: DecoderConfig,
+    linear: Any,
+) -> jax.Array:
+    """The mixture's output `[batch, seq, d]` for n = norm(x), or n = x where there is no norm.
+
+    Saved: x, gate and up of every row, and what the router chose. The norm, the gathered rows and what is elementwise
+    are computed again, the products are not.
+
+    Args:
+      linear: `(holder, name, x) -> y`, a plain linear of the shared expert.
+    """
+    experts = config.experts
+    assert experts is not None
+    flat = x.reshape(-1, x.shape[-1])
+    activation: Any = config.activation
+
+    def normalized(flat):
+        return flat if norm is None else norm(flat)
+
+    @jax.checkpoint
+    def choose(flat):
+        return route(module.gate, normalized(flat), experts)
+
+    @jax.checkpoint
+    def widen(flat, order):
+        rows = rows_by_expert(normalized(flat), order)
+        return [getattr(module.experts, name).grouped(rows, order.group_sizes) for name in ("gate_proj", "up_proj")]
+
+    @jax.checkpoint
+    def narrow(gate, up, order):
+        hidden = gated_activation(gate, up, activation=activation)
+        return module.experts.down_proj.grouped(hidden, order.group_sizes)
+
+    @jax.checkpoint
+    def shared_widen(flat):
+        n = normalized(flat)
+        return [linear(module.shared_expert, name, n) for name in ("gate_proj", "up_proj")]
+
+    @jax.checkpoint
+    def shared_narrow(gate, up):
+        return linear(module.shared_expert, "down_proj", gated_activation(gate, up, activation=activation))
+
+    @jax.checkpoint
+    def gated(flat, y):
+        share = jax.nn.sigmoid(linear(module, "shared_expert_gate", normalized(flat)).astype(jnp.float32))
+        return (share * y.astype(jnp.float32)).astype(y.dtype)
+
+    routing = choose(flat)
+    order = order_by_expert(routing.experts, experts.num_experts)
+    out = weighted_sum(narrow(*widen(flat, order), order), routing.weights, order)
+    if module.shared_expert is not None:
+        shared = shared_narrow(*shared_widen(flat))
+        out = out + (gated(flat, shared) if experts.shared_gate else shared)
+    return out.reshape(x.shape)

@@ -1,0 +1,66 @@
+"""`ExpertsConfig`: the mixture of experts in place of a layer's feed-forward network."""
+
+import dataclasses
+from typing import Literal
+
+RouterKind = Literal["softmax", "softmax_after_top_k", "sigmoid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """A router that chooses k of E feed-forward networks for every token, and what stands beside them.
+
+    With l = W_gate n the router's logits of a token n, s its scores and b the correction (zero without one):
+
+      softmax               s = softmax(l), chosen by s + b
+      softmax_after_top_k   chosen by l, s = softmax over the k that are chosen
+      sigmoid               s = sigmoid(l), chosen by s + b
+
+    y = scaling_factor Σ_chosen w_e f_e(n) (+ the shared expert's), w_e = s_e, or s_e / Σ_chosen s where `normalized`.
+
+    Attributes:
+      num_experts, experts_per_token: E and k.
+      width: of one expert, between its two products.
+      router: see above.
+      normalized: weights of the chosen add up to one.
+      scaling_factor: of the weights, after that.
+      normalizer_epsilon: added to the sum that weights are divided by.
+      correction_bias: b is there: it moves the choice, never the weights, and has no gradient.
+      groups, groups_chosen: experts are taken from the best `groups_chosen` of so many equal groups only, a group's
+        score being the sum of its two best (DeepSeek-V3, arXiv:2412.19437, 2.1.2); 1 and 1 for no limit.
+      shared_width: of the feed-forward network that every token goes through as well; 0 for none.
+      shared_gate: its output is multiplied by sigmoid(w n).
+      dense_layers: indices of the layers that have a plain feed-forward network.
+      balance_coefficient: of the load-balancing loss, where it is asked for.
+      balance_loss: the checkpoint asks for that loss (`output_router_logits`).
+    """
+
+    num_experts: int
+    experts_per_token: int
+    width: int
+    router: RouterKind = "softmax"
+    normalized: bool = False
+    scaling_factor: float = 1.0
+    normalizer_epsilon: float = 0.0
+    correction_bias: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    shared_width: int = 0
+    shared_gate: bool = False
+    dense_layers: tuple[int, ...] = ()
+    balance_coefficient: float = 0.0
+    balance_loss: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} is not between 1 and num_experts {self.num_experts}"
+            )
+        if self.num_experts % self.groups or not 1 <= self.groups_chosen <= self.groups:
+            raise ValueError(
+                f"groups {self.groups} and groups_chosen {self.groups_chosen} do not fit {self.num_experts} experts"
+            )
+        if self.experts_per_token > self.groups_chosen * (self.num_experts // self.groups):
+            raise ValueError(
+                f"the {self.groups_chosen} groups chosen have fewer than {self.experts_per_token} experts"
+            )

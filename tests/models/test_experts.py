@@ -1,0 +1,140 @@
+"""A mixture of experts: the routing of transformers, every token served, and what adapters on experts compute."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pronghorn.converters.peft import save_adapter
+from pronghorn.errors import InputError
+from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
+from pronghorn.models import DecoderConfig
+from pronghorn.models.expert_layers import Router
+from pronghorn.models.experts import order_by_expert, route, rows_by_expert, weighted_sum
+from pronghorn.models.experts_config import ExpertsConfig
+from tests.models.reference import random_ids, tiny_decoder
+from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
+
+TOKENS, HIDDEN, EXPERTS, CHOSEN = 10_000, 16, 24, 5
+
+
+def sparse_config(**changes):
+    experts = ExpertsConfig(num_experts=6, experts_per_token=2, width=20, **changes)
+    return DecoderConfig("qwen3_moe", 131, 24, 40, 3, 4, 2, 6, 512, experts=experts)
+
+
+def routed(weight, n, **options):
+    """(choices, weights) of ours for a router's weight and tokens."""
+    config = ExpertsConfig(EXPERTS, CHOSEN, 8, **options)
+    router = nnx.eval_shape(lambda: Router(config, HIDDEN, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    router.weight.set_value(jnp.asarray(weight))
+    found = route(router, jnp.asarray(n), config)
+    return np.asarray(found.experts), np.asarray(found.weights)
+
+
+def by_transformers(weight, n, *, normalized):
+    import torch
+    from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    router = Qwen3MoeTopKRouter(
+        Qwen3MoeConfig(
+            hidden_size=HIDDEN, num_experts=EXPERTS, num_experts_per_tok=CHOSEN, norm_topk_prob=normalized
+        )
+    )
+    router.weight.data = torch.from_numpy(weight)
+    with torch.no_grad():
+        _, weights, experts = router(torch.from_numpy(n))
+    return experts.numpy(), weights.numpy()
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_ten_thousand_tokens_go_to_the_experts_that_transformers_chooses(normalized):
+    draw = np.random.default_rng(0)
+    weight = draw.standard_normal((EXPERTS, HIDDEN), np.float32)
+    n = draw.standard_normal((TOKENS, HIDDEN), np.float32)
+    expected, expected_weights = by_transformers(weight, n, normalized=normalized)
+    experts, weights = routed(weight, n, normalized=normalized)
+    assert np.array_equal(experts, expected)
+    assert np.max(np.abs(weights - expected_weights)) <= MODEL_LOGITS
+
+
+def test_with_ties_the_scores_are_those_of_transformers_and_lower_numbers_come_first():
+    # Integers, and rows of the router that are equal: scores are met several times, exactly.
+    draw = np.random.default_rng(1)
+    weight = draw.integers(-2, 3, (EXPERTS, HIDDEN)).astype(np.float32)
+    weight[16:] = weight[:8]
+    n = draw.integers(-1, 2, (TOKENS, HIDDEN)).astype(np.float32) / 4
+    expected, _ = by_transformers(weight, n, normalized=True)
+    experts, _ = routed(weight, n, normalized=True)
+    logits = n @ weight.T
+    assert np.array_equal(
+        np.take_along_axis(logits, experts, 1), np.take_along_axis(logits, expected.astype(np.int32), 1)
+    )
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :CHOSEN]
+    assert np.array_equal(experts, order)
+    last = np.take_along_axis(logits, experts[:, -1:], 1)
+    clear = np.sum(logits >= last, axis=1) == CHOSEN  # the tie is not between the last chosen and one left out
+    assert clear.any() and not clear.all()
+    same = [set(ours) == set(theirs) for ours, theirs in zip(experts[clear], expected[clear], strict=True)]
+    assert all(same)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_every_choice_has_one_row_and_experts_may_have_none(tokens):
+    experts = np.random.default_rng(2).integers(3, 5, (tokens, 2)).astype(np.int32)
+    experts[:, 1] = 9
+    order = order_by_expert(jnp.asarray(experts), 12)
+    choice, sizes = np.asarray(order.choice), np.asarray(order.group_sizes)
+    assert sorted(choice) == list(range(2 * tokens)), "none is dropped, none is there twice"
+    assert np.array_equal(sizes, np.bincount(experts.reshape(-1), minlength=12))
+    assert np.array_equal(np.repeat(np.arange(12), sizes), experts.reshape(-1)[choice])
+    assert np.array_equal(choice[np.asarray(order.place)], np.arange(2 * tokens).reshape(-1, 2))
+
+
+def test_gradients_of_the_gathers_are_those_of_indexing():
+    draw = np.random.default_rng(3)
+    n = jnp.asarray(draw.standard_normal((11, 4), np.float32))
+    weights = jnp.asarray(draw.uniform(size=(11, 3)).astype(np.float32))
+    experts = np.stack([draw.permutation(5)[:3] for _ in range(11)]).astype(np.int32)
+    order = order_by_expert(jnp.asarray(experts), 5)
+    factor = jnp.asarray(draw.standard_normal((33, 4), np.float32))
+
+    def ours(n, weights):
+        rows = rows_by_expert(n, order)
+        return jnp.sum(jnp.sin(weighted_sum(rows * rows * factor, weights, order)))
+
+    def plain(n, weights):
+        rows = n[order.choice // 3]
+        return jnp.sum(jnp.sin(jnp.sum(weights[..., None] * (rows * rows * factor)[order.place], axis=1)))
+
+    found, expected = (jax.value_and_grad(f, (0, 1))(n, weights) for f in (ours, plain))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.max(np.abs(one - other)) <= 1e-5
+
+
+@pytest.mark.parametrize("layers", ["unrolled", "scanned"])
+def test_adapters_of_experts_train_and_merge_to_what_they_compute(layers, tmp_path):
+    model = tiny_decoder(sparse_config(dense_layers=(0,)), layers=layers)
+    adapted = add_lora(model, LoRAConfig(rank=3, targets=("re:.*experts.*", "q_proj")))
+    graph, lora, frozen = split(adapted)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05, lora)
+    adapted = merge(graph, lora, frozen)
+    ids = jnp.asarray(random_ids(19, batch=2))
+    logits = adapted(ids)
+    assert np.max(np.abs(logits - model(ids))) > 0.01
+    assert np.max(np.abs(logits - merge_lora(adapted)(ids))) <= MODEL_LOGITS
+    with pytest.raises(InputError, match="save_merged"):
+        save_adapter(adapted, tmp_path / "adapter")
+
+    def loss(lora, **options):
+        return jnp.sum(merge(graph, lora, frozen).hidden_states(ids, **options) ** 2)
+
+    usual = jax.jit(jax.grad(loss))(lora)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(usual))
+    chosen = {"unrolled": ({"mlp_tile_tokens": 16},), "scanned": ({"memory_policy": "offload"},)}
+    for options in chosen[layers]:
+        other = jax.jit(jax.grad(lambda lora, options=options: loss(lora, **options)))(lora)
+        for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(usual), strict=True):
+            assert np.linalg.norm(one - two) <= MODEL_GRADIENT * np.linalg.norm(two)
