@@ -13,7 +13,8 @@ from pronghorn.pallas_kernels.gated_delta_rule import (
     gated_delta_rule,
     gated_delta_rule_reference,
 )
-from tests.pallas_kernels.comparison import assert_matches_oracle, normal, saved_shapes
+from tests.lowering import lower_for_h100
+from tests.pallas_kernels.comparison import DTYPES, assert_matches_oracle, gradient, normal, saved_shapes
 from tests.tolerances import assert_close
 
 NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
@@ -58,6 +59,36 @@ def test_chunks_match_the_recurrence_in_bf16():
 
 def test_segments_that_start_inside_at_the_edge_of_and_across_chunks():
     assert_shape_matches(SHAPES[2], segment_ids=segments(1, 200, 30, 33, 64, 150))
+
+
+def test_kernels_match_the_recurrence():
+    cuts = segments(1, 200, 30, 33, 64, 150)
+    assert_shape_matches(SHAPES[2], segment_ids=cuts, implementation="pallas")
+
+
+def test_lowers_for_an_h100():
+    q, v = ((1, 4093, heads, 128) for heads in (16, 32))
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (q, q, v)]
+    given += [jax.ShapeDtypeStruct(v[:3], jnp.float32)] * 2
+    text = lower_for_h100(gradient(functools.partial(gated_delta_rule, implementation="pallas")), *given)
+    assert "gated_delta_states" in text and "gated_delta_gradients" in text
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_match_the_recurrence_on_a_gpu(shape, dtype):
+    cuts = segments(shape[0], shape[1], 30, 33, 64, 150)
+    assert_shape_matches(shape, dtype, cuts, implementation="pallas")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_match_xla_on_a_gpu_at_the_shape_of_qwen_3_5_9b(dtype):
+    given = arguments((1, 4096, 16, 32, 128, 128), dtype)
+    options = {"segment_ids": segments(1, 4096, 1000, 1030)}
+    ops = [functools.partial(gated_delta_rule, implementation=i, **options) for i in ("pallas", "xla")]
+    assert_matches_oracle(*ops, given, normal(5, given[2].shape, dtype), dtype, NAMES)
 
 
 def test_keys_that_are_nearly_one_vector():

@@ -34,6 +34,7 @@ import jax.numpy as jnp
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels.gated_delta_scan import chunk_state_gradients, chunk_states
 
 CHUNK = 64
 
@@ -59,7 +60,8 @@ def gated_delta_rule(
       beta: [batch, seq, value_heads], how much of what the key had stored is replaced; computed with in fp32.
       segment_ids: int [batch, seq]; the state starts anew wherever the id changes. None: each row is one segment.
       scale: factor of the output; default 1 / sqrt(dk).
-      implementation: "xla", or None for the platform's default.
+      implementation: "pallas" walks over the chunks in kernels of `gated_delta_scan`, "xla" in loops of XLA's; the rest
+        is XLA's in both. None is "xla", until the kernels have been measured.
 
     Returns:
       [batch, seq, value_heads, dv] in the dtype of v.
@@ -69,11 +71,11 @@ def gated_delta_rule(
     """
     _check_shapes(q, k, v, g, beta, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    launch.resolve(implementation, default_gpu="xla", available=("xla",))
+    with_kernel = launch.resolve(implementation, default_gpu="xla") == "pallas"
     if v.size == 0:
         return jnp.zeros_like(v)
     g, beta = g.astype(jnp.float32), beta.astype(jnp.float32)
-    return _gated_delta_rule(scale, q, k, v, g, beta, segment_runs(segment_ids, q.shape[:2]))
+    return _gated_delta_rule(scale, with_kernel, q, k, v, g, beta, segment_runs(segment_ids, q.shape[:2]))
 
 
 def continue_gated_delta_rule(
@@ -88,7 +90,8 @@ def continue_gated_delta_rule(
     size = min(CHUNK, launch.next_power_of_2(q.shape[1]))
     runs = segment_runs(None, q.shape[:2])
     c = _chunks(q, k, v, g.astype(jnp.float32), beta.astype(jnp.float32), runs, size, carried=True)
-    out, after = _forward(c, q.shape[-1] ** -0.5, state)
+    out, after = _forward(c, q.shape[-1] ** -0.5, state, with_kernel=False)
+    assert after is not None
     return _joined(out, q.shape[1]).astype(v.dtype), after
 
 
@@ -235,10 +238,29 @@ def _states(c: _Chunks, u: jax.Array, w: jax.Array, state: jax.Array):
     return jax.lax.scan(one_chunk, state, (u, w, c.out_of[..., None] * c.k, c.through))
 
 
-def _forward(c: _Chunks, scale: float, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(O by chunk, the state at the end)."""
+def _state_gradients(w, arriving, leaving, through, dout, local, state):
+    """(R behind every chunk, dV of every chunk), from the last to the first; `local` is Pᵀ dO, state zeros."""
+
+    def one_chunk(after, chunk):
+        w, arriving, leaving, through, dout, local = chunk
+        d_written = local + _product("bhik,bhkv->bhiv", leaving, after)
+        before = through[..., None, None] * after + _product("bhik,bhiv->bhkv", arriving, dout)
+        return before - _product("bhik,bhiv->bhkv", w, d_written), (after, d_written)
+
+    chunks = (w, arriving, leaving, through, dout, local)
+    return jax.lax.scan(one_chunk, state, chunks, reverse=True)[1]
+
+
+def _forward(
+    c: _Chunks, scale: float, state: jax.Array, *, with_kernel: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """(O by chunk, the state at the end); the kernel starts from zeros and gives no state."""
     _, u, w = _solved(c)
-    after, (states, written) = _states(c, u, w, state)
+    after = None
+    if with_kernel:
+        states, written = chunk_states(u, w, c.out_of[..., None] * c.k, c.through)
+    else:
+        after, (states, written) = _states(c, u, w, state)
     inside = _product("nbhik,nbhjk->nbhij", c.q, c.k) * c.pairs
     out = _product("nbhik,nbhkv->nbhiv", c.into[..., None] * c.q, states)
     return scale * (out + _product("nbhij,nbhjv->nbhiv", inside, written)), after
@@ -248,24 +270,19 @@ def _no_state(c: _Chunks) -> jax.Array:
     return jnp.zeros((*c.q.shape[1:3], c.q.shape[-1], c.v.shape[-1]), jnp.float32)
 
 
-def _backward(c: _Chunks, scale: float, dout: jax.Array) -> dict[str, jax.Array]:
+def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -> dict[str, jax.Array]:
     """Gradients by chunk of q, k, v, beta and decay (c of the formulas)."""
     coupling, u, w = _solved(c)
-    _, (states, written) = _states(c, u, w, _no_state(c))
+    arriving, leaving = scale * c.into[..., None] * c.q, c.out_of[..., None] * c.k
     scores = _product("nbhik,nbhjk->nbhij", c.q, c.k)
     inside = scale * scores * c.pairs
-    arriving, leaving = scale * c.into[..., None] * c.q, c.out_of[..., None] * c.k
-
-    def one_chunk(after, chunk):
-        w, arriving, leaving, through, dout, local = chunk
-        d_written = local + _product("bhik,bhkv->bhiv", leaving, after)
-        before = through[..., None, None] * after + _product("bhik,bhiv->bhkv", arriving, dout)
-        return before - _product("bhik,bhiv->bhkv", w, d_written), (after, d_written)
-
     local = _product("nbhij,nbhiv->nbhjv", inside, dout)
-    _, (after, d_written) = jax.lax.scan(
-        one_chunk, _no_state(c), (w, arriving, leaving, c.through, dout, local), reverse=True
-    )
+    if with_kernel:
+        states, written = chunk_states(u, w, leaving, c.through)
+        after, d_written = chunk_state_gradients(w, arriving, leaving, c.through, dout, local)
+    else:
+        _, (states, written) = _states(c, u, w, _no_state(c))
+        after, d_written = _state_gradients(w, arriving, leaving, c.through, dout, local, _no_state(c))
     d_w = -_product("nbhiv,nbhkv->nbhik", d_written, states)
     x = _solve(coupling, jnp.concatenate([d_written, d_w], axis=-1), transposed=True)
     x_v, x_k = x[..., : c.v.shape[-1]], x[..., c.v.shape[-1] :]
@@ -296,21 +313,21 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array) -> dict[str, jax.Array]
     return {"q": dq, "k": dk, "v": c.beta[..., None] * x_v, "beta": d_beta, "decay": d_decay}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_delta_rule(scale, q, k, v, g, beta, runs):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gated_delta_rule(scale, with_kernel, q, k, v, g, beta, runs):
     c = _chunks(q, k, v, g, beta, runs, CHUNK)
-    out, _ = _forward(c, scale, _no_state(c))
+    out, _ = _forward(c, scale, _no_state(c), with_kernel=with_kernel)
     return _joined(out, q.shape[1]).astype(v.dtype)
 
 
-def _gated_delta_rule_forward(scale, *inputs):
-    return _gated_delta_rule(scale, *inputs), inputs
+def _gated_delta_rule_forward(scale, with_kernel, *inputs):
+    return _gated_delta_rule(scale, with_kernel, *inputs), inputs
 
 
-def _gated_delta_rule_backward(scale, inputs, dout):
+def _gated_delta_rule_backward(scale, with_kernel, inputs, dout):
     q, k, v, g, beta, runs = inputs
     c = _chunks(q, k, v, g, beta, runs, CHUNK)
-    found = _backward(c, scale, _cut(dout.astype(jnp.float32), CHUNK))
+    found = _backward(c, scale, _cut(dout.astype(jnp.float32), CHUNK), with_kernel=with_kernel)
     dg = jnp.cumsum(found["decay"][..., ::-1], axis=-1)[..., ::-1]
     dq, dk, dv, d_beta, dg = (
         _joined(x, q.shape[1]) for x in (found["q"], found["k"], found["v"], found["beta"], dg)
