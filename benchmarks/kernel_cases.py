@@ -17,6 +17,7 @@ from pronghorn.pallas_kernels.gated_activation import (
     gated_activation,
     gated_activation_backward,
 )
+from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize
 from pronghorn.pallas_kernels.nf4_product import nf4_product
@@ -68,6 +69,7 @@ def cases() -> Iterator[Case]:
     yield from ropes()
     yield from heads()
     yield from nf4()
+    yield from delta_rules()
 
 
 def normal(seed: int, shape, dtype=BF16, factor: float = 1.0) -> jax.Array:
@@ -284,6 +286,26 @@ def ropes() -> Iterator[Case]:
                     direction, implementation, function, arguments, size, "TB/s",
                     gradient=direction == "backward", wrt=2,
                 )  # fmt: skip
+
+
+def delta_rules() -> Iterator[Case]:
+    """Qwen3.5-9B's layers. Work is that of the recurrence, which reads, corrects and reads a state a token and head."""
+    seq, heads, value_heads, dim = 4096, 16, 32, 128
+
+    def arguments():
+        q, k = (normal(i, (1, seq, heads, dim), jnp.float32) for i in range(2))
+        q, k = ((x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(BF16) for x in (q, k))
+        g, beta = (jax.nn.sigmoid(normal(i, (1, seq, value_heads), jnp.float32)) for i in (3, 4))
+        return q, k, normal(2, (1, seq, value_heads, dim)), -g, beta
+
+    work = 6.0 * seq * value_heads * dim * dim
+    for implementation in ("pallas", "xla"):
+        function = functools.partial(gated_delta_rule, implementation=implementation)
+        for direction, times in (("forward", 1), ("backward", 2)):
+            yield Case(
+                "gated_delta_rule", f"{seq} tokens, {heads}/{value_heads} heads, D{dim}", direction, implementation,
+                function, arguments, times * work, "TFLOP/s", gradient=direction == "backward", wrt=5,
+            )  # fmt: skip
 
 
 def nf4() -> Iterator[Case]:
