@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pronghorn.converters.peft import save_adapter
-from pronghorn.errors import InputError
+from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
-from pronghorn.models import DecoderConfig
+from pronghorn.models import DecoderConfig, flat_arrays
 from pronghorn.models.expert_layers import Router
 from pronghorn.models.experts import order_by_expert, route, rows_by_expert, weighted_sum
 from pronghorn.models.experts_config import ExpertsConfig
-from tests.models.reference import random_ids, tiny_decoder
+from tests.models.reference import random_ids, tiny_decoder, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
 TOKENS, HIDDEN, EXPERTS, CHOSEN = 10_000, 16, 24, 5
@@ -125,8 +124,9 @@ def test_adapters_of_experts_train_and_merge_to_what_they_compute(layers, tmp_pa
     logits = adapted(ids)
     assert np.max(np.abs(logits - model(ids))) > 0.01
     assert np.max(np.abs(logits - merge_lora(adapted)(ids))) <= MODEL_LOGITS
-    with pytest.raises(InputError, match="save_merged"):
-        save_adapter(adapted, tmp_path / "adapter")
+    save_adapter(adapted, tmp_path / "adapter")
+    again = load_adapter(model, tmp_path / "adapter")
+    assert np.max(np.abs(logits - again(ids))) <= MODEL_LOGITS
 
     def loss(lora, **options):
         return jnp.sum(merge(graph, lora, frozen).hidden_states(ids, **options) ** 2)
@@ -138,3 +138,43 @@ def test_adapters_of_experts_train_and_merge_to_what_they_compute(layers, tmp_pa
         other = jax.jit(jax.grad(lambda lora, options=options: loss(lora, **options)))(lora)
         for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(usual), strict=True):
             assert np.linalg.norm(one - two) <= MODEL_GRADIENT * np.linalg.norm(two)
+
+
+def test_peft_reads_adapters_of_experts(tmp_path):
+    """Two steps of training from a folder, and the merged weights of both."""
+    import optax
+    from peft import PeftModel
+
+    from pronghorn.converters.huggingface import load_model
+    from pronghorn.models.families import family_named
+    from pronghorn.models.tensor_names import by_our_names
+    from pronghorn.training.losses import next_token
+
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "num_hidden_layers": 1}
+    torch_model = tiny_torch_model("qwen3_moe", head_dim=12, pad_token_id=None, **sizes)
+    torch_model.save_pretrained(tmp_path / "base")
+    model = load_model(tmp_path / "base", dtype="float32")
+    adapted = add_lora(model, LoRAConfig(rank=3, alpha=7, targets=("gate_proj", "up_proj", "down_proj", "q_proj")))
+    graph, lora, frozen = split(adapted)
+    ids = jnp.asarray(random_ids(16, batch=2))
+    loss_fn, optimizer = next_token(graph), optax.sgd(1.0)
+    step = jax.jit(jax.value_and_grad(lambda lora: loss_fn(lora, frozen, {"input_ids": ids, "labels": ids})[0]))
+    losses, state = [], optimizer.init(lora)
+    for _ in range(3):
+        loss, gradient = step(lora)
+        updates, state = optimizer.update(gradient, state)
+        lora = optax.apply_updates(lora, updates)
+        losses.append(float(loss))
+    assert losses[2] < losses[1] < losses[0]
+    adapted = merge(graph, lora, frozen)
+    save_adapter(adapted, tmp_path / "adapter")
+    merged = PeftModel.from_pretrained(torch_model, str(tmp_path / "adapter")).merge_and_unload()
+    family = family_named("qwen3_moe")
+    state_dict = {name: tensor.numpy() for name, tensor in merged.state_dict().items()}
+    theirs = by_our_names(state_dict, family.tensor_names(model.config), {})
+    ours, base = flat_arrays(merge_lora(adapted)), flat_arrays(model)
+    name = "layers.0.mlp.experts.down_proj.weight"
+    assert np.max(np.abs(ours[name] - base[name])) > 1e-3
+    assert sorted(theirs) == sorted(ours)
+    for name, expected in theirs.items():
+        assert np.max(np.abs(ours[name] - expected)) <= 1e-6, name

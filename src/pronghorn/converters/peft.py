@@ -46,6 +46,7 @@ from pronghorn.converters.peft_sites import (
     alpha_of,
     cut_factors,
     factors_at,
+    join_experts,
     module_names,
     peft_sites,
 )
@@ -102,12 +103,6 @@ def save_adapter(
     adapted = {name: (site, factors) for name, (site, factors) in found.items() if factors is not None}
     if info is None or not adapted:
         raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
-    experts = [name for name, site in sites(model).items() if site.experts and site.adapted]
-    if experts:
-        raise InputError(
-            f"{out_dir}: the adapter is of experts too ({experts[0]}), which a PEFT folder is not written with yet; save "
-            "the model with save_merged, or train it without experts in lora.targets."
-        )
     modules = module_names(model)
     arrays: dict[str, tuple[TensorSpec, Any]] = {}
     for name, (_, factors) in adapted.items():
@@ -211,7 +206,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     layers = config["layers_to_transform"]
     return attach(
         model,
-        factors,
+        join_experts(folder, places, factors),
         AdapterInfo(
             rank=config["r"],
             alpha=float(config["lora_alpha"]),

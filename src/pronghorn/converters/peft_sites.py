@@ -41,10 +41,75 @@ class FusedSite:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertSite(Site):
+    """One expert's part of a linear that all experts have, named "layers.3.mlp.experts.7.up_proj".
+
+    Attributes:
+      stack: name of the linear's site.
+      expert: its number.
+    """
+
+    stack: str = ""
+    expert: int = 0
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def factors(self) -> Factors | None:
+        """The expert's own A and B, or None."""
+        found = super().factors
+        return None if found is None else found._replace(a=found.a[self.expert], b=found.b[self.expert])
+
+
+def join_experts(
+    folder: Any, places: Mapping[str, Site | FusedSite], factors: Mapping[str, Factors]
+) -> dict[str, Factors]:
+    """{our name: factors}, those of experts stacked on an axis of their own.
+
+    Args:
+      folder: of the adapter, for errors.
+      places: from `peft_sites`.
+
+    Raises:
+      InputError: experts of one linear without an adapter, or with another rank or scale than the others'.
+    """
+    joined: dict[str, Factors] = {}
+    stacks: dict[str, list[Factors | None]] = {}
+    for name, site in places.items():
+        if isinstance(site, ExpertSite):
+            stacks.setdefault(site.stack, []).append(factors.get(name))
+        elif name in factors:
+            joined[name] = factors[name]
+    joined |= {name: own for name, own in factors.items() if name not in places}  # parts of a fused linear
+    for stack, found in stacks.items():
+        present = [own for own in found if own is not None]
+        if not present:
+            continue
+        if len(present) < len(found) or len({(own.a.shape, own.scale) for own in present}) > 1:
+            raise InputError(
+                f"{folder}: the adapters of {stack} are not of every expert with one rank and scale, which the stacked "
+                "weights need; merge the adapter with PEFT."
+            )
+        a, b = (jnp.stack([jnp.asarray(getattr(own, name)) for own in present]) for name in "ab")
+        joined[stack] = Factors(a, b, present[0].scale)
+    return joined
+
+
 def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
     """Every place where PEFT can put an adapter, by our name of it."""
     family = family_named(model.config.family)
-    found: dict[str, Site | FusedSite] = {n: site for n, site in sites(model).items() if not site.experts}
+    found: dict[str, Site | FusedSite] = {}
+    for name, site in sites(model).items():
+        if not site.experts:
+            found[name] = site
+            continue
+        holder, _, leaf = name.rpartition(".")
+        for expert in range(site.experts[0]):
+            own = f"{holder}.{expert}.{leaf}"
+            found[own] = ExpertSite(own, site.module, site.index, site.layer, stack=name, expert=expert)
     ours = {theirs: name for name, theirs in family.tensor_names(model.config).items()}
     for tensor, pieces in family.fused_tensors(model.config).items():
         if not tensor.endswith(".weight"):
@@ -60,8 +125,12 @@ def module_names(model: Decoder) -> dict[str, str]:
     family = family_named(model.config.family)
     tensors = family.tensor_names(model.config)
     fused = {pieces[0][0]: name for name, pieces in family.fused_tensors(model.config).items()}
+    stacks = family.stacked_tensors(model.config)
     names = {}
     for name, site in peft_sites(model).items():
+        if isinstance(site, ExpertSite):
+            names[name] = _module(stacks[tensors[f"{site.stack}.weight"]][site.expert])
+            continue
         first = site.parts[0].name if isinstance(site, FusedSite) else name
         tensor = tensors.get(f"{first}.weight", "lm_head.weight")
         names[name] = _module(fused.get(tensor, tensor))
