@@ -209,6 +209,22 @@ MINISTRAL_3_3B = {
     "vocab_size": 131072,
 }
 
+QWEN_3_5_9B = {  # the text_config of the model, which also sees images
+    "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
+    "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 4096,
+    "initializer_range": 0.02, "intermediate_size": 12288,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 8, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+    "model_type": "qwen3_5_text", "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+    "num_attention_heads": 16, "num_hidden_layers": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000, "rope_type": "default",
+    },
+    "tie_word_embeddings": False, "use_cache": True, "vocab_size": 248320,
+}  # fmt: skip
+
 
 def read(hf):
     return family_for(hf).config_from_hf(hf)
@@ -255,9 +271,20 @@ def test_ministral_3_scales_queries_by_contexts_passed():
     assert config.rope.kind == "yarn" and config.rope.factor == 16.0
 
 
+def test_qwen_3_5_has_three_delta_nets_to_one_gated_attention():
+    config = read(QWEN_3_5_9B)
+    assert config.layer_kinds == ("linear", "linear", "linear", "full") * 8 and config.attention_gate
+    assert (config.linear_key_heads, config.linear_value_heads, config.conv_width) == (16, 32, 4)
+    assert (config.rope.base, config.rope.partial_rotary_factor) == (1e7, 0.25)
+    without = {key: value for key, value in QWEN_3_5_9B.items() if key != "layer_types"}
+    assert read(without) == config
+    with pytest.raises(InputError, match="attn_output_gate"):
+        read(QWEN_3_5_9B | {"attn_output_gate": False})
+
+
 @pytest.mark.parametrize(
     "hf",
-    [GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI, LFM_2_1_2B, GRANITE_4_MICRO, MINISTRAL_3_3B],
+    [GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI, LFM_2_1_2B, GRANITE_4_MICRO, MINISTRAL_3_3B, QWEN_3_5_9B],
     ids=lambda hf: hf["model_type"],
 )
 def test_published_rewritten_and_written_files_are_read_alike(hf):
