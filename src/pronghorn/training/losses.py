@@ -16,6 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from pronghorn.errors import InputError
 from pronghorn.lora import merge
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
 
@@ -81,7 +82,16 @@ def loss_sum_and_count(
 
     Returns:
       (fp32 scalar, int32 scalar).
+
+    Raises:
+      InputError: the checkpoint asks for a load-balancing loss of its experts.
     """
+    experts = model.config.experts
+    if experts is not None and experts.balance_loss:
+        raise InputError(
+            "config.json: output_router_logits asks for the load-balancing loss, which training does not add; set it "
+            "to false to train without."
+        )
     hidden, targets = _hidden_and_targets(
         model,
         batch,
