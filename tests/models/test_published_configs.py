@@ -209,7 +209,9 @@ MINISTRAL_3_3B = {
     "vocab_size": 131072,
 }
 
-QWEN_3_5_9B = {  # the text_config of the model, which also sees images
+# Sizes are the defaults of transformers' configuration, which says it is "Qwen3.5-9B style". The file on the hub was not
+# at hand: its longer context, rope base and further keys are from memory and have to be compared with it.
+QWEN_3_5_9B = {
     "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
     "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 4096,
     "initializer_range": 0.02, "intermediate_size": 12288,
@@ -253,7 +255,9 @@ def test_phi_4_mini_is_read_although_it_names_code_of_its_own_and_no_other_code_
 
 def test_lfm_2_convolves_where_it_does_not_attend_and_cuts_its_ffn():
     config = read(LFM_2_1_2B)
-    assert config.layer_kinds[:4] == ("conv", "conv", "full", "conv") and config.layer_kinds.count("full") == 6
+    assert (
+        config.layer_kinds[:4] == ("conv", "conv", "full", "conv") and config.layer_kinds.count("full") == 6
+    )
     assert (config.intermediate_size, config.conv_width, config.tie_word_embeddings) == (8192, 3, True)
 
 
