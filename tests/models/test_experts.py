@@ -1,5 +1,7 @@
 """A mixture of experts: the routing of transformers, every token served, and what adapters on experts compute."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from pronghorn.models import Decoder, DecoderConfig, flat_arrays
 from pronghorn.models.expert_layers import Router
 from pronghorn.models.experts import order_by_expert, route, rows_by_expert, weighted_sum
 from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.training.flops import count_flops
 from pronghorn.training.losses import loss_sum_and_count
 from tests.models.reference import random_ids, tiny_decoder, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
@@ -186,3 +189,14 @@ def test_a_load_balancing_loss_is_not_left_out_in_silence():
     model = Decoder.abstract(sparse_config(balance_loss=True))
     with pytest.raises(InputError, match="output_router_logits"):
         loss_sum_and_count(model, {})
+
+
+def test_a_token_is_counted_with_the_experts_it_chose_only():
+    """Adapters aside, two more experts of six are 4 x their weights more FLOPs a token: forward, and dX."""
+    counts = []
+    for chosen in (2, 4):
+        experts = ExpertsConfig(num_experts=6, experts_per_token=chosen, width=20)
+        model = Decoder.abstract(dataclasses.replace(sparse_config(), experts=experts))
+        _, trained, _ = split(model)
+        counts.append(count_flops(model.config, {}, trained).per_token)
+    assert counts[1] - counts[0] == 4 * 2 * (3 * 20 * 24) * 3
