@@ -81,7 +81,8 @@ def step_table(rows: list[dict]) -> str:
     first = rows[0]
     lines = [
         f"LoRA r={first['rank']} on all seven linears, one after the other on one {first['device']}, random weights of "
-        "true shape, no padding (each framework draws its own weights and tokens, hence the losses):",
+        "true shape, no padding (each framework draws its own weights and tokens, hence the losses; packed rows hold "
+        "the same documents of an instruction set's lengths, and real tokens count):",
         "",
         "| framework | model | weights | batch x seq | memory policy | tokens/s | MFU | peak GiB | compile s | loss | "
         "gradient norm |",
@@ -90,9 +91,12 @@ def step_table(rows: list[dict]) -> str:
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
         policy = row["memory_policy"] + (", scanned" if row.get("layers") == "scanned" else "")
+        shape = f"{row['batch']}x{row['seq']}"
+        if row.get("documents_per_row") == "alpaca-like":
+            shape += ", packed"
         note = f", {row['attention']} attention" if row.get("attention", "default") != "default" else ""
         lines.append(
-            f"| {row['framework']}{note} | {row['model']} | {row['weights']} | {row['batch']}x{row['seq']} | "
+            f"| {row['framework']}{note} | {row['model']} | {row['weights']} | {shape} | "
             f"{policy} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_device_gib']:.1f} | "
             f"{row['compile_seconds']:.0f} | {row['loss']:.3f} | {row['grad_norm']:.3f} |"
         )
