@@ -1,9 +1,10 @@
 """The text tower of a model that also sees images, read as the model of its own that it is.
 
-Gemma 3 from 4B on, Mistral Small 3.1 and Qwen 3.5 wrap a text model that we know: `text_config` is its configuration, and its
-tensors are `language_model.model...` on the hub, `model.language_model...` as transformers 5 names its modules. On
-text alone the wrapper computes what the tower computes, so tensors of the other towers are left out, never read. What
-is saved is a text model; an adapter is written for the wrapper, which is what PEFT finds in the base folder.
+Gemma 3 from 4B on, Mistral Small 3.1, Qwen 3.5, LLaVA (1.5, NeXT, OneVision, ViP), InternVL 3 and LFM 2 VL wrap a text
+model that we know: `text_config` is its configuration, and its tensors are `language_model.model...` on the hub,
+`model.language_model...` as transformers 5 names its modules. On text alone the wrapper computes what the tower
+computes, so tensors of the other towers are left out, never read. What is saved is a text model; an adapter is written
+for the wrapper, which is what PEFT finds in the base folder.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,18 @@ from typing import Any
 
 from pronghorn.errors import InputError
 
-WRAPPERS = ("gemma3", "mistral3", "qwen3_5")
+# Not Aya Vision and Command A Vision: their wrapper leaves out Cohere's factor on the logits.
+WRAPPERS = (
+    "gemma3",
+    "mistral3",
+    "qwen3_5",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "vipllava",
+    "internvl",
+    "lfm2_vl",
+)
 _TOWER = "language_model."
 _CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 

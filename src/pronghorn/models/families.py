@@ -121,7 +121,8 @@ def family_for(hf_config: HfConfig) -> Family:
         found = "no key of it is unusual, so it may be a small file to add (docs/adding-a-model.md)"
     raise InputError(
         f"config.json: model_type {model_type!r}{remote} is not supported ({found}); supported are {supported}, and "
-        "the text towers of gemma3, mistral3 and qwen3_5."
+        "the text towers of gemma3, mistral3, qwen3_5, llava, llava_next, llava_onevision, vipllava, internvl and "
+        "lfm2_vl."
     )
 
 

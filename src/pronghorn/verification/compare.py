@@ -227,9 +227,12 @@ def _run_transformers(
             with_kwargs=True,
         )
     ]
+    final_norm = next(  # its name differs: LFM 2 says embedding_norm
+        module for name, module in reversed(list(trunk.named_children())) if name.endswith("norm")
+    )
     hooks += [
         m.register_forward_hook(lambda _m, _given, output: record(output))
-        for m in (*trunk.layers, trunk.norm)
+        for m in (*trunk.layers, final_norm)
     ]
     ids = torch.from_numpy(input_ids.astype(np.int64))
     with torch.set_grad_enabled(canonical is not None):
