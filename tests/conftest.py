@@ -13,6 +13,14 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if "gpu" not in item.keywords]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_compiles():
+    """Programs of the tests run a few times on tiny arrays: on a CPU they are compiled fast rather than well."""
+    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def _exact_products():
     """fp32 products in fp32: a GPU's default would be tf32."""

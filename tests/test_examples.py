@@ -4,9 +4,7 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
-import jax
 import numpy as np
-import pytest
 
 import pronghorn as ph
 from pronghorn.configuration import read_job
@@ -14,13 +12,6 @@ from pronghorn.data import tokenize_rows
 from tests import tiny
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_functional_script_learns_and_saves_an_adapter_that_loads(tmp_path):

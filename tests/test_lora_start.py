@@ -26,13 +26,6 @@ RANK, ALPHA = 3, 6
 TARGETS = ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_models.save(

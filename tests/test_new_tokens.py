@@ -25,13 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT and transformers warn 
 VOCAB, NEW = tiny_models.VOCAB, 3
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     root = tmp_path_factory.mktemp("bases")

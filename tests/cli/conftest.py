@@ -26,13 +26,6 @@ def _commands_leave_no_trace(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _quick_compiles():
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @dataclasses.dataclass(frozen=True)
 class Finished:
     code: int

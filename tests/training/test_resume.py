@@ -27,6 +27,8 @@ import os, signal, sys
 import jax
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 jax.config.update("jax_default_matmul_precision", "highest")
+# As conftest.py has it for the run that goes on: only programs that are compiled alike agree in every bit.
+jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
 from tests.training.resumable import make_trainer
 trainer = make_trainer(sys.argv[1])
 iterate = trainer.loader.iterate
