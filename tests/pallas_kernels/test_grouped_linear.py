@@ -14,7 +14,7 @@ from tests.pallas_kernels.comparison import (
 )
 
 NAMES = ("y", "dx", "dweight", "dlora_a", "dlora_b", "dbias")
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "pallas")
 
 
 def inputs(shape, dtype="float32", master="float32"):

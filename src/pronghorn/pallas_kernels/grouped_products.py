@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import grouped_kernels, launch
 
 
 class LowRank(NamedTuple):
@@ -90,7 +90,8 @@ def over_rows(
         raise InputError(
             f"over_rows: {a.dtype}{a.shape} and {b.dtype}{b.shape} must be [rows, columns] of the same rows and dtype."
         )
-    launch.resolve(implementation, available=("xla",), default_gpu="xla")
+    if launch.resolve(implementation) == "pallas":
+        return grouped_kernels.over_rows(a, b, group_sizes, jnp.dtype(dtype))
     dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
     return lax.ragged_dot_general(
         a, b, group_sizes, dims, precision=_precision(a), preferred_element_type=jnp.float32
@@ -114,7 +115,10 @@ def _product(x, weight, group_sizes, lowrank, bias, dtype, implementation, *, tr
             f"grouped product: x {x.shape}, weight {weight.shape} and group_sizes {group_sizes.shape} do not fit; "
             f"they must be [rows, i], {'[groups, o, i]' if transposed else '[groups, i, o]'} and [groups]."
         )
-    launch.resolve(implementation, available=("xla",), default_gpu="xla")
+    if launch.resolve(implementation) == "pallas":
+        return grouped_kernels.product(
+            x, weight, group_sizes, lowrank, bias, jnp.dtype(dtype), transposed=transposed
+        )
     y = _ragged(x, weight, group_sizes, transposed)
     if lowrank is not None:
         y += _ragged(lowrank.rows, lowrank.matrices, group_sizes, transposed)

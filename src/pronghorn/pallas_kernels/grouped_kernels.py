@@ -1,0 +1,224 @@
+"""The kernels of `grouped_products`: a tile of rows never crosses from one group into the next.
+
+Group g has ceil(size_g / block) tiles of rows; the rows of no group are one more group, whose tiles are zeros. How many
+tiles there are depends on the sizes, which only the device knows, and a grid is static: it has as many as the worst
+sizes need, floor((rows + n (block − 1)) / block) for n groups that can hold a row, and those left over store nothing.
+Which rows of which group a tile takes is worked out in front of the kernel, three integers a tile.
+
+The last tile of a group reads rows of the next one, and keeps what came of them to itself: each row of a product
+depends on its own row alone. Over rows it would not, so there rows past the group's end are loaded as zeros.
+
+Tiles run eight tiles of rows at a time across all columns, so that a matrix and the rows are found in the L2 cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pronghorn.pallas_kernels import launch, tuned
+from pronghorn.pallas_kernels.attention_blocks import shared_memory_limit
+from pronghorn.pallas_kernels.tile_operations import (
+    COLUMNS_BY_COLUMNS,
+    ROWS_BY_COLUMNS,
+    ROWS_BY_ROWS,
+    tile_product,
+)
+
+# What `tuned` may replace: rows, columns and summed elements of a tile, warps, stages; in 16 bits and in 32.
+BLOCK = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
+TILES_TOGETHER = 8
+
+
+def tile_bound(rows: int, groups: int, block: int) -> int:
+    """The most tiles that any sizes of the groups, and of the rows left over, need."""
+    return (rows + min(groups + 1, rows) * (block - 1)) // block
+
+
+def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> jax.Array:
+    """int32 [tile_bound, 3]: group, first row and end of the group's rows; the group is `groups` where there is none."""
+    groups = group_sizes.shape[0]
+    sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes))
+    ends = jnp.cumsum(sizes)
+    last_tiles = jnp.cumsum(launch.cdiv(sizes, block))
+    tile = jnp.arange(tile_bound(rows, groups, block))
+    group = jnp.minimum(jnp.searchsorted(last_tiles, tile, side="right"), groups)
+    # Counted back from the group's last tile; past the last tile of all this lies past the end, and nothing is stored.
+    first_tile = last_tiles[group] - launch.cdiv(sizes, block)[group]
+    first = (ends - sizes)[group] + (tile - first_tile) * block
+    return jnp.stack([group, first, ends[group]], axis=-1).astype(jnp.int32)
+
+
+def blocks(op: str, dtype, rows: int, columns: int, inner: int) -> tuple[int, int, int, int, int]:
+    """(rows, columns, summed elements, warps, stages) of a tile, no larger than the product, within shared memory."""
+    width = jnp.dtype(dtype).itemsize
+    most = tuned.choice(op, dtype, columns) or BLOCK[width]
+    m, n, k = (
+        min(block, max(16, launch.next_power_of_2(size)))
+        for block, size in zip(most[:3], (rows, columns, inner), strict=True)
+    )
+    warps = min(most[3], max(1, m * n // 2048))
+    stages = most[4]
+    while stages > 1 and stages * (m + n) * k * width > shared_memory_limit():
+        stages -= 1
+    return m, n, k, warps, stages
+
+
+def _tile_of_program(row_tile_count, column_tile_count):
+    """(tile of rows, tile of columns) of a program, `TILES_TOGETHER` tiles of rows beside each other."""
+    program = pl.program_id(0)
+    together = TILES_TOGETHER * column_tile_count
+    first = program // together * TILES_TOGETHER
+    here = jnp.minimum(row_tile_count - first, TILES_TOGETHER)
+    return first + program % together % here, program % together // here
+
+
+def _load(ref, *indices, mask):
+    """A tile; with a mask of None all of it exists."""
+    place = ref.at[indices]
+    return triton.load(place) if mask is None else triton.load(place, mask=mask, other=0.0)
+
+
+def _both(a, b):
+    """a & b, where None is all true."""
+    return b if a is None else a if b is None else a & b
+
+
+def _product_kernel(
+    tiles_ref, x_ref, w_ref, *rest, block_m, block_n, block_k, rank, padded_rank, biased, transposed, native
+):
+    """One tile of Y: the product, then the low-rank part and the bias on top of it."""
+    *rest, y_ref = rest
+    rows_of_x, inner = x_ref.shape
+    width, groups = y_ref.shape[1], w_ref.shape[0]
+    row_tile, column_tile = _tile_of_program(tiles_ref.shape[0], launch.cdiv(width, block_n))
+    group, first, end = (tiles_ref[row_tile, field] for field in range(3))
+    real = group < groups
+    group = jnp.minimum(group, groups - 1)
+    rows = first + jnp.arange(block_m)
+    columns = column_tile * block_n + jnp.arange(block_n)
+    there = jnp.minimum(rows, rows_of_x - 1)[:, None]
+    column_exists = None if width % block_n == 0 else columns < width
+
+    def tile(rows_ref, matrix_ref, at, size, whole):
+        """The part of a sum over the indices `at`, those below `size`."""
+        exists = None if whole else at < size
+        left = _load(rows_ref, there, at[None, :], mask=None if whole else exists[None, :])
+        if transposed:
+            masks = (
+                None if column_exists is None else column_exists[:, None],
+                None if whole else exists[None, :],
+            )
+            right = _load(matrix_ref, group, columns[:, None], at[None, :], mask=_both(*masks))
+        else:
+            masks = (
+                None if column_exists is None else column_exists[None, :],
+                None if whole else exists[:, None],
+            )
+            right = _load(matrix_ref, group, at[:, None], columns[None, :], mask=_both(*masks))
+        return tile_product(left, right, ROWS_BY_ROWS if transposed else ROWS_BY_COLUMNS, native=native)
+
+    def step(i, total):
+        return total + tile(x_ref, w_ref, i * block_k + jnp.arange(block_k), inner, inner % block_k == 0)
+
+    # Rows of no group, and tiles left over, sum nothing.
+    steps = jnp.where(real & (first < end), launch.cdiv(inner, block_k), 0)
+    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
+    if rank:
+        p_ref, q_ref, *rest = rest
+        total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
+    if biased:
+        bias = _load(rest[0], group, columns, mask=column_exists)
+        total += bias.astype(jnp.float32)[None, :]
+    total = jnp.where(real, total, 0.0)
+    inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
+    triton.store(y_ref.at[rows[:, None], columns[None, :]], total.astype(y_ref.dtype), mask=inside)
+
+
+def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
+    """`by_rows` where transposed, else `by_columns`."""
+    rows, inner = x.shape
+    width = weight.shape[1 if transposed else 2]
+    op = "grouped_by_rows" if transposed else "grouped_by_columns"
+    block_m, block_n, block_k, warps, stages = blocks(op, x.dtype, rows, width, inner)
+    tiles = row_tiles(group_sizes, rows, block_m)
+    operands, rank = [tiles, x, weight], 0
+    if lowrank is not None:
+        operands += lowrank
+        rank = lowrank.rows.shape[1]
+    if bias is not None:
+        operands.append(bias)
+    kernel = functools.partial(
+        _product_kernel,
+        block_m=block_m,
+        block_n=block_n,
+        block_k=block_k,
+        rank=rank,
+        padded_rank=max(16, launch.next_power_of_2(rank)),
+        biased=bias is not None,
+        transposed=transposed,
+        native=not launch.interpreting(),
+    )
+    return launch.pallas_call(
+        kernel,
+        name=op,
+        grid=(tiles.shape[0] * launch.cdiv(width, block_n),),
+        out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
+        num_warps=warps,
+        num_stages=stages,
+    )(*operands)
+
+
+def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, block_m, block_n, block_k, native):
+    """One tile of D of one group."""
+    _, a_width, b_width = d_ref.shape
+    a_tiles = launch.cdiv(a_width, block_m)
+    b_tiles = launch.cdiv(b_width, block_n)
+    group = pl.program_id(0) // (a_tiles * b_tiles)
+    place = pl.program_id(0) % (a_tiles * b_tiles)
+    first, end = bounds_ref[group, 0], bounds_ref[group, 1]
+    # Tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
+    a_columns = place % a_tiles * block_m + jnp.arange(block_m)
+    b_columns = place // a_tiles * block_n + jnp.arange(block_n)
+
+    def load(ref, rows, columns, width, block):
+        exists = (rows < end)[:, None]
+        if width % block:
+            exists = exists & (columns < width)[None, :]
+        return _load(ref, rows[:, None], columns[None, :], mask=exists)
+
+    def step(i, total):
+        rows = first + i * block_k + jnp.arange(block_k)
+        a = load(a_ref, rows, a_columns, a_width, block_m)
+        b = load(b_ref, rows, b_columns, b_width, block_n)
+        return total + tile_product(a, b, COLUMNS_BY_COLUMNS, native=native)
+
+    zeros = jnp.zeros((block_m, block_n), jnp.float32)
+    total = jax.lax.fori_loop(0, launch.cdiv(end - first, block_k), step, zeros)
+    inside = (a_columns < a_width)[:, None] & (b_columns < b_width)[None, :]
+    triton.store(d_ref.at[group, a_columns[:, None], b_columns[None, :]], total.astype(d_ref.dtype), mask=inside)
+
+
+def over_rows(a, b, group_sizes, dtype):
+    """`grouped_products.over_rows`."""
+    shape = (group_sizes.shape[0], a.shape[1], b.shape[1])
+    block_m, block_n, block_k, warps, stages = blocks(
+        "grouped_over_rows", a.dtype, shape[1], shape[2], a.shape[0]
+    )
+    ends = jnp.cumsum(group_sizes)
+    return launch.pallas_call(
+        functools.partial(
+            _over_rows_kernel,
+            block_m=block_m,
+            block_n=block_n,
+            block_k=block_k,
+            native=not launch.interpreting(),
+        ),
+        name="grouped_over_rows",
+        grid=(shape[0] * launch.cdiv(shape[1], block_m) * launch.cdiv(shape[2], block_n),),
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        num_warps=warps,
+        num_stages=stages,
+    )(jnp.stack([ends - group_sizes, ends], axis=-1), a, b)
