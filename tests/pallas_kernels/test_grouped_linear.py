@@ -3,14 +3,18 @@ import jax.numpy as jnp
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import shapes
+from pronghorn.pallas_kernels import shapes, tuned
+from pronghorn.pallas_kernels.grouped_kernels import row_tiles
 from pronghorn.pallas_kernels.grouped_linear import grouped_linear, grouped_linear_reference
+from tests.compiling import compile_for_h100
+from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import (
     assert_matches_oracle,
     gradient,
     normal,
     saved_shapes,
     shapes_computed,
+    value_and_gradients,
 )
 
 NAMES = ("y", "dx", "dweight", "dlora_a", "dlora_b", "dbias")
@@ -68,12 +72,12 @@ def test_rows_of_no_group_are_zero_whatever_they_hold(implementation):
     x, *rest = inputs(shape)
     poisoned = x.at[held:].set(jnp.nan)
     cotangent = normal(9, (shape.rows, shape.outputs))
-    y, pull = jax.vjp(op, x, *rest)
-    other, other_pull = jax.vjp(op, poisoned, *rest)
+    y, gradients = value_and_gradients(op, (x, *rest), cotangent)
+    other, other_gradients = value_and_gradients(op, (poisoned, *rest), cotangent)
     assert not jnp.any(y[held:]) and jnp.array_equal(y, other)
-    for name, a, b in zip(NAMES[1:], pull(cotangent), other_pull(cotangent), strict=True):
+    for name, a, b in zip(NAMES[1:], gradients, other_gradients, strict=True):
         assert jnp.array_equal(a, b), name
-    assert not jnp.any(pull(cotangent)[0][held:])
+    assert not jnp.any(gradients[0][held:])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -105,3 +109,58 @@ def test_shapes_that_do_not_fit_are_refused():
         grouped_linear(x, weight, sizes, a, b[:, 1:])
     with pytest.raises(InputError, match="bias"):
         grouped_linear(x, weight, sizes, bias=bias[:1])
+
+
+def test_a_group_of_many_tiles_equals_the_oracle():
+    shape = shapes.GroupedShape("many tiles", (0, 150, 1, 37), 200, 40, 35, 3)
+    op, oracle = ops(shape, "pallas")
+    cotangent = normal(9, (shape.rows, shape.outputs))
+    small = (16, 16, 16, 1, 1)
+    with (
+        tuned.candidate("grouped_by_rows", small),
+        tuned.candidate("grouped_by_columns", small),
+        tuned.candidate("grouped_over_rows", small),
+    ):
+        assert_matches_oracle(op, oracle, inputs(shape), cotangent, "float32", NAMES)
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 33, 0, 16), (0, 0, 0), (64,), (1, 1, 1, 1)])
+def test_tiles_cover_every_row_once_and_stay_inside_of_a_group(sizes):
+    rows, block, covered = 64, 16, []
+    group = [g for g, size in enumerate((*sizes, rows - sum(sizes))) for _ in range(size)]
+    for tile_group, first, end in row_tiles(jnp.asarray(sizes, jnp.int32), rows, block).tolist():
+        for row in range(first, min(first + block, end)):
+            assert group[row] == tile_group
+            covered.append(row)
+    assert sorted(covered) == list(range(rows))
+
+
+def whole_gradient(dtype):
+    """A function of abstract arrays that launches every kernel, with groups that blocks do not divide."""
+    shape = shapes.GroupedShape("lowered", (70, 0, 130), 210, 200, 330, 6)
+    op, _ = ops(shape, "pallas")
+    return gradient(op), [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in inputs(shape, dtype)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lowers_for_an_h100(dtype):
+    function, arguments = whole_gradient(dtype)
+    text = lower_for_h100(function, *arguments)
+    # Both directions and the sums over rows: the values of a pullback alone are not computed, T is.
+    assert all(name in text for name in ("grouped_by_rows", "grouped_by_columns", "grouped_over_rows"))
+
+
+def test_compiles_for_an_h100():
+    function, arguments = whole_gradient("bfloat16")
+    assert "grouped_over_rows" in compile_for_h100(function, *arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", shapes.LARGE_GROUPED, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_kernels_equal_the_oracle_on_a_gpu_at_the_size_of_a_real_layer(shape, dtype):
+    op, oracle = ops(shape, "pallas")
+    cotangent = normal(9, (shape.rows, shape.outputs), dtype)
+    # True fp32 products in the oracle, as in the kernels.
+    with jax.default_matmul_precision("highest"):
+        assert_matches_oracle(op, oracle, inputs(shape, dtype), cotangent, dtype, NAMES)

@@ -38,7 +38,7 @@ def tile_bound(rows: int, groups: int, block: int) -> int:
 
 
 def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> jax.Array:
-    """int32 [tile_bound, 3]: group, first row and end of the group's rows; the group is `groups` where there is none."""
+    """int32 [tile_bound, 3]: group, first row and end of the group's rows; it is `groups` for rows of none."""
     groups = group_sizes.shape[0]
     sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes))
     ends = jnp.cumsum(sizes)
@@ -124,7 +124,7 @@ def _product_kernel(
         return total + tile(x_ref, w_ref, i * block_k + jnp.arange(block_k), inner, inner % block_k == 0)
 
     # Rows of no group, and tiles left over, sum nothing.
-    steps = jnp.where(real & (first < end), launch.cdiv(inner, block_k), 0)
+    steps = launch.cdiv(inner, block_k) * (real & (first < end)).astype(jnp.int32)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
     if rank:
         p_ref, q_ref, *rest = rest

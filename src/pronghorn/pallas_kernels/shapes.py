@@ -202,3 +202,7 @@ SMALL_GROUPED = (
     GroupedShape("all rows in one group", (0, 19, 0), 19, 16, 37, 2),
     GroupedShape("several blocks, rows left over", (17, 0, 35, 1), 61, 40, 70, 5),
 )
+LARGE_GROUPED = (
+    GroupedShape("Qwen3-30B-A3B gate_proj, 8 experts", (0, 1, 700, 129, 1024, 64, 2000, 100), 4096, 2048, 768, RANK),
+    GroupedShape("odd", (1, 0, 577, 3), 600, 1023, 577, 5),
+)
