@@ -29,14 +29,6 @@ CONFIG = DecoderConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def _quick_compiles():
-    """Programs here run once on tiny arrays: on a CPU compile them fast rather than well."""
-    jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 IDS = np.random.default_rng(0).integers(0, 37, (2, 9))
 LINEARS = 7
 

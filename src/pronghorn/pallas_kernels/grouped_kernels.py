@@ -12,6 +12,7 @@ Tiles run eight tiles of rows at a time across all columns, so that a matrix and
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def _product_kernel(
     tiles_ref, x_ref, w_ref, *rest, block_m, block_n, block_k, rank, padded_rank, biased, transposed, native
 ):
     """One tile of Y: the product, then the low-rank part and the bias on top of it."""
-    *rest, y_ref = rest
+    *others, y_ref = rest
     rows_of_x, inner = x_ref.shape
     width, groups = y_ref.shape[1], w_ref.shape[0]
     row_tile, column_tile = _tile_of_program(tiles_ref.shape[0], launch.cdiv(width, block_n))
@@ -100,11 +101,11 @@ def _product_kernel(
     rows = first + jnp.arange(block_m)
     columns = column_tile * block_n + jnp.arange(block_n)
     there = jnp.minimum(rows, rows_of_x - 1)[:, None]
-    column_exists = None if width % block_n == 0 else columns < width
+    column_exists: Any = None if width % block_n == 0 else columns < width
 
     def tile(rows_ref, matrix_ref, at, size, whole):
         """The part of a sum over the indices `at`, those below `size`."""
-        exists = None if whole else at < size
+        exists: Any = None if whole else at < size
         left = _load(rows_ref, there, at[None, :], mask=None if whole else exists[None, :])
         if transposed:
             masks = (
@@ -127,10 +128,10 @@ def _product_kernel(
     steps = launch.cdiv(inner, block_k) * (real & (first < end)).astype(jnp.int32)
     total = jax.lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
     if rank:
-        p_ref, q_ref, *rest = rest
+        p_ref, q_ref, *others = others
         total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
     if biased:
-        bias = _load(rest[0], group, columns, mask=column_exists)
+        bias = _load(others[0], group, columns, mask=column_exists)
         total += bias.astype(jnp.float32)[None, :]
     total = jnp.where(real, total, 0.0)
     inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
