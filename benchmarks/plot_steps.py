@@ -15,7 +15,8 @@ def jobs(rows: list[dict]) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for row in rows:
         if "error" not in row:
-            name = f"{row['model']}, {row['adapter']}, {row['batch']}x{row['seq']}"
+            packed = ", packed" * (row.get("documents_per_row") == "alpaca-like")
+            name = f"{row['model']}, {row['adapter']}, {row['batch']}x{row['seq']}{packed}"
             found.setdefault(name, []).append(row)
     return {name: group for name, group in found.items() if len({row["framework"] for row in group}) > 1}
 

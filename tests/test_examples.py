@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,23 @@ def test_every_row_of_the_chat_recipe_is_a_chat_with_an_answer_in_the_loss():
     dataset = tokenize_rows(rows, tiny.tiny_tokenizer(), dataclasses.replace(data, max_length=1024))
     assert dataset.format.name == "messages" and dataset.stats.documents == len(rows) == 40
     assert dataset.stats.untrained == 0
+
+
+def test_notebook_runs_from_the_first_cell_to_the_last(tmp_path, capsys):
+    notebook = json.loads((EXAMPLES / "quickstart.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"])
+    names = {}
+    for number, cell in enumerate(cells):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+        if number == 0:  # it holds what a user changes
+            names |= {
+                "MODEL": str(tiny.write_model(tmp_path / "model")),
+                "OUT": str(tmp_path / "run"),
+                "STEPS": 3,
+            }
+            names["ROWS"] = str(tiny.write_rows(tmp_path / "rows.jsonl"))
+    assert len(names["result"].losses) == 3 and np.isfinite(names["result"].evaluations[-1].loss)
+    assert (tmp_path / "run" / "peft" / "adapter_config.json").is_file()
+    assert (tmp_path / "run" / "merged" / "config.json").is_file()
+    assert "held-out loss:" in capsys.readouterr().out
