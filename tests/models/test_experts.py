@@ -28,11 +28,13 @@ def sparse_config(**changes):
     return DecoderConfig("qwen3_moe", 131, 24, 40, 3, 4, 2, 6, 512, experts=experts)
 
 
-def routed(weight, n, **options):
+def routed(weight, n, correction=None, **options):
     """(choices, weights) of ours for a router's weight and tokens."""
     config = ExpertsConfig(EXPERTS, CHOSEN, 8, **options)
     router = nnx.eval_shape(lambda: Router(config, HIDDEN, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     router.weight.set_value(jnp.asarray(weight))
+    if correction is not None:
+        router.e_score_correction_bias.set_value(jnp.asarray(correction))
     found = route(router, jnp.asarray(n), config)
     return np.asarray(found.experts), np.asarray(found.weights)
 
@@ -51,6 +53,61 @@ def by_transformers(weight, n, *, normalized):
     with torch.no_grad():
         _, weights, experts = router(torch.from_numpy(n))
     return experts.numpy(), weights.numpy()
+
+
+def test_sigmoid_scores_groups_and_a_correction_choose_as_deepseek_v3():
+    import torch
+    from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    draw = np.random.default_rng(1)
+    weight = 0.3 * draw.standard_normal((EXPERTS, HIDDEN)).astype(np.float32)
+    n = draw.standard_normal((TOKENS, HIDDEN), np.float32)
+    correction = 0.2 * draw.standard_normal(EXPERTS).astype(np.float32)
+    theirs = DeepseekV3TopkRouter(
+        DeepseekV3Config(
+            hidden_size=HIDDEN,
+            n_routed_experts=EXPERTS,
+            num_experts_per_tok=CHOSEN,
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        )
+    )
+    theirs.weight.data = torch.from_numpy(weight)
+    theirs.e_score_correction_bias = torch.from_numpy(correction)
+    with torch.no_grad():
+        _, expected_weights, expected = theirs(torch.from_numpy(n))
+    expected, expected_weights = expected.numpy(), expected_weights.numpy()
+    options = {"router": "sigmoid", "correction_bias": True, "groups": 4, "groups_chosen": 2}
+    options |= {"normalized": True, "normalizer_epsilon": 1e-20, "scaling_factor": 2.5}
+    experts, weights = routed(weight, n, correction, **options)
+    # Theirs are in no order.
+    order, expected_order = np.argsort(experts, axis=1), np.argsort(expected, axis=1)
+    sort = np.take_along_axis
+    assert np.array_equal(sort(experts, order, 1), sort(expected, expected_order, 1))
+    np.testing.assert_allclose(sort(weights, order, 1), sort(expected_weights, expected_order, 1), rtol=1e-5)
+    without, _ = routed(weight, n, None, **{**options, "correction_bias": False})
+    assert not np.array_equal(np.sort(without, axis=1), sort(experts, order, 1))
+
+
+def test_a_softmax_over_the_chosen_is_that_of_gpt_oss():
+    import torch
+    from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    draw = np.random.default_rng(2)
+    weight, n = (draw.standard_normal((size, HIDDEN), np.float32) for size in (EXPERTS, TOKENS))
+    theirs = GptOssTopKRouter(
+        GptOssConfig(hidden_size=HIDDEN, num_local_experts=EXPERTS, num_experts_per_tok=CHOSEN)
+    )
+    theirs.weight.data = torch.from_numpy(weight)
+    with torch.no_grad():
+        _, expected_weights, expected = theirs(torch.from_numpy(n))
+    experts, weights = routed(weight, n, router="softmax_after_top_k")
+    assert np.array_equal(experts, expected.numpy())
+    np.testing.assert_allclose(weights, expected_weights.numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
