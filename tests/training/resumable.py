@@ -20,12 +20,12 @@ CONFIG = TrainConfig(
 )
 
 
-def make_trainer(folder, *, eval_dataset=None, **changes):
+def make_trainer(folder, *, model=None, eval_dataset=None, **changes):
     """Dropout, warm-up and several epochs, so that rng, schedule, moments and data position all matter."""
     config = dataclasses.replace(CONFIG, output_dir=str(folder), **changes)
     data = DataConfig(max_length=16, seed=5)
     return Trainer(
-        small_model(dropout=0.3),
+        small_model(dropout=0.3) if model is None else model,
         None,
         tokenized(random_documents(9)),
         config,
@@ -35,7 +35,9 @@ def make_trainer(folder, *, eval_dataset=None, **changes):
 
 
 def outcome(trainer, result):
-    weights = {name: np.array(value) for name, value in flat_arrays(trainer.model).items() if "lora" in name}
+    weights = {name: np.array(value) for name, value in flat_arrays(trainer.model).items()}
+    if trainer.model.adapter is not None:
+        weights = {name: value for name, value in weights.items() if "lora" in name}
     return result.losses, result.grad_norms, weights
 
 

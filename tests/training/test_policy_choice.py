@@ -68,8 +68,17 @@ def test_what_cannot_fit_is_not_compiled_and_the_first_that_fits_is_taken():
 
 
 def test_a_device_without_pinned_memory_gets_a_policy_without():
-    peaks = {p: ValueError("no pinned_host") if POLICIES[p].offloaded else 20 * GIB for p in POLICIES}
+    peaks = {
+        p: ValueError("no addressable memory pinned_host") if POLICIES[p].offloaded else 20 * GIB
+        for p in POLICIES
+    }
     assert not POLICIES[choose(peaks, limit=24 * GIB, resident=16 * GIB)[1]].offloaded
+
+
+def test_a_fault_of_ours_in_an_offloading_step_is_not_taken_for_a_lack_of_memory():
+    peaks = {p: ValueError("a shape") if POLICIES[p].offloaded else 90 * GIB for p in POLICIES}
+    with pytest.raises(ValueError, match="a shape"):
+        choose(peaks, limit=24 * GIB, resident=16 * GIB)
 
 
 def test_what_host_memory_cannot_hold_is_not_compiled():

@@ -7,6 +7,7 @@ import pytest
 
 from pronghorn.errors import InputError
 from tests.training.resumable import assert_same_run, make_trainer, outcome
+from tests.training.small import small_model
 
 
 @pytest.mark.parametrize("stop", [1, 3])
@@ -79,3 +80,16 @@ def test_resuming_a_finished_run_gives_its_weights_and_trains_nothing(tmp_path, 
     result = trainer.train(resume=True)
     assert (result.steps, result.resumed_from, result.losses, result.interrupted) == (7, 7, [], False)
     assert_same_run(outcome(trainer, result), uninterrupted, since=7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion", "lion_8bit", "muon"])
+def test_a_run_with_any_optimizer_resumes_bit_exact(tmp_path, optimizer):
+    def trainer_in(folder):
+        model = small_model(rank=None) if optimizer == "muon" else None  # an adapter's factors it refuses
+        return make_trainer(folder, model=model, optimizer=optimizer, max_steps=4, save_every=None)
+
+    whole = trainer_in(tmp_path / "whole")
+    expected = outcome(whole, whole.train())
+    assert trainer_in(tmp_path / "cut").train(stop_after=2).interrupted
+    trainer = trainer_in(tmp_path / "cut")
+    assert_same_run(outcome(trainer, trainer.train(resume=True)), expected, since=2)

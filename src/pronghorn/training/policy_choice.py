@@ -145,8 +145,11 @@ def first_that_fits(
             continue
         try:
             compiled = compile_policy(cost.policy)
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
-            if not POLICIES[cost.policy].offloaded:
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            # A ValueError about anything else than kinds of memory is a fault of ours.
+            if not POLICIES[cost.policy].offloaded or (
+                isinstance(error, ValueError) and "memory" not in str(error)
+            ):
                 raise
             continue
         peak, pinned = memory_of(compiled)
