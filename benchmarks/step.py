@@ -18,6 +18,7 @@ import random_weights
 import shapes
 
 import pronghorn as ph
+from pronghorn.compile_cache import keep_programs_in
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.losses import step_batch
@@ -103,6 +104,9 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
             start = time.perf_counter()
         state_leaves, metrics = compiled(state_leaves, frozen_leaves, device_batch)
         found.append(metrics)
+        if index == 0:
+            jax.block_until_ready(metrics)
+            first_step = common.seconds_since_start()
     jax.block_until_ready(found)
     step_seconds = (time.perf_counter() - start) / options.steps
     records = [{name: float(metrics[name]) for name in ("loss", "grad_norm")} for metrics in found]
@@ -141,6 +145,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "losses": [record["loss"] for record in records],
         "grad_norms": [record["grad_norm"] for record in records],
         "compile_seconds": compiled.seconds,
+        "seconds_to_first_step": first_step,
         "run": options.run,
         **common.environment(options.commit),
     }
@@ -148,7 +153,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         f"{options.model} {policy} {options.layers} {options.batch}x{options.seq}: "
         f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_milliseconds']:.1f} ms, MFU {row['mfu'] or 0:.1%}, "
         f"peak {row['peak_device_gib']:.2f} GiB (planned {row['planned_device_gib']:.2f}), loss {row['loss']:.4f}, "
-        f"grad norm {row['grad_norm']:.3e}, compiled in {compiled.seconds:.1f} s",
+        f"grad norm {row['grad_norm']:.3e}, compiled in {compiled.seconds:.1f} s, "
+        f"first step after {first_step:.1f} s",
         flush=True,
     )
     return row
@@ -175,9 +181,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--run", default="single", help="id shared by the rows of one run")
     parser.add_argument("--xla", action="append", default=[], help="an option of XLA's, as name=value")
+    parser.add_argument("--cache", default=None, help="folder for compiled programs, for a second start")
     parser.add_argument("--profile", default=None, help="folder for a profiler trace of the last three steps")
     parser.add_argument("--hlo", default=None, help="file for the optimised program")
     options = parser.parse_args()
+    if options.cache:
+        keep_programs_in(options.cache)
     common.write(options.out, [measure(options, options.memory_policy)])
 
 
