@@ -223,7 +223,7 @@ HOSTILE = {
     "deep loops": "{% for x in [1] %}" * 60 + "{% endfor %}" * 60,
     "too long": "x" * 10**6,
     "too many parts": "{{x}}" * 6000,
-    "many comparisons": "{% set a = [[1] * 900] * 300 %}{% set b = [[1] * 900] * 300 %}{{ ["
+    "many comparisons": "{% set a = [[1] * 900] * 900 %}{% set b = [[1] * 900] * 900 %}{{ ["
     + "a == b, " * 1500
     + "] }}",
     "exception": "{{ raise_exception('no ' * 10**5) }}",

@@ -107,7 +107,7 @@ def family_for(hf_config: HfConfig) -> Family:
     if model_type is None:
         raise InputError(f"config.json has no model_type; supported are {supported}.")
     remote = (
-        ", whose auto_map asks for code from the model folder, which is never run"
+        ", whose auto_map asks for code, which is never run,"
         if hf_config.get("auto_map")
         else ""
     )
@@ -118,11 +118,10 @@ def family_for(hf_config: HfConfig) -> Family:
         found = f"beyond a plain decoder it sets {', '.join(keys[:_NAMED])}"
         found += f" and {len(keys) - _NAMED} more keys" * (len(keys) > _NAMED)
     else:
-        found = "no key of it is unusual, so it may be a small file to add (docs/adding-a-model.md)"
+        found = "no key of it is unusual: see docs/adding-a-model.md"
     raise InputError(
-        f"config.json: model_type {model_type!r}{remote} is not supported ({found}); supported are {supported}, and "
-        "the text towers of gemma3, mistral3, qwen3_5, llava, llava_next, llava_onevision, vipllava, internvl and "
-        "lfm2_vl."
+        f"config.json: model_type {model_type!r}{remote} is not supported ({found}); supported are {supported}, and text "
+        "towers in gemma3, mistral3, qwen3_5, llava, llava_next, llava_onevision, vipllava, internvl, lfm2_vl."
     )
 
 

@@ -14,6 +14,7 @@ from pronghorn.pallas_kernels import (
     cross_entropy,
     flash_attention,
     gated_activation,
+    gated_delta_rule,
     gated_mlp,
     layer_norm,
     linear_cross_entropy,
@@ -79,6 +80,17 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         normal(batch, length, kv_heads, dim),
         normal(batch, length, kv_heads, dim),
     )
+    # Keys of length one, decays below one, and rates between zero and one.
+    keys_of_one = normal(batch, length, kv_heads, dim, dtype=jnp.float32)
+    keys_of_one = keys_of_one / jnp.linalg.norm(keys_of_one, axis=-1, keepdims=True)
+    decays = normal(batch, length, heads, dtype=jnp.float32)
+    delta = [
+        normal(batch, length, kv_heads, dim),
+        keys_of_one.astype(dtype),
+        normal(batch, length, heads, dim),
+        -jax.nn.softplus(decays),
+        jax.nn.sigmoid(decays),
+    ]
     segments = jnp.where(jnp.arange(length) < 23, 1, 2)[None]
     angle = jnp.arange(length)[None, :, None] * 10000.0 ** (-jnp.arange(dim // 2) / (dim // 2))
     cos, sin = jnp.cos(angle).astype(jnp.float32), jnp.sin(angle).astype(jnp.float32)
@@ -103,6 +115,11 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         "flash_attention": (
             lambda i, q, k, v: flash_attention(q, k, v, segment_ids=segments, implementation=i),
             [q, k, v],
+            "pallas",
+        ),
+        "gated_delta_rule": (
+            lambda i, *a: gated_delta_rule(*a, segment_ids=segments, implementation=i),
+            delta,
             "pallas",
         ),
         "cross_entropy": (
