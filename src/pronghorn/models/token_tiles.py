@@ -44,7 +44,7 @@ def in_token_tiles(
     """function(operands, rows, 0) without ever computing more than `tile_tokens` tokens at once.
 
     Args:
-      function: `(operands, rows, tile) -> y`: each `rows[i]` is `[tokens, d_i]`, y `[tokens, d]` in the dtype of rows[0].
+      function: `(operands, rows, tile) -> y`: each `rows[i]` is `[tokens, d_i]`, y like rows[0].
         A token's result depends on nothing of the others. `tile` is the number of the tile, for random keys.
       operands: a pytree; differentiable, integers and keys aside.
       rows: arrays `[batch, seq, d_i]`.
@@ -75,19 +75,14 @@ def in_token_tiles(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _tiled(tiles, operands, rows):
     operands = tiles.prepare(operands)
-
-    index = jnp.arange(tiles.count)
     first, *others = rows
-    out = jax.eval_shape(tiles.function, operands, tuple(row[0] for row in rows), 0)
-    if (out.shape, out.dtype) != (first.shape[1:], first.dtype):
-        return jax.lax.scan(lambda _, xs: ((), tiles.function(operands, xs[1], xs[0])), (), (index, rows))[1]
 
     def body(buffer, scanned):
         tile, others = scanned
         y = tiles.function(operands, (buffer[tile], *others), tile)
         return jax.lax.dynamic_update_index_in_dim(buffer, y, tile, 0), None
 
-    return jax.lax.scan(body, first, (index, others))[0]
+    return jax.lax.scan(body, first, (jnp.arange(tiles.count), others))[0]
 
 
 def _tiled_forward(tiles, operands, rows):
@@ -115,21 +110,20 @@ def _tiled_backward(tiles, residuals, dy):
 
     def body(carry, scanned):
         sums, buffers = carry
-        tile, one, dy = scanned
+        tile, one = scanned
         _, pull = jax.vjp(functools.partial(call, tile), trained, one)
-        found, dx = pull(buffers[0][tile] if in_place else dy)
+        found, dx = pull(buffers[0][tile])
         sums = [total + part.astype(total.dtype) for total, part in zip(sums, found, strict=True)]
-        return (sums, [
+        buffers = [
             jax.lax.dynamic_update_index_in_dim(buffer, part, tile, 0)
             for buffer, part in zip(buffers, dx, strict=True)
-        ]), None  # fmt: skip
+        ]
+        return (sums, buffers), None
 
-    in_place = (dy.shape, dy.dtype) == (rows[0].shape, rows[0].dtype)
-    buffers = [dy if in_place else rows[0], *rows[1:]]
+    buffers = [dy, *rows[1:]]
     zero = zero_after(dy).astype(jnp.float32)
     sums = [jnp.full(leaf.shape, zero, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in trained]
-    index = jnp.arange(tiles.count)
-    (sums, buffers), _ = jax.lax.scan(body, (sums, buffers), (index, rows, None if in_place else dy))
+    (sums, buffers), _ = jax.lax.scan(body, (sums, buffers), (jnp.arange(tiles.count), rows))
     rest = iter(total.astype(leaf.dtype) for total, leaf in zip(sums, trained, strict=True))
     gradients = jax.tree.unflatten(raw_structure, [next(rest) if want else None for want in wanted.value])
     return gradients, tuple(buffers)
