@@ -31,7 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.grouped_products import LowRank, by_columns, by_rows, group_of_rows, over_rows
-from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, is_quantized
+from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, differentiated, is_quantized
 
 
 def grouped_linear(
@@ -141,14 +141,10 @@ def _grouped_linear(x, weight, group_sizes, lora_a, lora_b, bias, scale, impleme
 
 def _grouped_linear_forward(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation):
     arguments = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    wanted = frozenset(name for name, argument in arguments.items() if launch.perturbed(argument))
+    wanted = differentiated("grouped_linear", arguments)
     x, weight, group_sizes, lora_a, lora_b, bias = jax.custom_derivatives.custom_vjp_primal_tree_values(
         (x, weight, group_sizes, lora_a, lora_b, bias)
     )
-    if "weight" in wanted and is_quantized(weight):
-        raise InputError(
-            "grouped_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit."
-        )
     saved: dict[str, Any] = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
     saved["group_sizes"] = group_sizes
     if wanted & {"weight", "lora_a"}:

@@ -23,6 +23,7 @@ Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685; dr
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -142,6 +143,14 @@ def is_quantized(weight: Any) -> bool:
     return hasattr(weight, "dequantize")
 
 
+def differentiated(op: str, arguments: Mapping[str, Any]) -> frozenset[str]:
+    """Names of those that are, as a `symbolic_zeros` forward rule sees them; a quantised "weight" may not be."""
+    wanted = frozenset(name for name, argument in arguments.items() if launch.perturbed(argument))
+    if "weight" in wanted and is_quantized(arguments["weight"]):
+        raise InputError(f"{op}: a quantised weight cannot be trained; freeze it, or load it in 16 bit.")
+    return wanted
+
+
 def dense(weight: Any, dtype: Any) -> jax.Array:
     """A weight as an array of this dtype."""
     return (weight.dequantize() if is_quantized(weight) else weight).astype(dtype)
@@ -223,14 +232,10 @@ def _lora_linear(x, weight, lora_a, lora_b, bias, key, scale, rate):
 
 def _lora_linear_forward(x, weight, lora_a, lora_b, bias, key, scale, rate):
     arguments = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    wanted = frozenset(name for name, argument in arguments.items() if launch.perturbed(argument))
+    wanted = differentiated("lora_linear", arguments)
     x, weight, lora_a, lora_b, bias, key = jax.custom_derivatives.custom_vjp_primal_tree_values(
         (x, weight, lora_a, lora_b, bias, key)
     )
-    if "weight" in wanted and is_quantized(weight):
-        raise InputError(
-            "lora_linear: a quantised weight cannot be trained; freeze it, or load it in 16 bit."
-        )
     # Arguments are saved as the very objects that came in, which jax recognises: one copy, whoever else saves them.
     saved = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias, "key": key}
     if wanted & {"weight", "lora_a"}:

@@ -18,7 +18,6 @@ cuBLAS adds while it writes. G is fp32, for it is small and rounded twice otherw
 Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +25,9 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.lora_linear import (
     check_arguments,
+    differentiated,
     is_quantized,
     over_tokens,
     project,
@@ -78,12 +77,7 @@ def check_linears(op: str, inputs: int, linears: Sequence[LinearWeights], scales
 
 def wanted_fields(op: str, linear: LinearWeights) -> frozenset[str]:
     """The fields that are differentiated, of a layer as a `symbolic_zeros` forward rule sees it."""
-    wanted = frozenset(
-        name for name, value in zip(linear._fields, linear, strict=True) if launch.perturbed(value)
-    )
-    if "weight" in wanted and is_quantized(linear.weight):
-        raise InputError(f"{op}: a quantised weight cannot be trained; freeze it, or load it in 16 bit.")
-    return wanted
+    return differentiated(op, linear._asdict())
 
 
 def apply_linears(
