@@ -225,7 +225,9 @@ def test_damaged_parts_are_refused_by_name(folders, tmp_path, change, words):
             "8-bit scales and is no int8 matrix",
         ),
         (
-            lambda name, array: np.ones_like(array) if name.endswith("0.mlp.up_proj.weight_format") else array,
+            lambda name, array: (
+                np.ones_like(array) if name.endswith("0.mlp.up_proj.weight_format") else array
+            ),
             "layout of old GPUs",
         ),
     ],

@@ -35,7 +35,10 @@ def made(tmp_path_factory):
         path = root / f"a{number}" / "adapter_model.safetensors"
         random = np.random.default_rng(number)
         stored = safetensors.numpy.load_file(str(path))
-        moved = {key: value + random.normal(0, 0.1, value.shape).astype(np.float32) for key, value in stored.items()}
+        moved = {
+            key: value + random.normal(0, 0.1, value.shape).astype(np.float32)
+            for key, value in stored.items()
+        }
         safetensors.numpy.save_file(moved, str(path))
         folders.append(root / f"a{number}")
     return base, folders

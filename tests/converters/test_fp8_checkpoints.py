@@ -49,9 +49,7 @@ def published(base, folder, scales, quantization_config, *, suffix=".weight_scal
             continue
         weight = quantize_fp8(value, scales=scales)
         factors = (weight.scales * np.float32(1.125)).astype(np.float32)
-        matrices[name] = np.asarray(
-            FP8Array(weight.codes, factors, "float32").dequantize()
-        )
+        matrices[name] = np.asarray(FP8Array(weight.codes, factors, "float32").dequantize())
         shape = {"tensor": (1,), "row": (-1, 1)}.get(scales, factors.shape)
         tensors |= {name: weight.codes, name.removesuffix(".weight") + suffix: factors.reshape(shape)}
     if change is not None:
@@ -95,7 +93,10 @@ def test_logits_are_those_of_transformers(base, tmp_path):
     "change,message",
     [
         (lambda t: t.pop("model.layers.0.mlp.up_proj.weight_scale"), "up_proj.weight has no scales"),
-        (lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": np.ones(3, np.float32)}), r"scales \[3\]"),
+        (
+            lambda t: t.update({"model.layers.0.mlp.up_proj.weight_scale": np.ones(3, np.float32)}),
+            r"scales \[3\]",
+        ),
         (lambda t: t.update({"x.weight_scale": np.ones(1, np.float32)}), "x.weight_scale and no FP8 weight"),
     ],
 )
@@ -110,7 +111,10 @@ def test_parts_that_do_not_fit_are_named(base, tmp_path, change, message):
     [
         (TRANSFORMERS | {"weight_block_size": [64, 64]}, r"blocks of \[64, 64\]"),
         (compressed("group"), "scales a group"),
-        (compressed("tensor") | {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}}, "8-bit floats"),
+        (
+            compressed("tensor") | {"config_groups": {"g": {"weights": {"num_bits": 4, "type": "int"}}}},
+            "8-bit floats",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(base, tmp_path, config, message):

@@ -222,9 +222,7 @@ CASES = {
     "mixtral": Case(
         "mixtral", {"num_local_experts": 5, "sliding_window": 17, "intermediate_size": 40}, "scanned"
     ),
-    "olmoe": Case(
-        "olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 40}, "scanned"
-    ),
+    "olmoe": Case("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 40}, "scanned"),
     "qwen2_moe": Case(
         "qwen2_moe",
         {
@@ -371,7 +369,9 @@ def _quantized_differences(torch_model: Any, folder: Path, case: Case, ids: np.n
     import torch
 
     theirs = _quantized_by_transformers(folder / "theirs")
-    theirs.save_pretrained(folder / "nf4")  # in front of any forward pass, which repacks the weights on some CPUs
+    theirs.save_pretrained(
+        folder / "nf4"
+    )  # in front of any forward pass, which repacks the weights on some CPUs
     coarse = _with_dequantized(copy.deepcopy(torch_model), theirs)
     with torch.no_grad():
         expected = coarse(torch.from_numpy(ids).long()).logits.numpy()
@@ -469,7 +469,9 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     changed = sum(not np.array_equal(expected[name], base[name]) for name in base)
     # Cohere's query and key norms are matrices as well: a row a head.
     linears = sum(
-        name.startswith("layers.") and len(array.shape) == 2 and not any(part in name for part in ("norm", "mlp.gate."))
+        name.startswith("layers.")
+        and len(array.shape) == 2
+        and not any(part in name for part in ("norm", "mlp.gate."))
         for name, array in base.items()
     )
     adapted_count = len(ATTENTION) * model.config.num_layers if sparse else linears

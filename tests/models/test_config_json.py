@@ -290,14 +290,23 @@ def test_refusals_name_the_key(change, named):
     ("hf", "named"),
     [
         (
-            {"model_type": "mamba2", "hidden_size": 64, "state_size": 128, "conv_kernel": 4, "use_cache": True},
+            {
+                "model_type": "mamba2",
+                "hidden_size": 64,
+                "state_size": 128,
+                "conv_kernel": 4,
+                "use_cache": True,
+            },
             r"beyond a plain decoder it sets state_size, conv_kernel\)",
         ),
         (
             {"model_type": "deepseek_v3"} | {f"key_{i}": i for i in range(9)},
             r"key_0, key_1, key_2, key_3, key_4, key_5 and 3 more keys\)",
         ),
-        ({"model_type": "x_vl", "text_config": {"model_type": "x_text"}}, "text tower of model_type 'x_text'"),
+        (
+            {"model_type": "x_vl", "text_config": {"model_type": "x_text"}},
+            "text tower of model_type 'x_text'",
+        ),
         (LLAMA_3_1_8B | {"model_type": "brand_new"}, "no key of it is unusual"),
         (
             {"model_type": "granitemoehybrid", "num_hidden_layers": 2, "layer_types": ["mamba", "attention"]},

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from pronghorn.errors import InputError
+
 from pronghorn.models import layer_stack  # isort: skip
 from pronghorn.models import (
     MEMORY_POLICIES,

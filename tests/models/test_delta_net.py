@@ -7,8 +7,8 @@ from tests.models.reference import compiled, forward, random_ids, tiny_decoder
 from tests.tolerances import MODEL_LOGITS
 
 CONFIG = DecoderConfig(
-    "qwen3_5", 131, 24, 40, 3, 2, 1, 8, 512, qk_norm=True, attention_gate=True, norm_weight_offset=1.0, rms_norm_eps=1e-3,
-    layer_kinds=("linear", "linear", "full"), conv_width=4, linear_key_heads=1, linear_value_heads=2,
+    "qwen3_5", 131, 24, 40, 3, 2, 1, 8, 512, qk_norm=True, attention_gate=True, norm_weight_offset=1.0,
+    rms_norm_eps=1e-3, layer_kinds=("linear", "linear", "full"), conv_width=4, linear_key_heads=1, linear_value_heads=2,
     linear_key_dim=8, linear_value_dim=6,
 )  # fmt: skip
 IDS = random_ids(30, batch=2)

@@ -136,7 +136,9 @@ def test_with_ties_the_scores_are_those_of_transformers_and_lower_numbers_come_f
     order = np.argsort(-logits, axis=1, kind="stable")[:, :CHOSEN]
     assert np.array_equal(experts, order)
     last = np.take_along_axis(logits, experts[:, -1:], 1)
-    clear = np.sum(logits >= last, axis=1) == CHOSEN  # the tie is not between the last chosen and one left out
+    clear = (
+        np.sum(logits >= last, axis=1) == CHOSEN
+    )  # the tie is not between the last chosen and one left out
     assert clear.any() and not clear.all()
     same = [set(ours) == set(theirs) for ours, theirs in zip(experts[clear], expected[clear], strict=True)]
     assert all(same)
@@ -216,11 +218,15 @@ def test_peft_reads_adapters_of_experts(tmp_path):
     torch_model = tiny_torch_model("qwen3_moe", head_dim=12, pad_token_id=None, **sizes)
     torch_model.save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base", dtype="float32")
-    adapted = add_lora(model, LoRAConfig(rank=3, alpha=7, targets=("gate_proj", "up_proj", "down_proj", "q_proj")))
+    adapted = add_lora(
+        model, LoRAConfig(rank=3, alpha=7, targets=("gate_proj", "up_proj", "down_proj", "q_proj"))
+    )
     graph, lora, frozen = split(adapted)
     ids = jnp.asarray(random_ids(16, batch=2))
     loss_fn, optimizer = next_token(graph), optax.sgd(1.0)
-    step = jax.jit(jax.value_and_grad(lambda lora: loss_fn(lora, frozen, {"input_ids": ids, "labels": ids})[0]))
+    step = jax.jit(
+        jax.value_and_grad(lambda lora: loss_fn(lora, frozen, {"input_ids": ids, "labels": ids})[0])
+    )
     losses, state = [], optimizer.init(lora)
     for _ in range(3):
         loss, gradient = step(lora)

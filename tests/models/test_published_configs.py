@@ -209,8 +209,8 @@ MINISTRAL_3_3B = {
     "vocab_size": 131072,
 }
 
-# Sizes are the defaults of transformers' configuration, which says it is "Qwen3.5-9B style". The file on the hub was not
-# at hand: its longer context, rope base and further keys are from memory and have to be compared with it.
+# Sizes are the defaults of transformers' configuration, which says it is "Qwen3.5-9B style". The file on the hub was
+# not at hand: its longer context, rope base and further keys are from memory and have to be compared with it.
 QWEN_3_5_9B = {
     "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
     "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 4096,

@@ -12,7 +12,6 @@ from tests.models.reference import gradient_error, random_ids, tiny_decoder
 from tests.tolerances import MODEL_GRADIENT, assert_close
 
 
-
 def config(num_layers=2, **changes):
     return DecoderConfig("llama", 131, 48, 80, num_layers, 6, 2, 10, 512, tie_word_embeddings=True, **changes)
 
@@ -36,7 +35,9 @@ def trained_adapters(model):
     model = add_lora(model, LoRAConfig(rank=3))
     graph, lora, frozen = split(model)
     noise = np.random.default_rng(0)
-    lora = jax.tree.map(lambda leaf: leaf + jnp.float32(0.1) * noise.standard_normal(leaf.shape, np.float32), lora)
+    lora = jax.tree.map(
+        lambda leaf: leaf + jnp.float32(0.1) * noise.standard_normal(leaf.shape, np.float32), lora
+    )
     return merge(graph, lora, frozen)
 
 
@@ -54,14 +55,18 @@ def test_tiles_change_neither_output_nor_gradients(changes, layers, policy):
     hidden, expected = gradients(model, ids, None, policy)
     tiled_hidden, found = gradients(model, ids, 128, policy)
     assert_close(tiled_hidden, hidden)
-    assert all(gradient_error(one, other) < MODEL_GRADIENT for one, other in zip(found, expected, strict=True))
+    assert all(
+        gradient_error(one, other) < MODEL_GRADIENT for one, other in zip(found, expected, strict=True)
+    )
 
 
 def test_weights_and_norms_are_trained_through_tiles():
     model = tiny_decoder(config(num_layers=1))
     ids = random_ids(64, batch=4)
     expected, found = (gradients(model, ids, tile)[1] for tile in (None, 128))
-    assert all(gradient_error(one, other) < MODEL_GRADIENT for one, other in zip(found, expected, strict=True))
+    assert all(
+        gradient_error(one, other) < MODEL_GRADIENT for one, other in zip(found, expected, strict=True)
+    )
 
 
 def test_nothing_wider_than_a_tile_is_made():

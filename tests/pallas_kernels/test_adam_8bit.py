@@ -76,7 +76,11 @@ def test_kernels_take_the_steps_of_their_oracles(dtype):
 
 @pytest.mark.parametrize(
     "options",
-    [{"implementation": "xla"}, {"implementation": "pallas"}, {"implementation": "pallas", "in_place": False}],
+    [
+        {"implementation": "xla"},
+        {"implementation": "pallas"},
+        {"implementation": "pallas", "in_place": False},
+    ],
 )
 def test_a_step_that_is_not_applied_changes_no_bit(options):
     shape = (3, 259)

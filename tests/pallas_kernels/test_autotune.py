@@ -72,7 +72,9 @@ def test_a_used_up_budget_chooses_nothing():
 @pytest.mark.parametrize("group", autotune_jobs.GROUPS)
 def test_oracle_and_kernel_of_every_job_give_the_same_shapes(group):
     for one in autotune_jobs.jobs([group]):
-        found = jax.eval_shape(lambda *a, run=one.run, part=one.part: part(run(*a)), *jax.eval_shape(one.arguments))
+        found = jax.eval_shape(
+            lambda *a, run=one.run, part=one.part: part(run(*a)), *jax.eval_shape(one.arguments)
+        )
         expected = jax.eval_shape(one.expected)
         shapes_of = functools.partial(jax.tree.map, lambda x: x.shape)
         assert shapes_of(found) == shapes_of(expected), one.op
@@ -100,7 +102,9 @@ def test_attention_candidates_beyond_the_shared_memory_are_left_out():
     assert "KiB of shared memory" in forward.too_large((128, 128, 8, 4))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [((["attn"],), "'attn' is no kernel"), (((), 80), "head dim 80")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((["attn"],), "'attn' is no kernel"), (((), 80), "head dim 80")]
+)
 def test_unknown_kernels_and_head_dims_are_refused(arguments, message):
     names, *head_dim = arguments
     with pytest.raises(InputError, match=message):

@@ -96,7 +96,7 @@ def test_a_largest_gradient_that_is_known_changes_nothing():
 
 def test_what_does_not_fit_is_refused():
     codes, scales = weight(24, 40)
-    with pytest.raises(InputError, match="40 columns|39 columns"):
+    with pytest.raises(InputError, match=r"40 columns|39 columns"):
         fp8_times_transposed(jnp.ones((3, 39)), codes, scales)
     with pytest.raises(InputError, match="scales"):
         fp8_times(jnp.ones((3, 24)), codes, jnp.ones(40))
@@ -119,7 +119,10 @@ def test_lowers_for_an_h100_to_a_product_of_fp8_operands():
     assert "f8E5M2" in products[1]
 
 
-OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": "0"}  # as in a training step
+OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}  # as in a training step
 
 
 def three_products(x, dy, low, residual, codes, scales):

@@ -16,9 +16,7 @@ def assert_equal(actual, expected):
 
 
 def both(x, scales):
-    return [
-        jax.jit(lambda x, i=i: fp8_quantize(x, scales, implementation=i))(x) for i in ("pallas", "xla")
-    ]
+    return [jax.jit(lambda x, i=i: fp8_quantize(x, scales, implementation=i))(x) for i in ("pallas", "xla")]
 
 
 @pytest.mark.parametrize("scales,shape", [("row", (2, 3, 70)), ("row", (37, 16)), ("block", (130, 200))])
@@ -48,7 +46,10 @@ def test_what_has_no_blocks_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scales,shape", [("row", (4096, 14336)), ("row", (77, 1000)), ("block", (4096, 14336)), ("block", (1000, 77))])  # fmt: skip
+@pytest.mark.parametrize(
+    "scales,shape",
+    [("row", (4096, 14336)), ("row", (77, 1000)), ("block", (4096, 14336)), ("block", (1000, 77))],
+)
 def test_kernel_equals_its_oracle_on_a_gpu(scales, shape):
     x = normal(0, shape, "bfloat16")
     for one, other in zip(*both(x, scales), strict=True):

@@ -27,7 +27,9 @@ def test_every_byte_of_a_float_format_survives():
 
 
 def test_lowers_for_an_h100():
-    text = lower_for_h100(lambda x: fp8_transpose(x, implementation="pallas"), codes((256, 512), jnp.float8_e4m3fn))
+    text = lower_for_h100(
+        lambda x: fp8_transpose(x, implementation="pallas"), codes((256, 512), jnp.float8_e4m3fn)
+    )
     assert "fp8_transpose" in text
 
 

@@ -119,7 +119,9 @@ def test_matches_oracle_on_a_gpu(shape, bias):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("width", "dtype"), [(37, "bfloat16"), (6144, "float32"), *((576, d) for d in DTYPES)])
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(37, "bfloat16"), (6144, "float32"), *((576, d) for d in DTYPES)]
+)
 @pytest.mark.parametrize("rows", shapes.EDGE_ROWS)
 def test_matches_oracle_on_a_gpu_past_the_last_block(rows, width, dtype):
     assert_shape_matches(shapes.RowShape("", rows, width), dtype)

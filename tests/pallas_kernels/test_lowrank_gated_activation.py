@@ -30,7 +30,8 @@ def arguments(rows, width, rank, down_rank, dtype):
 
 
 def oracle(dh, gate, up, factors, activation):
-    """(h, dgate, dup, da_down, db_gate, db_up) in fp32, the 16-bit operands of the last three rounded as they would be."""
+    """(h, dgate, dup, da_down, db_gate, db_up) in fp32, the 16-bit operands of the last three rounded as they would
+    be."""
     exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     dtype = gate.dtype
     f = GatedFactors(*(a.astype(jnp.float32) for a in factors))
@@ -51,7 +52,11 @@ def assert_kernels_match(shape, dtype, activation="silu", wanted=("h", *SUMS, *L
     found = jax.jit(backward)(dh, gate, up, factors)
     for name in ("dgate", "dup"):
         largest = getattr(found, f"largest_{name}")
-        assert largest == jnp.max(jnp.abs(getattr(found, name))) if f"largest_{name}" in wanted else largest is None
+        assert (
+            largest == jnp.max(jnp.abs(getattr(found, name)))
+            if f"largest_{name}" in wanted
+            else largest is None
+        )
     for name in ("dgate", "dup", *(name for name in wanted if name not in LARGEST)):
         assert_close(getattr(found, name), expected[name], dtype=dtype, what=name)
     assert all(getattr(found, name) is None for name in ("h", *SUMS) if name not in wanted)
@@ -100,7 +105,9 @@ def test_lowers_for_an_h100(shape, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shape", [*SMALL, (577, 1536, 32, 16), (4096, 8192, 32, 16), (1000, 2050, 128, 64)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [*SMALL, (577, 1536, 32, 16), (4096, 8192, 32, 16), (1000, 2050, 128, 64)], ids=str
+)
 def test_matches_oracle_on_a_gpu(shape, dtype):
     with launch.interpret(False):
         assert_kernels_match(shape, dtype)

@@ -50,7 +50,13 @@ def test_another_device_of_the_same_capability_lends_its_choices(folder):
 
 
 def test_writing_keeps_the_entries_of_other_sizes_and_ops(folder):
-    tuned.write("NVIDIA Thing 80GB", "9.0", {"jax": "2"}, {"op": {"16-bit/64": (9, 9)}, "b": {"16-bit/1": (1,)}}, folder)
+    tuned.write(
+        "NVIDIA Thing 80GB",
+        "9.0",
+        {"jax": "2"},
+        {"op": {"16-bit/64": (9, 9)}, "b": {"16-bit/1": (1,)}},
+        folder,
+    )
     content = json.loads((folder / "nvidia_thing_80gb.json").read_text())
     assert content["versions"] == {"jax": "2"} and content["device"] == "NVIDIA Thing 80GB"
     assert content["choices"]["op"] == {"16-bit/64": [9, 9], "16-bit/512": [3, 4], "32-bit/64": [5, 6]}
@@ -61,7 +67,11 @@ def test_the_package_ships_only_files_that_can_be_read():
     for path in tuned.FOLDER.glob("*.json"):
         content = json.loads(path.read_text())
         assert path.name == tuned.file_name(content["device"]) and content["compute_capability"]
-        assert all(all(isinstance(n, int) for n in v) for by_key in content["choices"].values() for v in by_key.values())
+        assert all(
+            all(isinstance(n, int) for n in v)
+            for by_key in content["choices"].values()
+            for v in by_key.values()
+        )
 
 
 def test_a_candidate_is_launched_inside_its_block_only():

@@ -102,9 +102,7 @@ class QuantizedTensor:
                     f"{size}, one of which belongs to two of them; use the 16-bit checkpoint."
                 )
             nested = may_cut_nested(self.form, first, count)
-            form = empty_like_4bit(
-                shape, self.dtype, kind=self.form.kind, nested=nested, block_size=size
-            )
+            form = empty_like_4bit(shape, self.dtype, kind=self.form.kind, nested=nested, block_size=size)
         return dataclasses.replace(self, shape=shape, form=form, cut=(self.form, first))
 
 

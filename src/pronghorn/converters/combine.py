@@ -79,7 +79,13 @@ def combine_adapters(
     ranks = {name: pair[0].shape[0] for name, pair in joined.items()}
     usual = max(ranks.values())
     _write(Path(out), folders, found, manifests, joined, ranks, usual, weights, method)
-    report = {"out": str(out), "method": method, "weights": list(weights), "modules": len(modules), "rank": usual}
+    report = {
+        "out": str(out),
+        "method": method,
+        "weights": list(weights),
+        "modules": len(modules),
+        "rank": usual,
+    }
     if method == "svd":
         report["lost"] = float(np.sqrt(lost / max(lost + kept, 1e-30)))
     return report
@@ -102,7 +108,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Scaled]]:
     """(configuration, {key of A: (A, B, s)}) of one adapter, in fp32."""
     config = read_config(folder)
     if config["use_dora"]:
-        raise InputError(f"{folder}: is DoRA, whose row lengths do not add up; merge it into its base instead.")
+        raise InputError(
+            f"{folder}: is DoRA, whose row lengths do not add up; merge it into its base instead."
+        )
     tensors, _ = read_header(inside_folder(folder, WEIGHTS_NAME))
     pairs: dict[str, Scaled] = {}
     for key in tensors:
@@ -111,13 +119,17 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Scaled]]:
                 continue
             name = key.removesuffix(suffix_a)
             if name + suffix_b not in tensors:
-                raise InputError(f"{folder}: the adapter of {name} lacks one of its two factors; copy it again.")
+                raise InputError(
+                    f"{folder}: the adapter of {name} lacks one of its two factors; copy it again."
+                )
             module = name.removeprefix(PREFIX)
             rank = pattern_value(folder, config, "rank_pattern", module, config["r"])
             alpha = pattern_value(folder, config, "alpha_pattern", module, config["lora_alpha"])
             a, b = (tensors[name + suffix].read().astype(np.float32) for suffix in (suffix_a, suffix_b))
             if a.shape[0] != rank or b.shape[1] != rank:
-                raise InputError(f"{folder}: {module} has not the rank {rank} that {CONFIG_NAME} says; copy it again.")
+                raise InputError(
+                    f"{folder}: {module} has not the rank {rank} that {CONFIG_NAME} says; copy it again."
+                )
             pairs[name + suffix_a] = (a, b, adapter_scale(rank, alpha, config["use_rslora"]))
     others = [key for key in tensors if "lora_" not in key]
     if others or not pairs:
@@ -132,14 +144,20 @@ def _check_one_base(folders: list[Path], manifests: list[dict[str, Any]]) -> Non
         if first is None or not manifest.get("base_hash"):
             continue
         if not same_base(manifest["base_hash"], manifests[first]["base_hash"]):
-            raise InputError(f"{folder}: was trained on another base model than {folders[first]}; they do not add up.")
+            raise InputError(
+                f"{folder}: was trained on another base model than {folders[first]}; they do not add up."
+            )
         if manifest.get("template_hash") != manifests[first].get("template_hash"):
-            raise InputError(f"{folder}: was trained with another chat template than {folders[first]}; use one of them.")
+            raise InputError(
+                f"{folder}: was trained with another chat template than {folders[first]}; use one of them."
+            )
 
 
 def _check_shapes(name: str, pairs: list[Scaled]) -> None:
     if len({(a.shape[1], b.shape[0]) for a, b, _ in pairs}) > 1:
-        raise InputError(f"{name}: the adapters are for weights of different shapes; they are of different models.")
+        raise InputError(
+            f"{name}: the adapters are for weights of different shapes; they are of different models."
+        )
 
 
 def _concatenated(parts: list[tuple[float, Scaled]]) -> Pair:
@@ -184,7 +202,10 @@ def _write(
         suffix_a, suffix_b = next(pair for pair in _PAIRS if key.endswith(pair[0]))
         arrays[key] = a
         arrays[key.removesuffix(suffix_a) + suffix_b] = b
-    modules = {key: key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A") for key in joined}
+    modules = {
+        key: key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+        for key in joined
+    }
     config = dict(found[0][0]) | {
         "r": usual,
         "lora_alpha": usual,  # the scales are in the factors
@@ -211,7 +232,11 @@ def _write(
             "adapter",
             rank=usual,
             alpha=float(usual),
-            combined={"method": method, "weights": list(weights), "adapters": [path.name for path in folders]},
+            combined={
+                "method": method,
+                "weights": list(weights),
+                "adapters": [path.name for path in folders],
+            },
             base_hash=known.get("base_hash"),
             template_hash=known.get("template_hash"),
         )

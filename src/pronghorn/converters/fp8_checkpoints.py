@@ -5,13 +5,12 @@
     X.weight_scale       [] or [1], [out, 1], or [ceil(out / 128), ceil(in / 128)]           "compressed-tensors"
     X.input_scale        of activations; not read: here they are scaled by what they hold    (static schemes)
 
-Either scale multiplies: W = s Wq, whatever its name says. Which weights are in FP8 is read off the tensors. Only reading:
-a model is saved in 16 bits.
+Either scale multiplies: W = s Wq, whatever its name says. Which weights are in FP8 is read off the tensors. Only
+reading: a model is saved in 16 bits.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -59,9 +58,7 @@ def quantization_of(value: Mapping[str, Any]) -> QuantizationConfig:
                 f"config.json: quantization_config has blocks of {str(block)[:40]}, and known is {BLOCK} x {BLOCK}."
             )
         skip = value.get("modules_to_not_convert") or value.get("ignored_layers") or ()
-        return QuantizationConfig(
-            "fp8", skip=_names(skip), fp8_scales="tensor" if block is None else "block"
-        )
+        return QuantizationConfig("fp8", skip=_names(skip), fp8_scales="tensor" if block is None else "block")
     groups = value.get("config_groups")
     kinds = set()
     for group in groups.values() if isinstance(groups, dict) else ():
@@ -105,25 +102,28 @@ def join_tensors(stored: Mapping[str, StoredTensor], quant_method: str) -> dict[
         joined[name] = _weight(name, tensor, scales)
     left = next((name for name in joined if name.endswith(suffix)), None)
     if left is not None:
-        raise InputError(
-            f"{joined[left].file}: has {left} and no FP8 weight beside it; download it again."
-        )
+        raise InputError(f"{joined[left].file}: has {left} and no FP8 weight beside it; download it again.")
     return joined
 
 
 def _weight(name: str, codes: StoredTensor, scales: StoredTensor | None) -> FP8Tensor:
     where = f"{codes.file}: {name}"
     if ".layers." not in name or len(codes.shape) != 2:
-        raise InputError(f"{where} is in FP8, and only matrices inside of layers may be; use the 16-bit model.")
+        raise InputError(
+            f"{where} is in FP8, and only matrices inside of layers may be; use the 16-bit model."
+        )
     if scales is None or scales.dtype.name not in _SCALE_DTYPES:
-        raise InputError(f"{where} has no scales in 16 or 32 bits, without which it means nothing; download it again.")
+        raise InputError(
+            f"{where} has no scales in 16 or 32 bits, without which it means nothing; download it again."
+        )
     rows, columns = codes.shape
     blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
     shapes: dict[tuple[int, ...], tuple[int, ...]] = {blocks: blocks, (rows, 1): (rows,), (rows,): (rows,)}
     shapes |= {(): (), (1,): (), (1, 1): ()}
     if scales.shape not in shapes:
         raise InputError(
-            f"{where} has scales {list(scales.shape)}, and known are one, one a row, and one a block of {BLOCK} x {BLOCK}."
+            f"{where} has scales {list(scales.shape)}, and known are one, "
+            f"one a row, and one a block of {BLOCK} x {BLOCK}."
         )
     form = FP8Array(
         jax.ShapeDtypeStruct(codes.shape, CODE_DTYPE),

@@ -5,14 +5,12 @@ belongs to the model (`config.json`, tokenizer, chat template, generation config
 that were not touched keep every bit, and `config.json` keeps every byte unless it would tell something untrue.
 """
 
-import dataclasses
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -32,7 +30,6 @@ from pronghorn.converters.quantized_weights import (
 from pronghorn.converters.read_ahead import ReadAhead
 from pronghorn.converters.safetensors_files import (
     DEFAULT_SHARD_BYTES,
-    StoredTensor,
     TensorSpec,
     open_weights,
     write_weights,
@@ -48,8 +45,8 @@ from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
 from pronghorn.models.families import family_for, family_named
 from pronghorn.models.parameters import assign, named_parameters, reading_order
-from pronghorn.quantization import QuantizationConfig, is_quantized, quantize, read_quantization
-from pronghorn.quantization.quantize_model import QuantizedArray, choose, make_abstract
+from pronghorn.quantization import QuantizationConfig, read_quantization
+from pronghorn.quantization.quantize_model import choose, make_abstract
 
 __all__ = ["load", "load_model", "load_tokenizer", "read_config", "resolve_model_path", "save_model"]
 
@@ -143,7 +140,9 @@ def load_model(
     if dtype is None and len(sizes) > 1:
         keep_dtypes(folder, model, table)
     ways: dict[str, QuantizationConfig] = {}
-    if quantization is not None and not any(isinstance(t, bitsandbytes.QuantizedTensor) for t in table.values()):
+    if quantization is not None and not any(
+        isinstance(t, bitsandbytes.QuantizedTensor) for t in table.values()
+    ):
         ways = choose(named_parameters(model), names, quantization)
     forms = quantized_forms(folder, table, quantization, ways, dtype, commonest)
     make_abstract(named_parameters(model), forms)
@@ -182,8 +181,8 @@ def original_weights(folder: str | Path) -> Callable[[str], np.ndarray]:
 
 
 def read_config(folder: str | Path) -> tuple[dict[str, Any], str]:
-    """`config.json` as a dict, and its text; without the quantization_config of bitsandbytes or FP8, and of a model that
-    also sees images that of its text tower.
+    """`config.json` as a dict, and its text; without the quantization_config of bitsandbytes or FP8, and of a model
+    that also sees images that of its text tower.
 
     Raises:
       InputError: it is missing, too large, or no JSON object.

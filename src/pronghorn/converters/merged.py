@@ -102,10 +102,10 @@ def save_merged(
     Returns:
       `kl_mean`, `kl_max` (nats; live model against reloaded model), `kl_mean_limit`, `kl_max_limit`, `adapter_kl_mean`
       (live model against its base: what there was to lose), `top1_agreement`, `tokens`, `dtype`, `untied`, `base`
-      ("own", "dequantised" or the folder given). With `base`, the live model of these is the adapter on that base; on an
-      FP8 base, the one that does not round activations, as none does in 16 bits. `live_kl_mean` and `live_kl_max` are
-      then against `model` itself. With `quantization`, `quantized_kl_mean` and `quantized_kl_max` are the distance of
-      what was written from `model`, which is what that kind costs.
+      ("own", "dequantised" or the folder given). With `base`, the live model of these is the adapter on that base; on
+      an FP8 base, the one that does not round activations, as none does in 16 bits. `live_kl_mean` and `live_kl_max`
+      are then against `model` itself. With `quantization`, `quantized_kl_mean` and `quantized_kl_max` are the distance
+      of what was written from `model`, which is what that kind costs.
 
     Raises:
       InputError: the folder is taken, or the dtype cannot hold the weights.
@@ -151,9 +151,7 @@ def _written_quantized(
     inner = folder / "quantized"
     model = load_model(folder, quantization=quantization)
     inner.mkdir()
-    write_model(
-        inner, model, tokenizer_from=tokenizer, max_shard_bytes=max_shard_bytes, keep_quantized=True
-    )
+    write_model(inner, model, tokenizer_from=tokenizer, max_shard_bytes=max_shard_bytes, keep_quantized=True)
     for file in [path for path in folder.iterdir() if path.is_file()]:
         file.unlink()
     for file in list(inner.iterdir()):
@@ -183,7 +181,9 @@ def rebase(model: Decoder, base: str | Path) -> Decoder:
     if not same_base(base_hash(model), base_hash(other)):
         raise InputError(f"{base}: is not the model that the quantised base was made from.")
     factors = {name: site.factors for name, site in sites(model).items()}
-    rows = {name: site.new_rows.get_value() for name, site in sites(model).items() if site.new_rows is not None}
+    rows = {
+        name: site.new_rows.get_value() for name, site in sites(model).items() if site.new_rows is not None
+    }
     if model.new_tokens is not None:
         other = with_tokens(other, model.new_tokens.first, model.new_tokens.count)
     return attach(other, {name: f for name, f in factors.items() if f is not None}, info, rows)

@@ -232,24 +232,33 @@ def _with_new_tokens(
     """The model with the vocabulary that the adapter has trained rows for, and those rows; as it is without any."""
     first, count, names = new_token_range(folder, config, modules)
     tied = model.config.tie_word_embeddings
-    if tied and HEAD in stored and EMBEDDING in stored and HEAD not in names:  # PEFT may write the one rows twice
+    if (
+        tied and HEAD in stored and EMBEDDING in stored and HEAD not in names
+    ):  # PEFT may write the one rows twice
         if stored[HEAD].read().tobytes() != stored[EMBEDDING].read().tobytes():
-            raise InputError(f"{folder}: has two versions of new tokens that the model ties; merge it with PEFT.")
+            raise InputError(
+                f"{folder}: has two versions of new tokens that the model ties; merge it with PEFT."
+            )
         stored = {EMBEDDING: stored[EMBEDDING]}
     if set(names) != set(stored) or (HEAD in names and tied):
         raise InputError(
             f"{folder}: {CONFIG_NAME} and {WEIGHTS_NAME} disagree about the trained tokens of "
-            f"{listed(sorted(set(names) ^ set(stored)) or [HEAD])}; the adapter was made for another model, or was edited."
+            f"{listed(sorted(set(names) ^ set(stored)) or [HEAD])}; the "
+            "adapter was made for another model, or was edited."
         )
     if not names:
         return model, None
     shape = (count, model.config.hidden_size)
-    rows = {name: _finite_array(folder, f"the rows of new tokens of {name}", stored[name], shape) for name in names}
+    rows = {
+        name: _finite_array(folder, f"the rows of new tokens of {name}", stored[name], shape)
+        for name in names
+    }
     if model.new_tokens is None:
         model = with_tokens(model, first, count)
     elif (model.new_tokens.first, model.new_tokens.count) != (first, count):
         raise InputError(
-            f"{folder}: trains tokens {first} to {first + count - 1}, and the model was given others; load the base anew."
+            f"{folder}: trains tokens {first} to {first + count - 1}, and the model was given others; "
+            "load the base anew."
         )
     return model, rows
 
@@ -396,7 +405,13 @@ def _check_base_copies(
 
 
 def _factors(
-    folder: Path, site: Site | FusedSite, parts: Mapping[str, StoredTensor], rank: int, scale: float, *, use_dora: bool
+    folder: Path,
+    site: Site | FusedSite,
+    parts: Mapping[str, StoredTensor],
+    rank: int,
+    scale: float,
+    *,
+    use_dora: bool,
 ) -> Factors:
     fan_out, fan_in = site.shape
     shapes: dict[str, tuple[int, ...]] = {"a": (rank, fan_in), "b": (fan_out, rank)}

@@ -64,7 +64,10 @@ _HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_of(
-    model: Decoder, info: AdapterInfo, adapted: Mapping[str, tuple[Site | FusedSite, Factors]], modules: Mapping[str, str]
+    model: Decoder,
+    info: AdapterInfo,
+    adapted: Mapping[str, tuple[Site | FusedSite, Factors]],
+    modules: Mapping[str, str],
 ) -> dict[str, Any]:
     """The configuration that makes PEFT build exactly these adapters.
 
@@ -109,10 +112,14 @@ def _token_indices(model: Decoder, modules: Mapping[str, str]) -> dict[str, list
     if model.config.tie_word_embeddings:  # PEFT knows that the head is the embedding
         trained = [name for name in trained if name == EMBEDDING]
     tokens = model.new_tokens
-    return {_last(modules[name]): list(range(tokens.first, tokens.first + tokens.count)) for name in trained} or None
+    return {
+        _last(modules[name]): list(range(tokens.first, tokens.first + tokens.count)) for name in trained
+    } or None
 
 
-def new_token_range(folder: Path, config: Mapping[str, Any], modules: Mapping[str, str]) -> tuple[int, int, list[str]]:
+def new_token_range(
+    folder: Path, config: Mapping[str, Any], modules: Mapping[str, str]
+) -> tuple[int, int, list[str]]:
     """(first id, how many, names of the modules whose rows are trained) of `trainable_token_indices`; (0, 0, [])
     where there are none."""
     given = config["trainable_token_indices"]
@@ -124,7 +131,9 @@ def new_token_range(folder: Path, config: Mapping[str, Any], modules: Mapping[st
     path = folder / CONFIG_NAME
     unknown = [name for name in given if name not in ours]
     if unknown:
-        raise InputError(f"{path}: trains tokens of {unknown[0]!r}, and the model has them in {', '.join(ours)}.")
+        raise InputError(
+            f"{path}: trains tokens of {unknown[0]!r}, and the model has them in {', '.join(ours)}."
+        )
     runs = {tuple(sorted(ids)) for ids in given.values()}
     ids = runs.pop()
     if runs or not ids or ids != tuple(range(ids[0], ids[0] + len(ids))) or ids[-1] >= 2**24:
@@ -282,7 +291,10 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected_modules(
-    folder: Path, config: Mapping[str, Any], modules: Mapping[str, str], places: Mapping[str, Site | FusedSite]
+    folder: Path,
+    config: Mapping[str, Any],
+    modules: Mapping[str, str],
+    places: Mapping[str, Site | FusedSite],
 ) -> set[str]:
     """The modules that PEFT would adapt for this configuration."""
     targets, excluded = config["target_modules"], config["exclude_modules"]

@@ -1,8 +1,8 @@
 """The quantised weights of a Hugging Face folder: which there are, what each will be, and what is written of a model.
 
-Reading: tensors that bitsandbytes stored, or that are in FP8, are taken as they are, and a 16-bit folder is quantised weight by weight as it
-is loaded. Writing: one such folder holds one kind, so 8-bit weights beside 4-bit ones are written in 16 bits, with the
-very values that they had, and so are FP8 weights.
+Reading: tensors that bitsandbytes stored, or that are in FP8, are taken as they are, and a 16-bit folder is quantised
+weight by weight as it is loaded. Writing: one such folder holds one kind, so 8-bit weights beside 4-bit ones are
+written in 16 bits, with the very values that they had, and so are FP8 weights.
 """
 
 import dataclasses
@@ -158,9 +158,7 @@ def packed_weights(
     return packed
 
 
-def join_fused(
-    packed: Mapping[str, Any], fused: Mapping[str, tuple[tuple[str, int], ...]]
-) -> dict[str, Any]:
+def join_fused(packed: Mapping[str, Any], fused: Mapping[str, tuple[tuple[str, int], ...]]) -> dict[str, Any]:
     """The quantised weights of a file, those that it holds as one put together.
 
     Left out, to be written in 16 bits with the values that they had, are those that are not all quantised in one way.

@@ -56,7 +56,8 @@ def stack_tensors(
         for part_name, part in zip(names, parts, strict=True):
             if not isinstance(part, StoredTensor):
                 raise InputError(
-                    f"{part.file}: {part_name} is quantised, and experts are read in 16 or 32 bits; give the folder that "
+                    f"{part.file}: {part_name} is quantised, and experts are read "
+                    "in 16 or 32 bits; give the folder that "
                     "it was made from."
                 )
             if (part.shape, part.dtype) != (first.shape, first.dtype):

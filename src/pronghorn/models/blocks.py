@@ -28,6 +28,7 @@ from pronghorn.pallas_kernels.gated_activation import gated_activation
 from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rope import apply_rope
 
+
 def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
     """x + scale out."""
     return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype))
@@ -149,9 +150,7 @@ def feed_forward(
         x, residual = rows[0][None], rows[-1][None]
         if key is not None:
             key = jax.random.fold_in(key, tile)
-        return _feed_forward(
-            nnx.merge(graph, state, unread), x, residual, config=config, dropout_key=key
-        )[0]
+        return _feed_forward(nnx.merge(graph, state, unread), x, residual, config=config, dropout_key=key)[0]
 
     return in_token_tiles(
         one_tile,

@@ -76,7 +76,8 @@ class DecoderConfig:
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
       experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
-      query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original context)).
+      query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original
+      context)).
     """
 
     family: str
@@ -138,7 +139,12 @@ class DecoderConfig:
             if kind in self.layer_kinds and self.conv_width < 1:
                 raise ValueError(f"layer_kinds has {kind!r} and conv_width is 0")
         if "linear" in self.layer_kinds:
-            if min(self.linear_key_heads, self.linear_value_heads, self.linear_key_dim, self.linear_value_dim) < 1:
+            if (
+                min(
+                    self.linear_key_heads, self.linear_value_heads, self.linear_key_dim, self.linear_value_dim
+                )
+                < 1
+            ):
                 raise ValueError("layer_kinds has 'linear' and heads or sizes of linear attention are 0")
             if self.linear_value_heads % self.linear_key_heads:
                 raise ValueError(

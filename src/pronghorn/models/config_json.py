@@ -399,7 +399,9 @@ def positive(hf: HfConfig, key: str, default: int | None = None) -> int:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 1 <= value <= _LARGEST.get(key, 2**53) or value != int(value):
         limit = f" up to {_LARGEST[key]}" if key in _LARGEST else ""
-        raise InputError(f"config.json: {key} has to be a whole number over 0{limit}, and is {_short(value)}.")
+        raise InputError(
+            f"config.json: {key} has to be a whole number over 0{limit}, and is {_short(value)}."
+        )
     return int(value)
 
 

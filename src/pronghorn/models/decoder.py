@@ -106,7 +106,7 @@ def embedding_noise(
     key: jax.Array, alpha: float, shape: tuple[int, ...], segment_ids: jax.Array | None
 ) -> jax.Array:
     """NEFTune's noise, fp32 `[batch, seq, d]`; a document's does not depend on what else is packed into its row."""
-    batch, seq, width = shape
+    _, seq, width = shape
     lengths: Any = seq
     if segment_ids is not None:
         # Where the token's segment starts and where the next one does, counted from both ends.
@@ -224,7 +224,9 @@ class Decoder(nnx.Module):
         angles = rope.layer_angles(self.config, positions)
         noise = None
         if neftune_alpha and dropout_key is not None:
-            noise = embedding_noise(dropout_key, neftune_alpha, (*input_ids.shape, self.config.hidden_size), segment_ids)
+            noise = embedding_noise(
+                dropout_key, neftune_alpha, (*input_ids.shape, self.config.hidden_size), segment_ids
+            )
         x = self.embed(input_ids, noise)
         outputs = [x]
         for segment in self.segments:

@@ -1,4 +1,5 @@
-"""A layer's gated delta net, in place of attention (Yang et al. 2024, arXiv:2412.06464; as Qwen3-Next and Qwen3.5 have it).
+"""A layer's gated delta net, in place of attention (Yang et al. 2024, arXiv:2412.06464; as Qwen3-Next and Qwen3.5 have
+it).
 
 With n = norm(x), and for every value head the numbers A_log and dt_bias,
 
@@ -59,13 +60,16 @@ def add_delta_net(
     config: DecoderConfig,
     dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(x + what the layer's delta net makes of it, x to be read on from), `[batch, seq, d]`; named for memory policies."""
+    """(x + what the layer's delta net makes of it, x to be read on from), `[batch, seq, d]`; named for memory
+    policies."""
     module = layer.linear_attn
     x, (wide, z, b, a) = normalized_linears(layer.input_layernorm, module, _NAMES, x, dropout_key)
 
     @jax.checkpoint
     def mix(wide, b, a):
-        taps = [earlier_tokens(wide, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)]
+        taps = [
+            earlier_tokens(wide, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)
+        ]
         return gated_delta_rule(*_rule_inputs(module, taps, b, a, config), segment_ids=segment_ids)
 
     heads = checkpoint_name(mix(wide, b, a), "attention_out")
@@ -128,7 +132,12 @@ def cached_delta_net(
     taps = [row[:, i : i + x.shape[1]] for i in range(config.conv_width)]
     q, k, v, g, beta = _rule_inputs(module, taps, b, a, config)
     heads, state = continue_gated_delta_rule(
-        q, k, v, jnp.where(there, g, 0.0), jnp.where(there, beta, 0.0), jnp.where(fresh[..., None], 0.0, cache.state)
+        q,
+        k,
+        v,
+        jnp.where(there, g, 0.0),
+        jnp.where(there, beta, 0.0),
+        jnp.where(fresh[..., None], 0.0, cache.state),
     )
     last = count[:, None] + jnp.arange(history)
     recent = jnp.take_along_axis(row, last[..., None], axis=1).astype(cache.recent.dtype)

@@ -87,9 +87,7 @@ class ExpertLinear(Linear):
 class Experts(nnx.Module):
     """`{gate,up,down}_proj` of all experts."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         assert config.experts is not None
         count, width, hidden = config.experts.num_experts, config.experts.width, config.hidden_size
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
@@ -102,9 +100,7 @@ class SparseMLP(nnx.Module):
     """Parameters of a mixture of experts: the router `gate`, `experts`, and `shared_expert` (with its
     `shared_expert_gate`) or None."""
 
-    def __init__(
-        self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()
-    ):
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         experts = config.experts
         assert experts is not None
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}

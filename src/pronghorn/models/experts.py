@@ -8,7 +8,8 @@ none is padded, whatever the router chooses; an expert without a token is a grou
     back     y_t = Σ_j w_tj y_s(t, j)       in fp32, rounded once
 
 A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. Both gathers here know their
-inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = w_s dy_t(s), dw_tj = dy_t · y_s(t, j).
+inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = w_s dy_t(s), dw_tj = dy_t · y_s(t,
+j).
 """
 
 from typing import Any, NamedTuple
@@ -163,7 +164,10 @@ def sparse_mlp(
     @jax.checkpoint
     def widen(flat, order):
         rows = rows_by_expert(normalized(flat), order)
-        return [getattr(module.experts, name).grouped(rows, order.group_sizes) for name in ("gate_proj", "up_proj")]
+        return [
+            getattr(module.experts, name).grouped(rows, order.group_sizes)
+            for name in ("gate_proj", "up_proj")
+        ]
 
     @jax.checkpoint
     def narrow(gate, up, order):

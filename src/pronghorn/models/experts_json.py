@@ -14,7 +14,9 @@ EXPERT_KEYS = frozenset({
 SPARSE_LAYER_KEYS = frozenset({"decoder_sparse_step", "mlp_only_layers"})
 
 
-def read_experts(hf: HfConfig, *, count: int, chosen: int, coefficient: float, **specific: Any) -> ExpertsConfig:
+def read_experts(
+    hf: HfConfig, *, count: int, chosen: int, coefficient: float, **specific: Any
+) -> ExpertsConfig:
     """An ExpertsConfig from the keys that every family shares.
 
     Args:

@@ -106,11 +106,7 @@ def family_for(hf_config: HfConfig) -> Family:
             return family
     if model_type is None:
         raise InputError(f"config.json has no model_type; supported are {supported}.")
-    remote = (
-        ", whose auto_map asks for code, which is never run,"
-        if hf_config.get("auto_map")
-        else ""
-    )
+    remote = ", whose auto_map asks for code, which is never run," if hf_config.get("auto_map") else ""
     inner = hf_config.get("text_config")
     if isinstance(inner, Mapping):
         found = f"a wrapper of a text tower of model_type {inner.get('model_type')!r}"
@@ -120,7 +116,8 @@ def family_for(hf_config: HfConfig) -> Family:
     else:
         found = "no key of it is unusual: see docs/adding-a-model.md"
     raise InputError(
-        f"config.json: model_type {model_type!r}{remote} is not supported ({found}); supported are {supported}, and text "
+        f"config.json: model_type {model_type!r}{remote} is not "
+        f"supported ({found}); supported are {supported}, and text "
         "towers in gemma3, mistral3, qwen3_5, llava, llava_next, llava_onevision, vipllava, internvl, lfm2_vl."
     )
 

@@ -46,14 +46,23 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
             "layers are not supported, its dense ones (350M, 1B, micro) are."
         )
     told = choice(
-        {"position_embedding_type": "nope"} | dict(hf), "position_embedding_type", {"rope": True, "nope": False}, "nope"
+        {"position_embedding_type": "nope"} | dict(hf),
+        "position_embedding_type",
+        {"rope": True, "nope": False},
+        "nope",
     )
     return read_common(
         {"num_local_experts": 8} | dict(hf),
         family="granite4",
         known=_UNREAD
         | FACTOR_KEYS
-        | {"attention_bias", "layer_types", "layers_block_type", "position_embedding_type", "shared_intermediate_size"},
+        | {
+            "attention_bias",
+            "layer_types",
+            "layers_block_type",
+            "position_embedding_type",
+            "shared_intermediate_size",
+        },
         neutral=_NEUTRAL,
         head_dim=derived_head_dim(hf),
         intermediate_size=positive(hf, "shared_intermediate_size", 1024),
@@ -87,7 +96,9 @@ def tensor_names(config: DecoderConfig) -> dict[str, str]:
 def fused(config: DecoderConfig) -> dict[str, tuple[tuple[str, int], ...]]:
     """The tensors that the file holds as one."""
     tensors = fused_tensors(config, ("mlp.gate_up_proj",))
-    return {name.replace("mlp.gate_up_proj", "shared_mlp.input_linear"): parts for name, parts in tensors.items()}
+    return {
+        name.replace("mlp.gate_up_proj", "shared_mlp.input_linear"): parts for name, parts in tensors.items()
+    }
 
 
 FAMILY = Family("granite4", ("granitemoehybrid",), config_from_hf, config_to_hf, tensor_names, fused)

@@ -11,11 +11,13 @@ from pronghorn.models.config_json import Family, HfConfig, flag, number, positiv
 from pronghorn.models.granite import FACTOR_KEYS, read_factors, write_factors
 from pronghorn.models.tensor_names import llama_tensor_names
 
-_CODE = frozenset({
-    "configuration_hyperclovax.HyperCLOVAXConfig",
-    "modeling_hyperclovax.HyperCLOVAXModel",
-    "modeling_hyperclovax.HyperCLOVAXForCausalLM",
-})
+_CODE = frozenset(
+    {
+        "configuration_hyperclovax.HyperCLOVAXConfig",
+        "modeling_hyperclovax.HyperCLOVAXModel",
+        "modeling_hyperclovax.HyperCLOVAXForCausalLM",
+    }
+)
 _POST_NORMS = {
     "post_attention_layernorm": "post_norm1",
     "pre_feedforward_layernorm": "post_attention_layernorm",

@@ -5,10 +5,10 @@ A layer is one part, or two: attention, and the feed-forward network.
     forward    a part computes; what it saved leaves for the host meanwhile
     backward   a part is differentiated; what the part below saved comes back meanwhile
 
-What is saved is what `jax.checkpoint` around a layer saves under its policy. `jax.checkpoint` can offload by itself, but
-under `lax.scan` an array is then fetched where it is first read, and the device waits for it: on an H100 at 8,192 tokens
-1.3 ms for every 64 MiB of a layer of 20 ms. So the gradient of the stack is written here: the backward pass holds two
-parts' residuals, those in use and those on their way.
+What is saved is what `jax.checkpoint` around a layer saves under its policy. `jax.checkpoint` can offload by itself,
+but under `lax.scan` an array is then fetched where it is first read, and the device waits for it: on an H100 at 8,192
+tokens 1.3 ms for every 64 MiB of a layer of 20 ms. So the gradient of the stack is written here: the backward pass
+holds two parts' residuals, those in use and those on their way.
 
 A part's vector-Jacobian product is a pytree of the arrays it needs. Those that came in (weights, angles, segment ids)
 are recognised by identity and read again from where they are; the others are the residuals.
@@ -96,9 +96,7 @@ def _run_forward(stack, x, states, shared, dropout_key):
         saved = []
         for number, (position, part) in enumerate(stack.parts()):
             rest = shared, dropout_key, stack.index(repeat, position)
-            x, arrays, pullbacks[number] = _differentiated(
-                part, trained[position], x, states[position], rest
-            )
+            x, arrays, pullbacks[number] = _differentiated(part, trained[position], x, states[position], rest)
             saved.append([_to_host(array) for array in arrays])
             if number > 0 and not stack.stacked:
                 # Nothing else tells XLA that what the part before saved has left the device by now.
@@ -151,7 +149,9 @@ def _run_backward(stack, residuals, dy):
 _run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
 
 
-def _loop(stack: LayerStack, one_period: Callable, carry: Any, states: tuple, *, reverse: bool = False) -> Any:
+def _loop(
+    stack: LayerStack, one_period: Callable, carry: Any, states: tuple, *, reverse: bool = False
+) -> Any:
     """(carry, outputs): one_period(carry, repeat, states) for every repeat; outputs stacked where layers are."""
     if not stack.stacked:
         return one_period(carry, 0, states)
@@ -221,6 +221,4 @@ def _fetch(stack, dx, saved, repeat):
     here = saved
     if stack.stacked:
         here = [jax.lax.dynamic_index_in_dim(array, repeat, keepdims=False) for array in saved]
-    return dx, [
-        jax.device_put(array, jax.memory.Space.Device) if _moves(array) else array for array in here
-    ]
+    return dx, [jax.device_put(array, jax.memory.Space.Device) if _moves(array) else array for array in here]

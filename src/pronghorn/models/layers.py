@@ -261,8 +261,8 @@ class ShortConv(nnx.Module):
 
 
 class DeltaNet(nnx.Module):
-    """Parameters of a gated delta net (`models/delta_net.py`): `in_proj_{qkv,z,b,a}`, the convolution `conv1d`, of every
-    value head `A_log` and `dt_bias`, the `norm` of a head, and `out_proj`."""
+    """Parameters of a gated delta net (`models/delta_net.py`): `in_proj_{qkv,z,b,a}`, the convolution `conv1d`, of
+    every value head `A_log` and `dt_bias`, the `norm` of a head, and `out_proj`."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         hidden, heads = config.hidden_size, config.linear_value_heads

@@ -54,7 +54,9 @@ def _layer_kinds(hf: HfConfig) -> tuple[LayerKind, ...]:
         full = range(count) if hf.get("full_attn_idxs") is None else hf["full_attn_idxs"]
         types = ["full_attention" if index in full else "conv" for index in range(count)]
     if len(types) != count or not set(types) <= set(_KINDS):
-        raise InputError(f"config.json: layer_types has to be one of {', '.join(_KINDS)} for each of {count} layers.")
+        raise InputError(
+            f"config.json: layer_types has to be one of {', '.join(_KINDS)} for each of {count} layers."
+        )
     return tuple(_KINDS[kind] for kind in types)
 
 

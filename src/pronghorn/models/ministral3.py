@@ -47,7 +47,9 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
 
 def config_to_hf(config: DecoderConfig) -> dict[str, Any]:
     """Write a config.json; rope as transformers 5 writes it, since this family came with that."""
-    hf = write_common(config, "ministral3", "Ministral3ForCausalLM") | {"sliding_window": config.sliding_window}
+    hf = write_common(config, "ministral3", "Ministral3ForCausalLM") | {
+        "sliding_window": config.sliding_window
+    }
     rope = {"rope_type": "default"} | (hf.pop("rope_scaling") or {})
     rope |= {"rope_theta": hf.pop("rope_theta"), "llama_4_scaling_beta": config.query_scale_beta}
     return hf | {"rope_parameters": rope}

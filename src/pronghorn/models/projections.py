@@ -1,7 +1,5 @@
 """Linear layers of a layer, as the ops take them: by themselves, or several that read one normalised input."""
 
-from typing import Any
-
 import jax
 from flax import nnx
 

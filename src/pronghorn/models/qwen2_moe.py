@@ -1,8 +1,8 @@
 """Qwen 1.5 and 2 with a mixture of experts (A2.7B, 57B-A14B).
 
-Special: a bias on q, k and v (`qkv_bias`); experts as in Qwen 3's mixture, and beside them a shared expert, whose output
-is multiplied by the sigmoid of one number a token. A window, where there is one, is that of every other layer under
-`max_window_layers`, or of those that `layer_types` names.
+Special: a bias on q, k and v (`qkv_bias`); experts as in Qwen 3's mixture, and beside them a shared expert, whose
+output is multiplied by the sigmoid of one number a token. A window, where there is one, is that of every other layer
+under `max_window_layers`, or of those that `layer_types` names.
 """
 
 from typing import Any
@@ -43,7 +43,8 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
     kinds = read_layer_types(hf, default)  # type: ignore[arg-type]
     if "sliding" in kinds and not slides:
         raise InputError(
-            "config.json: layer_types has sliding_attention, and use_sliding_window is off; set it, or make every layer "
+            "config.json: layer_types has sliding_attention, and "
+            "use_sliding_window is off; set it, or make every layer "
             "full_attention."
         )
     return read_common(

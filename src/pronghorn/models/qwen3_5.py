@@ -1,9 +1,9 @@
 """Qwen 3.5, dense text models.
 
-Special: three layers of a gated delta net to one of attention (`layer_types`, or `full_attention_interval`); attention's
-output is gated; heads of q and k are normalised, norms store their weight less one (but for that inside of the delta
-net); a quarter of each head is rotated. Sections of rope belong to images: on text alone all of them have the token's
-position. The heads that predict further tokens (mtp) are left out, as in transformers.
+Special: three layers of a gated delta net to one of attention (`layer_types`, or `full_attention_interval`);
+attention's output is gated; heads of q and k are normalised, norms store their weight less one (but for that inside of
+the delta net); a quarter of each head is rotated. Sections of rope belong to images: on text alone all of them have the
+token's position. The heads that predict further tokens (mtp) are left out, as in transformers.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,9 @@ def _layer_kinds(hf: HfConfig) -> tuple[LayerKind, ...]:
         every = positive(hf, "full_attention_interval", 4)
         return tuple("linear" if (index + 1) % every else "full" for index in range(count))
     if not isinstance(types, list | tuple) or len(types) != count or not set(types) <= set(_KINDS):
-        raise InputError(f"config.json: layer_types has to be one of {', '.join(_KINDS)} for each of {count} layers.")
+        raise InputError(
+            f"config.json: layer_types has to be one of {', '.join(_KINDS)} for each of {count} layers."
+        )
     return tuple(_KINDS[kind] for kind in types)
 
 
@@ -92,7 +94,9 @@ def tensor_names(config: DecoderConfig) -> dict[str, str]:
         if kind == "linear":
             prefix = f"layers.{index}."
             names = {ours: name for ours, name in names.items() if not ours.startswith(f"{prefix}self_attn.")}
-            names |= {f"{prefix}linear_attn.{leaf}": f"model.{prefix}linear_attn.{leaf}" for leaf in _DELTA_NET}
+            names |= {
+                f"{prefix}linear_attn.{leaf}": f"model.{prefix}linear_attn.{leaf}" for leaf in _DELTA_NET
+            }
     return names
 
 

@@ -53,7 +53,11 @@ def _sparse_names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str
     experts = config.experts
     if experts is None:
         return {}
-    ours = ["mlp.gate.weight", *["mlp.gate.e_score_correction_bias"] * experts.correction_bias, *_EXPERT_LINEARS]
+    ours = [
+        "mlp.gate.weight",
+        *["mlp.gate.e_score_correction_bias"] * experts.correction_bias,
+        *_EXPERT_LINEARS,
+    ]
     if experts.shared_width:
         ours += [f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")]
     ours += ["mlp.shared_expert_gate.weight"] * experts.shared_gate
@@ -64,7 +68,9 @@ def _sparse_names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str
     return names
 
 
-def expert_tensors(config: DecoderConfig, pattern: Mapping[str, str] | None = None) -> dict[str, tuple[str, ...]]:
+def expert_tensors(
+    config: DecoderConfig, pattern: Mapping[str, str] | None = None
+) -> dict[str, tuple[str, ...]]:
     """{name in `tensor_names`: one tensor an expert in the file} of checkpoints that hold experts one by one.
 
     Args:

@@ -3,8 +3,8 @@
     y_t = f(p, x_t)        dx_t, dp_t = the pullback of f at (p, x_t), of dy_t        dp = Σ_t dp_t
 
 What f needs inside exists for one tile at a time: a feed-forward network's gate, up and hidden values of a long row (86
-KB a token in Llama-3.1-8B, and as much again for their gradients) never do. Saved: p and x; f runs again in the backward
-pass. Sums over tiles are fp32.
+KB a token in Llama-3.1-8B, and as much again for their gradients) never do. Saved: p and x; f runs again in the
+backward pass. Sums over tiles are fp32.
 
 A result is written over the tile of x, or of dy, that it is of, in an array that begins as theirs. Results that a scan
 stacks begin as zeros, which XLA makes for all layers of a model at once: 256 MiB each, forward and backward, for 32,768

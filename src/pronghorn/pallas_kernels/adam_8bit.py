@@ -1,6 +1,7 @@
 """One step of Adam whose moments are kept in 8 bits, read, updated and written in one pass.
 
-With g the gradient times `gradient_scale`, m and v what the codes stand for (blockwise_8bit.py: m with a sign, v without):
+With g the gradient times `gradient_scale`, m and v what the codes stand for (blockwise_8bit.py: m with a sign, v
+without):
 
     m <- b1 m + (1 - b1) g        v <- b2 v + (1 - b2) g²        u = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
@@ -56,7 +57,8 @@ def adam_8bit(
     in_place: bool = True,
     implementation: launch.Implementation | None = None,
 ) -> tuple[jax.Array, Blockwise, Blockwise]:
-    """(update u, first moment, second moment) after one step; u is fp32 and still to be scaled by minus the learning rate.
+    """(update u, first moment, second moment) after one step; u is fp32 and still to be scaled by minus the learning
+    rate.
 
     Args:
       gradient: any shape; bf16, fp16 or fp32.
@@ -85,9 +87,15 @@ def adam_8bit(
             jax.ShapeDtypeStruct(moment.absmax.shape, jnp.float32),
         ]
     # Moments change in place; so does a gradient that has the update's dtype.
-    aliases = ({3: 1, 4: 2, 5: 3, 6: 4} if in_place else {}) | ({2: 0} if gradient.dtype == jnp.float32 else {})
+    aliases = ({3: 1, 4: 2, 5: 3, 6: 4} if in_place else {}) | (
+        {2: 0} if gradient.dtype == jnp.float32 else {}
+    )
     update, *moments = launch_by_blocks(
-        functools.partial(_kernel, **settings, in_place=in_place), "adam_8bit", gradient.size, tuple(shapes), aliases
+        functools.partial(_kernel, **settings, in_place=in_place),
+        "adam_8bit",
+        gradient.size,
+        tuple(shapes),
+        aliases,
     )(
         scalars,
         lookup_table(),
@@ -131,9 +139,7 @@ def adam_8bit_reference(
 def zero_moment(shape: tuple[int, ...], *, signed: bool) -> Blockwise:
     """A moment of zeros: the code of zero, and scales of zero."""
     zero = ZERO_SIGNED if signed else 0
-    return Blockwise(
-        jnp.full(shape, zero, jnp.uint8), jnp.zeros(num_blocks(math.prod(shape)), jnp.float32)
-    )
+    return Blockwise(jnp.full(shape, zero, jnp.uint8), jnp.zeros(num_blocks(math.prod(shape)), jnp.float32))
 
 
 def _corrections(count, beta1, beta2):

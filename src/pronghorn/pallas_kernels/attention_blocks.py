@@ -55,8 +55,12 @@ class AttentionBlocks:
 # The fastest on an H100 by `pronghorn tune` (jax 0.11.2), 16 bit, by padded head dim.
 _MEASURED = {
     64: AttentionBlocks(KernelBlocks(64, 64, 4, 3), KernelBlocks(32, 128, 4, 3), KernelBlocks(64, 64, 4, 3)),
-    128: AttentionBlocks(KernelBlocks(128, 64, 4, 2), KernelBlocks(64, 64, 4, 2), KernelBlocks(128, 64, 8, 4)),
-    256: AttentionBlocks(KernelBlocks(128, 64, 8, 2), KernelBlocks(64, 64, 8, 2), KernelBlocks(128, 64, 8, 1)),
+    128: AttentionBlocks(
+        KernelBlocks(128, 64, 4, 2), KernelBlocks(64, 64, 4, 2), KernelBlocks(128, 64, 8, 4)
+    ),
+    256: AttentionBlocks(
+        KernelBlocks(128, 64, 8, 2), KernelBlocks(64, 64, 8, 2), KernelBlocks(128, 64, 8, 1)
+    ),
 }
 
 # The names under which `tuned` knows the kernels: what it holds is [block_q, block_k, num_warps, num_stages].

@@ -54,7 +54,11 @@ class Job:
 
 
 def tune(
-    jobs: Sequence[Job], *, budget: float, print_line: Callable[[str], None] = print, threads: int | None = None
+    jobs: Sequence[Job],
+    *,
+    budget: float,
+    print_line: Callable[[str], None] = print,
+    threads: int | None = None,
 ) -> list[dict[str, Any]]:
     """One row a candidate: op, key, label, choice, and milliseconds and rate, or the reason why not; `best` marks the
     fastest of its job.
@@ -74,7 +78,10 @@ def tune(
         # Jobs share functions: each is compiled once, and before the candidates.
         makers = {f: pool.submit(_compile_maker, f) for job in jobs for f in (job.arguments, job.expected)}
         compiled = [
-            [pool.submit(_compile, job, choice) if job.too_large(choice) is None else None for choice in job.candidates]
+            [
+                pool.submit(_compile, job, choice) if job.too_large(choice) is None else None
+                for choice in job.candidates
+            ]
             for job in jobs
         ]
         # Tracing holds Python's lock for milliseconds at a time, and a launch would wait for it: compile first.

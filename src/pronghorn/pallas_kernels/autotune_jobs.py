@@ -64,7 +64,8 @@ ATTENTION = {
         (128, 32, 8, 4), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 4, 3),
     ),
     ("dq", 256): (
-        (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 4, 2), (64, 64, 4, 2), (128, 64, 8, 1),
+        (64, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 32, 8, 3), (64, 32, 4, 2), (64, 64, 4, 2),
+        (128, 64, 8, 1),
     ),
 }  # fmt: skip
 # Elements a program and a thread: enough bytes in flight against enough programs on a multiprocessor.
@@ -127,6 +128,7 @@ def attention_jobs(shape: shapes.AttentionShape, dtype) -> list[Job]:
     group = shape.num_heads // shape.num_kv_heads
     query = (shape.batch, shape.seq, shape.num_heads, shape.head_dim)
     key = (shape.batch, shape.seq, shape.num_kv_heads, shape.head_dim)
+
     def spec() -> AttentionSpec:
         blocks = attention_blocks(shape.head_dim, dtype, shape.seq)
         return AttentionSpec(shape.head_dim**-0.5, None, None, blocks, native=not launch.interpreting())
@@ -196,7 +198,11 @@ def _too_large(kernel: str, head_dim: int, dtype, choice: tuned.Choice) -> str |
 
 def rms_norm_jobs(shape: shapes.RowShape, dtype) -> list[Job]:
     def inputs():
-        x, weight, dy = _normal(0, shape[1:], dtype), _normal(1, shape[2:], dtype), _normal(2, shape[1:], dtype)
+        x, weight, dy = (
+            _normal(0, shape[1:], dtype),
+            _normal(1, shape[2:], dtype),
+            _normal(2, shape[1:], dtype),
+        )
         return x, weight, dy, jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1) + EPS)
 
     def forward(with_kernel, x, weight, dy, inverse_rms):
@@ -209,9 +215,23 @@ def rms_norm_jobs(shape: shapes.RowShape, dtype) -> list[Job]:
 
     size = shape.rows * shape.width * jnp.dtype(dtype).itemsize
     return [
-        _plain_job("rms_norm_forward", tuned.key(dtype, shape.width), shape, inputs, forward, RMS_NORM_FORWARD, 2 * size),
         _plain_job(
-            "rms_norm_backward", tuned.key(dtype, shape.width), shape, inputs, backward, RMS_NORM_BACKWARD, 3 * size
+            "rms_norm_forward",
+            tuned.key(dtype, shape.width),
+            shape,
+            inputs,
+            forward,
+            RMS_NORM_FORWARD,
+            2 * size,
+        ),
+        _plain_job(
+            "rms_norm_backward",
+            tuned.key(dtype, shape.width),
+            shape,
+            inputs,
+            backward,
+            RMS_NORM_BACKWARD,
+            3 * size,
         ),
     ]
 

@@ -171,15 +171,17 @@ def encoded(table_ref: Any, x: jax.Array, *, signed: bool) -> jax.Array:
 
 def _with_sign_of(x: jax.Array, magnitude: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x80000000)
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | bits, jnp.float32)
+    return jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | bits, jnp.float32
+    )
 
 
 def _lines(signed: bool) -> list[tuple[float, float]]:
     """Intercept and slope of the upper four decades.
 
     Decade i of seven reaches from 10^(i-7) to 10^(i-6). With a sign it has n = 2^i entries, the n-th to the
-    (2 n - 1)-th above zero, at y = 0.1 + 0.9 (j + 0.5) / n of its upper end: the place n + j is n (8/9 + y / 0.9) - 1/2.
-    Without a sign there are twice as many, and the first is the second entry above zero counted from one.
+    (2 n - 1)-th above zero, at y = 0.1 + 0.9 (j + 0.5) / n of its upper end: the place n + j is n (8/9 + y / 0.9) -
+    1/2. Without a sign there are twice as many, and the first is the second entry above zero counted from one.
     """
     entries = [2.0 ** (i if signed else i + 1) for i in range(3, 7)]
     return [(n * 8 / 9, n * 10.0 ** (3 - i) / 0.9) for i, n in enumerate(entries)]

@@ -7,8 +7,8 @@ rows only through private API of jax (wrong with grouped heads on 0.10.2): those
 import jax
 import jax.numpy as jnp
 
-from pronghorn.pallas_kernels.tuned import device_kind_and_capability
 from pronghorn.pallas_kernels.launch import on_gpu
+from pronghorn.pallas_kernels.tuned import device_kind_and_capability
 
 # The primitive whose outputs are cuDNN's o and logsumexp. `checkpoint_name` cannot reach inside jax's own gradient
 # rule, so a memory policy that saves attention has to recognise it by name (see `attention_saveable`).

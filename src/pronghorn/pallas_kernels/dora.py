@@ -4,7 +4,8 @@ With V = W + s B A, v_j the length of its row j, held constant for the gradient 
 
     Y = c ∘ (X Wᵀ + s (X Aᵀ) Bᵀ) + bias
     v_j² = |W_j|² + 2 s (W Aᵀ)_j · B_j + s² B_j (A Aᵀ) B_jᵀ            without forming B A
-    dU = c ∘ dY      dm = Σ dY ∘ U / v      with U what is in brackets, saved      and dX, dA, dB of `lora_linear` for dU
+    dU = c ∘ dY      dm = Σ dY ∘ U / v      with U what is in brackets, saved      and dX, dA, dB of `lora_linear` for
+    dU
 
 m [out] starts as the lengths of W's rows, so the layer starts as it was. The products are `lora_linear`; W Aᵀ costs as
 much as r more tokens. Norms are summed in fp32, and A and B are first rounded to the dtype of X, as the products take

@@ -81,7 +81,9 @@ def _forward_kernel(
         sink = sinks_ref[pl.program_id(0)].astype(jnp.float32) * LOG2_E
         highest = jnp.maximum(sink, LOWEST)
         maximum = jnp.zeros((b.block_q,), jnp.float32) + highest
-        total = jnp.zeros((b.block_q,), jnp.float32) + exp2(jnp.zeros((b.block_q,), jnp.float32) + (sink - highest), spec)
+        total = jnp.zeros((b.block_q,), jnp.float32) + exp2(
+            jnp.zeros((b.block_q,), jnp.float32) + (sink - highest), spec
+        )
 
     def body(block, _, carry, edge):
         accumulator, maximum, total = carry
@@ -284,8 +286,8 @@ def _group_parts(programs: int, group: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="spec")
 def backward_dkdv(q, k, v, do, lse, delta, q_end, spec: AttentionSpec) -> tuple[jax.Array, jax.Array]:
-    """(dk, dv), like k and v, given `backward_dq`'s delta. Summed over a group's query heads inside the kernel; a small problem cuts the group
-    into parts whose fp32 sums XLA adds, in a fixed order either way."""
+    """(dk, dv), like k and v, given `backward_dq`'s delta. Summed over a group's query heads inside the kernel; a small
+    problem cuts the group into parts whose fp32 sums XLA adds, in a fixed order either way."""
     batch, seq_len, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     group = num_heads // num_kv_heads

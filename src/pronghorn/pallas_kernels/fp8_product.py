@@ -7,11 +7,11 @@ one for the tensor or one a row: W = s Wq. With k(Z) the smallest power of two f
     dX = dY W = k(dY) s (dYq Wq)                dYq = e4m3 or e5m2 (dY / k(dY))            one
 
 One scale, of X, dY or W, cuBLAS takes itself, and adds a further product or a residual stream while it writes. A scale
-for each row of X costs a pass over Y instead, with that addition in it. It is what X gets that can hold anything: single
-tokens of a language model are a thousand times the others where `down` reads them, and would leave those two bits. A
-normalised X needs no more than one, from a bound (`rms_norm.largest_normalized`) that spares a pass over X. Either way
-no token of a batch changes how another is rounded. dY has one scale, from its largest magnitude. With one scale a row of
-W, s multiplies the columns of Y in the same pass, and goes into dY before that is rounded.
+for each row of X costs a pass over Y instead, with that addition in it. It is what X gets that can hold anything:
+single tokens of a language model are a thousand times the others where `down` reads them, and would leave those two
+bits. A normalised X needs no more than one, from a bound (`rms_norm.largest_normalized`) that spares a pass over X.
+Either way no token of a batch changes how another is rounded. dY has one scale, from its largest magnitude. With one
+scale a row of W, s multiplies the columns of Y in the same pass, and goes into dY before that is rounded.
 
 On Ada and Hopper the inner side of both operands must be contiguous: dY Wq reads a transposed copy of Wq, which
 `fp8_transpose` makes in every product.
@@ -34,6 +34,7 @@ from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.fp8_quantize import Format, fp8_quantize, round_to_fp8
 from pronghorn.pallas_kernels.fp8_transpose import fp8_transpose
 
+
 def fp8_times_transposed(
     x: jax.Array,
     codes: jax.Array,
@@ -53,7 +54,8 @@ def fp8_times_transposed(
       gradient_format: what dY is rounded to, should this be differentiated; None for a product of dY as it is.
       dtype: of the result; that of x by default.
       largest: a bound of |x|, fp32 []: x has one scale then, and otherwise one a row.
-      implementation: "pallas" (a product of FP8 operands, which XLA gives to cuBLAS; no kernel is launched) or "xla" (the
+      implementation: "pallas" (a product of FP8 operands, which XLA gives to cuBLAS; no kernel is launched) or "xla"
+      (the
         oracle, the default on a CPU).
 
     Returns:
@@ -155,9 +157,7 @@ def _product(a, codes, axis, scale, dtype, fast, of_rows=None):
     # XLA hands a scalar factor in the dtype of the product to cuBLAS, and not one with a cast behind it. fp16 does not
     # reach as far as scales do.
     narrow = scale.ndim == 0 and dtype != jnp.float16
-    product = jax.lax.dot_general(
-        a, codes, dims, preferred_element_type=dtype if narrow else jnp.float32
-    )
+    product = jax.lax.dot_general(a, codes, dims, preferred_element_type=dtype if narrow else jnp.float32)
     product *= scale.astype(product.dtype)
     if of_rows is not None:
         product *= of_rows.astype(product.dtype)

@@ -40,7 +40,8 @@ MOST_COLUMNS = 32768
 def power_of_two_scale(largest: Any, format: Format) -> tuple[Any, Any]:
     """(k, 1 / k): the smallest power of two with largest / k <= the largest number of the format, in exact arithmetic.
 
-    On the host for numpy, on the device for jax. Powers are kept from 2^-126 to 2^126, which fp32 and bf16 hold without losing bits.
+    On the host for numpy, on the device for jax. Powers are kept from 2^-126 to 2^126, which fp32 and bf16 hold without
+    losing bits.
     """
     host = isinstance(largest, np.ndarray | np.generic)
     xp: Any = np if host else jnp
@@ -76,15 +77,21 @@ def fp8_quantize(
       implementation: "pallas" or "xla" (the oracle); None takes the kernel on a GPU.
 
     Returns:
-      e4m3 codes in the shape of x, and fp32 scales, x.shape[:-1] or [ceil(rows / 128), ceil(columns / 128)]; NaN where a
-      value is not finite.
+      e4m3 codes in the shape of x, and fp32 scales, x.shape[:-1] or [ceil(rows / 128), ceil(columns / 128)]; NaN where
+      a value is not finite.
 
     Raises:
       InputError: unknown `scales`, or blocks of what is no matrix.
     """
     if scales not in ("row", "block") or (scales == "block" and x.ndim != 2):
-        raise InputError(f"fp8_quantize: scales={scales!r} must be 'row', or 'block' for a matrix and not {x.shape}.")
-    if launch.resolve(implementation) == "xla" or not x.size or (scales == "row" and x.shape[-1] > MOST_COLUMNS):
+        raise InputError(
+            f"fp8_quantize: scales={scales!r} must be 'row', or 'block' for a matrix and not {x.shape}."
+        )
+    if (
+        launch.resolve(implementation) == "xla"
+        or not x.size
+        or (scales == "row" and x.shape[-1] > MOST_COLUMNS)
+    ):
         return fp8_quantize_reference(x, scales)
     return _launch(x, scales)
 

@@ -63,9 +63,7 @@ def _kernel(x_ref, y_ref, *, block):
     low, high = np.uint32(0x0000FFFF), np.uint32(0xFFFF0000)
     pairs = []
     for first, second in ((load(0), load(1)), (load(2), load(3))):
-        pairs.append(
-            ((first & even) | ((second & even) << 8), ((first >> 8) & even) | (second & odd))
-        )
+        pairs.append(((first & even) | ((second & even) << 8), ((first >> 8) & even) | (second & odd)))
     for column in range(4):
         top, bottom = (pair[column % 2] for pair in pairs)
         word = (top >> 16) | (bottom & high) if column > 1 else (top & low) | (bottom << 16)

@@ -115,7 +115,8 @@ def normal_cdf_and_pdf(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def sigmoid_in_kernel(x: jax.Array) -> jax.Array:
     """1 / (1 + 2^(-x log2 e)) by the hardware's exponential and reciprocal, each within two units of fp32's last place.
 
-    Left to the compiler it is 20 instructions, for the sake of subnormal exponentials and of the last bit of a division.
+    Left to the compiler it is 20 instructions, for the sake of subnormal exponentials and of the last bit of a
+    division.
     """
     if launch.interpreting():
         return jax.nn.sigmoid(x)

@@ -136,7 +136,8 @@ def segment_runs(segment_ids: jax.Array | None, shape: tuple[int, ...]) -> jax.A
 def _check_shapes(q, k, v, g, beta, segment_ids):
     if q.ndim != 4 or k.shape != q.shape or v.ndim != 4 or v.shape[:2] != q.shape[:2]:
         raise InputError(
-            f"gated_delta_rule: q {q.shape}, k {k.shape} and v {v.shape} must be [batch, seq, heads, dim], q and k alike."
+            f"gated_delta_rule: q {q.shape}, k {k.shape} and v {v.shape} "
+            "must be [batch, seq, heads, dim], q and k alike."
         )
     if v.shape[2] % q.shape[2]:
         raise InputError(
@@ -212,9 +213,7 @@ def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(A, U, W)."""
     coupling = c.beta[..., None] * _product("nbhik,nbhjk->nbhij", c.k, c.k) * c.pairs
     coupling = jnp.tril(coupling, -1)
-    right = jnp.concatenate(
-        [c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1
-    )
+    right = jnp.concatenate([c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1)
     both = _solve(coupling, right, transposed=False)
     return coupling, both[..., : c.v.shape[-1]], both[..., c.v.shape[-1] :]
 

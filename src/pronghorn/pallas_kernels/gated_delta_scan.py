@@ -5,8 +5,8 @@ With the notation of `gated_delta_rule`, for a head and from the first chunk to 
     V = U − W S,    S ← γ S + (w k)ᵀ V                    and back, R starting at zero:
     dV = Pᵀ dO + (w k) R,    R ← γ R + scale (e q)ᵀ dO − Wᵀ dV
 
-A program has some columns of the values of one head: columns do not meet in any of these products. Every operand is fp32
-and keeps fp32's precision (three tf32 products). Sizes are padded with zeros to powers of two, which adds nothing.
+A program has some columns of the values of one head: columns do not meet in any of these products. Every operand is
+fp32 and keeps fp32's precision (three tf32 products). Sizes are padded with zeros to powers of two, which adds nothing.
 
 Source: Yang et al., Parallelizing Linear Transformers with the Delta Rule, 2024, arXiv:2406.06484, section 3.
 """

@@ -12,8 +12,8 @@ Saved: x (as it came in), r, e, u, and the T of the adapters, under the names th
 `lora_linear` give them; neither n nor h. Without `residual`, y = down(h) and dx lacks dY.
 
 Where kernels run and adapters are thin, the rank-r products of gate, up and dh are left to the kernels of
-`lowrank_gated_activation`: e and u are then saved without them, and neither h nor a second pass over de and du is needed
-for the gradients of the adapters.
+`lowrank_gated_activation`: e and u are then saved without them, and neither h nor a second pass over de and du is
+needed for the gradients of the adapters.
 
 With dropout nothing is shared between adapters, so the op is then made of `rms_norm`, `lora_linear` and
 `gated_activation`. Implementations are chosen as in `norm_linears`.
@@ -287,7 +287,9 @@ def _gated_mlp_backward(options, residuals, dy):
         (found.dgate, found.dup), passing, saved, others, norm, largest=largest
     )
     of_both = tuple(
-        gradient if db is None else gradient._replace(lora_b=own_rows(db, index, saved["linears"], norm.scales))
+        gradient
+        if db is None
+        else gradient._replace(lora_b=own_rows(db, index, saved["linears"], norm.scales))
         for index, (gradient, db) in enumerate(zip(of_both, dbs, strict=True))
     )
     return dx, dnorm_weight, (*of_both, *of_down)
@@ -301,7 +303,12 @@ def _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options) 
         dh = input_gradient((dy,), g, down)
         return GatedGradients(
             *gated_activation_backward(
-                dh, gate, up, activation=options.activation, with_h=with_h, with_kernel=options.norm.with_kernel
+                dh,
+                gate,
+                up,
+                activation=options.activation,
+                with_h=with_h,
+                with_kernel=options.norm.with_kernel,
             )
         )
     if g is not None:

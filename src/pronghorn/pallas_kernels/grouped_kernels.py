@@ -199,7 +199,9 @@ def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, block_m, block_n, bloc
     zeros = jnp.zeros((block_m, block_n), jnp.float32)
     total = jax.lax.fori_loop(0, launch.cdiv(end - first, block_k), step, zeros)
     inside = (a_columns < a_width)[:, None] & (b_columns < b_width)[None, :]
-    triton.store(d_ref.at[group, a_columns[:, None], b_columns[None, :]], total.astype(d_ref.dtype), mask=inside)
+    triton.store(
+        d_ref.at[group, a_columns[:, None], b_columns[None, :]], total.astype(d_ref.dtype), mask=inside
+    )
 
 
 def over_rows(a, b, group_sizes, dtype):

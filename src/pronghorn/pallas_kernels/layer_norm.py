@@ -126,9 +126,7 @@ def _backward_kernel(
             dx = inverse * (scaled - jnp.sum(scaled, axis=1, keepdims=True) / width - x_hat * along)
             triton.store(out["x"].at[tile], dx.astype(out["x"].dtype), mask=mask)
         added = {"weight": dy * x_hat, "bias": dy}
-        return tuple(
-            total + jnp.sum(added[name], axis=0) for name, total in zip(summed, sums, strict=True)
-        )
+        return tuple(total + jnp.sum(added[name], axis=0) for name, total in zip(summed, sums, strict=True))
 
     zeros = tuple(jnp.zeros(block[1], jnp.float32) for _ in summed)
     if not summed:  # one block a program

@@ -87,7 +87,9 @@ def lowrank_gated_forward(
     shape, (rows, width) = gate.shape, _flat(gate)
     block, num_warps = _clipped(FORWARD_BLOCK, rows, width)
     (h,) = launch.pallas_call(
-        functools.partial(_forward_kernel, activation=activation, block=block, native=not launch.interpreting()),
+        functools.partial(
+            _forward_kernel, activation=activation, block=block, native=not launch.interpreting()
+        ),
         name="lowrank_gated_forward",
         grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
         out_shape=(jax.ShapeDtypeStruct((rows, width), gate.dtype),),
@@ -169,7 +171,8 @@ def _rows(x: jax.Array) -> jax.Array:
 def _clipped(block: tuple[int, int, int], rows: int, width: int) -> tuple[tuple[int, int], int]:
     """((rows, columns), warps): no more than there are, no less than a product of tiles needs."""
     fit = tuple(
-        max(LEAST_SIDE, min(side, launch.next_power_of_2(n))) for side, n in zip(block, (rows, width), strict=False)
+        max(LEAST_SIDE, min(side, launch.next_power_of_2(n)))
+        for side, n in zip(block, (rows, width), strict=False)
     )
     return (fit[0], fit[1]), min(block[2], launch.warps_for(fit[0] * fit[1], per_thread=16))
 
@@ -261,7 +264,9 @@ def _backward_kernel(*refs, names, activation, block, runs, native):
                 written = tile[name.removeprefix("largest_")].astype(jnp.float32)
                 totals[name] = jnp.maximum(total, jnp.max(jnp.abs(written), axis=0))
             else:
-                totals[name] = total + tile_product(left[name], right[name], COLUMNS_BY_COLUMNS, native=native)
+                totals[name] = total + tile_product(
+                    left[name], right[name], COLUMNS_BY_COLUMNS, native=native
+                )
         return totals, following
 
     summed = [name for name in ("da_down", "db_gate", "db_up") if name in ref]

@@ -71,7 +71,8 @@ def nf4_product(
     rows = x.size // x.shape[-1] if x.ndim else 0
     if len(shape) != 2 or x.shape[-1:] != (shape[1],) or shape[1] % block_size:
         raise InputError(
-            f"nf4_product: weight {shape} must be [out, in] for x of {x.shape[-1:]} columns, with rows of whole blocks of "
+            f"nf4_product: weight {shape} must be [out, in] for x of "
+            f"{x.shape[-1:]} columns, with rows of whole blocks of "
             f"{block_size}."
         )
     if not 0 < rows <= MOST_ROWS:
@@ -116,7 +117,9 @@ def _scales(absmax_ref, nested_refs, outs, blocks, size, per_row):
     return load_scales(absmax_ref, nested_refs, index, exists), exists, index
 
 
-def _separate_kernel(x_ref, words_ref, absmax_ref, table_ref, *rest, rows, out_rows, blocks_at_a_time, block_size, native):
+def _separate_kernel(
+    x_ref, words_ref, absmax_ref, table_ref, *rest, rows, out_rows, blocks_at_a_time, block_size, native
+):
     """Every row of x by itself; codes come eight at a time, as int32 words."""
     *nested_refs, y_ref = rest
     size, per_row, words = y_ref.shape[1], x_ref.shape[1] // block_size, block_size // 8
@@ -155,7 +158,16 @@ def _multiply_add(a, b, c, native):
 
 
 def _together_kernel(
-    x_ref, codes_ref, absmax_ref, table_ref, *rest, padded_rows, out_rows, blocks_at_a_time, block_size, native
+    x_ref,
+    codes_ref,
+    absmax_ref,
+    table_ref,
+    *rest,
+    padded_rows,
+    out_rows,
+    blocks_at_a_time,
+    block_size,
+    native,
 ):
     """All rows of x through the tensor cores."""
     *nested_refs, y_ref = rest
@@ -206,9 +218,7 @@ def _launch(x, weight, shape, block_size, out_dtype):
     kernel = (
         functools.partial(_separate_kernel, rows=rows, **options)
         if separate
-        else functools.partial(
-            _together_kernel, padded_rows=max(16, launch.next_power_of_2(rows)), **options
-        )
+        else functools.partial(_together_kernel, padded_rows=max(16, launch.next_power_of_2(rows)), **options)
     )
     return launch.pallas_call(
         kernel,

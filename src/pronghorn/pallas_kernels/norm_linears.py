@@ -31,7 +31,13 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.lora_linear import lora_linear, over_tokens, rounds_operands
-from pronghorn.pallas_kernels.rms_norm import largest_normalized, normalized, rms_norm, rms_norm_backward, rms_norm_forward
+from pronghorn.pallas_kernels.rms_norm import (
+    largest_normalized,
+    normalized,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_forward,
+)
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
     apply_linears,

@@ -203,6 +203,8 @@ SMALL_GROUPED = (
     GroupedShape("several blocks, rows left over", (17, 0, 35, 1), 61, 40, 70, 5),
 )
 LARGE_GROUPED = (
-    GroupedShape("Qwen3-30B-A3B gate_proj, 8 experts", (0, 1, 700, 129, 1024, 64, 2000, 100), 4096, 2048, 768, RANK),
+    GroupedShape(
+        "Qwen3-30B-A3B gate_proj, 8 experts", (0, 1, 700, 129, 1024, 64, 2000, 100), 4096, 2048, 768, RANK
+    ),
     GroupedShape("odd", (1, 0, 577, 3), 600, 1023, 577, 5),
 )
