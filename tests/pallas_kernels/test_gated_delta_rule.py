@@ -12,6 +12,7 @@ from pronghorn.pallas_kernels.gated_delta_rule import (
     continue_gated_delta_rule,
     gated_delta_rule,
     gated_delta_rule_reference,
+    unit_lower_inverse,
 )
 from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import DTYPES, assert_matches_oracle, gradient, normal, saved_shapes
@@ -46,6 +47,19 @@ def assert_shape_matches(shape, dtype="float32", segment_ids=None, *, alike=0.0,
     op = functools.partial(gated_delta_rule, segment_ids=segment_ids, **options)
     oracle = functools.partial(gated_delta_rule_reference, segment_ids=segment_ids)
     assert_matches_oracle(op, oracle, given, normal(5, given[2].shape, dtype), dtype, NAMES)
+
+
+@pytest.mark.parametrize("size", [1, 2, 64])
+def test_inverse_in_blocks_is_the_inverse(size):
+    strict = jnp.tril(normal(0, (2, 3, size, size), scale=0.3), -1)
+    expected = np.linalg.inv(np.eye(size) + np.asarray(strict, np.float64))
+    assert_close(unit_lower_inverse(strict), expected)
+
+
+def test_nothing_is_left_to_a_library_that_waits_for_threads_of_its_own_pool():
+    *given, dout = *arguments(SHAPES[1]), normal(5, (2, 70, 2, 5))
+    program = jax.jit(lambda *given: jax.vjp(gated_delta_rule, *given)[1](dout)).lower(*given).as_text()
+    assert "dot_general" in program and "custom_call" not in program
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -209,20 +209,38 @@ def _chunks(q, k, v, g, beta, runs, size: int, *, carried: bool = False) -> _Chu
     )
 
 
-def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(A, U, W)."""
+def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """(A, T, U, W)."""
     coupling = c.beta[..., None] * _product("nbhik,nbhjk->nbhij", c.k, c.k) * c.pairs
     coupling = jnp.tril(coupling, -1)
     right = jnp.concatenate([c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1)
-    both = _solve(coupling, right, transposed=False)
-    return coupling, both[..., : c.v.shape[-1]], both[..., c.v.shape[-1] :]
+    inverse = unit_lower_inverse(coupling)
+    both = _product("nbhij,nbhjd->nbhid", inverse, right)
+    return coupling, inverse, both[..., : c.v.shape[-1]], both[..., c.v.shape[-1] :]
 
 
-def _solve(coupling: jax.Array, right: jax.Array, *, transposed: bool) -> jax.Array:
-    """(I + A)⁻¹ right, or (I + Aᵀ)⁻¹ right: the diagonal of A is not read."""
-    return jax.lax.linalg.triangular_solve(
-        coupling, right, left_side=True, lower=True, transpose_a=transposed, unit_diagonal=True
-    )
+def unit_lower_inverse(strict: jax.Array) -> jax.Array:
+    """(I + A)⁻¹ of strictly lower A [.., C, C], C a power of two, fp32.
+
+    From blocks on the diagonal to blocks of twice the size, log2 C times, in products alone:
+
+        [[L, 0], [A, M]]⁻¹ = [[L⁻¹, 0], [−M⁻¹ A L⁻¹, M⁻¹]]
+
+    As stable as substitution in blocks. LAPACK's triangular solve, which XLA takes on a CPU, waits inside a thread of
+    XLA's pool for other threads of the pool: two at a time stand still forever on two cores (jaxlib 0.10 and 0.11).
+    """
+    size, width = strict.shape[-1], 1
+    inverse = jnp.ones((*strict.shape[:-1], 1, 1), strict.dtype)
+    while width < size:
+        pairs = size // (2 * width)
+        blocks = strict.reshape(*strict.shape[:-2], pairs, 2 * width, pairs, 2 * width)
+        on_diagonal = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
+        first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
+        below = -_product("...ij,...jk,...kl->...il", second, on_diagonal[..., width:, :width], first)
+        above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        inverse = jnp.concatenate([above, jnp.concatenate([below, second], axis=-1)], axis=-2)
+        width *= 2
+    return inverse[..., 0, :, :]
 
 
 def _states(c: _Chunks, u: jax.Array, w: jax.Array, state: jax.Array):
@@ -254,7 +272,7 @@ def _forward(
     c: _Chunks, scale: float, state: jax.Array, *, with_kernel: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """(O by chunk, the state at the end); the kernel starts from zeros and gives no state."""
-    _, u, w = _solved(c)
+    _, _, u, w = _solved(c)
     after = None
     if with_kernel:
         states, written = chunk_states(u, w, c.out_of[..., None] * c.k, c.through)
@@ -271,7 +289,7 @@ def _no_state(c: _Chunks) -> jax.Array:
 
 def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -> dict[str, jax.Array]:
     """Gradients by chunk of q, k, v, beta and decay (c of the formulas)."""
-    coupling, u, w = _solved(c)
+    coupling, inverse, u, w = _solved(c)
     arriving, leaving = scale * c.into[..., None] * c.q, c.out_of[..., None] * c.k
     scores = _product("nbhik,nbhjk->nbhij", c.q, c.k)
     inside = scale * scores * c.pairs
@@ -283,7 +301,7 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -
         _, (states, written) = _states(c, u, w, _no_state(c))
         after, d_written = _state_gradients(w, arriving, leaving, c.through, dout, local, _no_state(c))
     d_w = -_product("nbhiv,nbhkv->nbhik", d_written, states)
-    x = _solve(coupling, jnp.concatenate([d_written, d_w], axis=-1), transposed=True)
+    x = _product("nbhji,nbhjd->nbhid", inverse, jnp.concatenate([d_written, d_w], axis=-1))
     x_v, x_k = x[..., : c.v.shape[-1]], x[..., c.v.shape[-1] :]
     d_coupling = -jnp.tril(
         _product("nbhiv,nbhjv->nbhij", x_v, u) + _product("nbhik,nbhjk->nbhij", x_k, w), -1
