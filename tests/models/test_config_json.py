@@ -1,11 +1,13 @@
 """Published config.json files are read as they are meant, and what would change the maths is refused by name."""
 
+import re
+
 import pytest
 from transformers import AutoConfig
 
 from pronghorn.errors import InputError
 from pronghorn.models import RopeConfig, family_for
-from pronghorn.models.families import FAMILIES, family_named
+from pronghorn.models.families import FAMILIES, WRAPPERS, family_named, listed
 
 LLAMA_3_1_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -320,8 +322,44 @@ def test_other_architectures_are_refused_in_one_sentence_with_what_stopped_them_
     text = str(refused.value)
     assert "\n" not in text and text.endswith(".")
     if hf["model_type"] != "granitemoehybrid":
-        supported = [name for family in FAMILIES for name in family.model_types]
-        assert all(name in text for name in [*supported, "mistral3"]) and hf["model_type"] in text
+        supported, towers = text.split("; supported are ")[1][:-1].split(", and text towers in ")
+        assert counted(supported, [name for family in FAMILIES for name in family.model_types])
+        assert counted(towers, WRAPPERS) and hf["model_type"] in text
+
+
+def counted(text, names):
+    """Whether a list has these names, each as a shell would write it out, but for those that it says are more."""
+    text, _, more = text.removesuffix(" more in docs/models.md").partition(" and ")
+    found = []
+    for stem, endings, name in re.findall(r"(\w*)\{([\w,]*)\}|(\w+)", text):
+        found += [name] if name else [stem + ending for ending in endings.split(",")]
+    return (
+        found
+        and sorted(found) == sorted(set(found) & set(names))
+        and len(names) == len(found) + int(more or 0)
+    )
+
+
+def test_a_list_of_what_is_supported_keeps_to_its_room_however_long_it_grows():
+    names = [
+        f"{chr(97 + i // 26)}{chr(97 + i % 26)}maker{version}"
+        for i in range(90)
+        for version in ("", 2, "3_moe")
+    ]
+    sizes = [len(listed(names, room)) for room in range(60, 1700, 20)]
+    assert (
+        all(size <= room for size, room in zip(sizes, range(60, 1700, 20), strict=True)) and sizes[-1] > 1600
+    )
+    assert all(counted(listed(names, room), names) for room in (100, 500, 10_000))
+    assert "more" not in listed(names, 10_000) and listed(names[:3], 60) == "aamaker{,2,3_moe}"
+
+
+def test_the_nearest_that_is_supported_comes_first_and_a_hostile_file_makes_no_long_sentence():
+    with pytest.raises(InputError, match=r"nearest: qwen3_moe, .*; supported"):
+        family_for({"model_type": "qwen3_vl_moe"})
+    with pytest.raises(InputError, match=r"more in docs/models\.md") as refused:
+        family_for({"model_type": "x" * 900, "auto_map": "y"} | {f"{i}\n" * 900: 1 for i in range(9)})
+    assert len(str(refused.value)) < 700 and "\n" not in str(refused.value)
 
 
 def test_windows_that_contradict_each_other_are_refused():

@@ -36,14 +36,14 @@ from pronghorn.converters.safetensors_files import (
 )
 from pronghorn.converters.sources import resolve_model_path
 from pronghorn.converters.stacked_tensors import stack_tensors, unstacked
-from pronghorn.converters.text_towers import WRAPPERS, text_config, tower_tensors
+from pronghorn.converters.text_towers import text_config, tower_tensors
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder
 from pronghorn.lora import merged_config, merged_weight
 from pronghorn.lora_sites import sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
-from pronghorn.models.families import family_for, family_named
+from pronghorn.models.families import WRAPPERS, family_for, family_named
 from pronghorn.models.parameters import assign, named_parameters, reading_order
 from pronghorn.quantization import QuantizationConfig, read_quantization
 from pronghorn.quantization.quantize_model import choose, make_abstract

@@ -11,19 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pronghorn.errors import InputError
+from pronghorn.models.families import WRAPPERS
 
-# Not Aya Vision and Command A Vision: their wrapper leaves out Cohere's factor on the logits.
-WRAPPERS = (
-    "gemma3",
-    "mistral3",
-    "qwen3_5",
-    "llava",
-    "llava_next",
-    "llava_onevision",
-    "vipllava",
-    "internvl",
-    "lfm2_vl",
-)
 _TOWER = "language_model."
 _CARRIED = ("dtype", "torch_dtype", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 

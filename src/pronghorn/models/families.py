@@ -1,6 +1,8 @@
 """The families that pronghorn knows, by the `model_type` of a `config.json`."""
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Mapping, Sequence
 
 from pronghorn.errors import InputError
 from pronghorn.models import (
@@ -43,8 +45,6 @@ from pronghorn.models import (
     vaultgemma,
 )
 from pronghorn.models.config_json import Family, HfConfig, unusual_keys
-
-_NAMED = 6
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
@@ -89,6 +89,23 @@ FAMILIES: tuple[Family, ...] = (
 )
 
 
+# Models that wrap the text tower of a family; `converters/text_towers.py` reads them. Not Aya Vision and Command A
+# Vision: their wrapper leaves out Cohere's factor on the logits.
+WRAPPERS = (
+    "gemma3",
+    "mistral3",
+    "qwen3_5",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "vipllava",
+    "internvl",
+    "lfm2_vl",
+)
+
+_KEYS_NAMED, _KEY_LENGTH, _SENTENCE = 6, 40, 680
+
+
 def family_for(hf_config: HfConfig) -> Family:
     """The family of a checkpoint; its `config_from_hf` will read this config.
 
@@ -98,28 +115,66 @@ def family_for(hf_config: HfConfig) -> Family:
     Raises:
       InputError: model_type is absent or not supported, or the config has keys that are refused, named.
     """
-    supported = ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
     model_type = hf_config.get("model_type")
     for family in FAMILIES:
         if model_type in family.model_types:
             family.config_from_hf(hf_config)
             return family
     if model_type is None:
-        raise InputError(f"config.json has no model_type; supported are {supported}.")
+        raise InputError(_with_supported("config.json has no model_type", ""))
     remote = ", whose auto_map asks for code, which is never run," if hf_config.get("auto_map") else ""
-    inner = hf_config.get("text_config")
+    inner, wanted = hf_config.get("text_config"), _clipped(model_type)
     if isinstance(inner, Mapping):
-        found = f"a wrapper of a text tower of model_type {inner.get('model_type')!r}"
+        wanted = _clipped(inner.get("model_type"))
+        found = f"a wrapper of a text tower of model_type {wanted!r}"
     elif keys := unusual_keys(hf_config):
-        found = f"beyond a plain decoder it sets {', '.join(keys[:_NAMED])}"
-        found += f" and {len(keys) - _NAMED} more keys" * (len(keys) > _NAMED)
+        named = ", ".join(_clipped(key) for key in keys[:_KEYS_NAMED])
+        found = f"beyond a plain decoder it sets {named}"
+        found += f" and {len(keys) - _KEYS_NAMED} more keys" * (len(keys) > _KEYS_NAMED)
     else:
         found = "no key of it is unusual: see docs/adding-a-model.md"
     raise InputError(
-        f"config.json: model_type {model_type!r}{remote} is not "
-        f"supported ({found}); supported are {supported}, and text "
-        "towers in gemma3, mistral3, qwen3_5, llava, llava_next, llava_onevision, vipllava, internvl, lfm2_vl."
+        _with_supported(
+            f"config.json: model_type {_clipped(model_type)!r}{remote} is not supported ({found})", wanted
+        )
     )
+
+
+def _clipped(value: object) -> str:
+    """A value of a file that may be damaged or hostile, short and on one line."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _KEY_LENGTH else text[: _KEY_LENGTH - 3] + "..."
+
+
+def _with_supported(problem: str, wanted: str) -> str:
+    """The sentence that goes on with what is supported, what is spelt most like `wanted` first."""
+    types = [model_type for family in FAMILIES for model_type in family.model_types]
+    close = difflib.get_close_matches(wanted, types, n=3)
+    problem += f"; nearest: {', '.join(close)}" if close else ""
+    room = _SENTENCE - len(problem)
+    towers = f", and text towers in {listed(WRAPPERS, room // 4)}."
+    supported = "; supported are "
+    return problem + supported + listed(types, room - len(supported) - len(towers)) + towers
+
+
+def listed(names: Sequence[str], room: int) -> str:
+    """Names in at most about `room` characters, in their order: those of one stem together, as a shell writes them.
+
+    "gemma{,2,3_text}" is gemma, gemma2 and gemma3_text. What has no room is counted, and docs/models.md has it.
+    """
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(re.split("[^a-z]", name)[0], []).append(name)
+    text, left = "", len(names)
+    for stem, members in stems.items():
+        endings = ",".join(name.removeprefix(stem) for name in members)
+        group = members[0] if len(members) == 1 else f"{stem}{{{endings}}}"
+        rest = f" and {left} more in docs/models.md"
+        if len(text) + len(group) + 2 + len(rest) > room:
+            return text + rest if text else f"{left} in docs/models.md"
+        text += f", {group}" if text else group
+        left -= len(members)
+    return text
 
 
 def family_named(name: str) -> Family:
@@ -134,4 +189,4 @@ def family_named(name: str) -> Family:
     raise InputError(f"There is no family {name!r}; known are {', '.join(f.name for f in FAMILIES)}.")
 
 
-__all__ = ["FAMILIES", "Family", "family_for", "family_named"]
+__all__ = ["FAMILIES", "WRAPPERS", "Family", "family_for", "family_named", "listed"]

@@ -199,7 +199,7 @@ def _run_transformers(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from pronghorn.converters.text_towers import WRAPPERS
+    from pronghorn.models.families import WRAPPERS
 
     kind = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
     reader: Any = AutoModelForImageTextToText if kind in WRAPPERS else AutoModelForCausalLM
