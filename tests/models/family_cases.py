@@ -1,0 +1,231 @@
+"""A tiny random model of every family with its real structure, for the checks in `family_checks.py`.
+
+Each has at least one period of the layer pattern and one layer more, an odd vocabulary, fewer key/value heads than
+query heads, and every switch of the family on. All in fp32.
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model to build: overrides of the sizes in `reference.py`, and how our layers are laid out."""
+
+    model_type: str
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layers: str = "unrolled"
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + 0.01 * i for i in range(6)],
+    "long_factor": [1.0 + 0.7 * i for i in range(6)],
+}
+# family name -> case. Windows of 17 tokens cut in every check.
+CASES = {
+    "llama": Case("llama", {"mlp_bias": True}, "scanned"),
+    "mistral": Case("mistral", {"sliding_window": 17, "head_dim": 10}, "scanned"),
+    "ministral": Case(
+        "ministral",
+        {
+            "head_dim": 10,
+            "sliding_window": 17,
+            "layer_types": ["full_attention", "sliding_attention"] * 2,
+            "num_hidden_layers": 4,
+        },
+    ),
+    "qwen2": Case("qwen2", {"tie_word_embeddings": True}, "scanned"),
+    "qwen3": Case("qwen3", {"head_dim": 12}, "scanned"),
+    "gemma": Case("gemma", {"head_dim": 12}, "scanned"),
+    "gemma2": Case(
+        "gemma2",
+        {
+            "head_dim": 12,
+            "sliding_window": 17,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": Case(
+        "gemma3_text",
+        {
+            "head_dim": 12,
+            "sliding_window": 17,
+            "query_pre_attn_scalar": 20,
+            "num_hidden_layers": 7,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
+    "phi3": Case(
+        "phi3",
+        {
+            "hidden_size": 96,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 150,
+            "rope_scaling": LONGROPE,
+        },
+        "scanned",
+    ),
+    "smollm3": Case("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
+    "olmo2": Case("olmo2", {}, "scanned"),
+    "olmo3": Case(
+        "olmo3",
+        {
+            "num_hidden_layers": 5,
+            "sliding_window": 17,
+            "rope_parameters": {
+                "full_attention": YARN | {"rope_theta": 500000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0},
+            },
+        },
+    ),
+    "granite": Case(
+        "granite",
+        {
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.0,
+            "attention_bias": True,
+        },
+        "scanned",
+    ),
+    "cohere": Case("cohere", {"use_qk_norm": True, "logit_scale": 0.25, "attention_bias": True}, "scanned"),
+    "cohere2": Case("cohere2", {"num_hidden_layers": 5, "sliding_window": 17, "logit_scale": 0.25}),
+    "starcoder2": Case("starcoder2", {"sliding_window": 17}, "scanned"),
+    "seed_oss": Case("seed_oss", {"head_dim": 10}, "scanned"),
+    "apertus": Case("apertus", {}, "scanned"),
+    "ernie4_5": Case("ernie4_5", {"head_dim": 12, "use_bias": True}, "scanned"),
+    "exaone4": Case("exaone4", {"num_hidden_layers": 5, "sliding_window": 17}),
+    "nemotron": Case("nemotron", {"mlp_bias": True}, "scanned"),
+    "stablelm": Case("stablelm", {"hidden_size": 96, "use_qkv_bias": True}, "scanned"),
+    "hunyuan": Case(
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 10,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 1e4},
+        },
+        "scanned",
+    ),
+    "helium": Case("helium", {"head_dim": 8}, "scanned"),
+    "arcee": Case("arcee", {"rope_parameters": YARN | {"rope_theta": 1e4}}, "scanned"),
+    "glm": Case("glm", {"head_dim": 12}, "scanned"),
+    "glm4": Case("glm4", {"head_dim": 12}, "scanned"),
+    "granite4": Case(
+        "granitemoehybrid",
+        {
+            "num_local_experts": 0,
+            "mamba_n_heads": 32,
+            "layer_types": ["full_attention"] * 2,
+            "shared_intermediate_size": 96,
+            "position_embedding_type": "rope",
+            "embedding_multiplier": 6.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.0,
+            "attention_bias": True,
+        },
+        "scanned",
+    ),
+    "vaultgemma": Case(
+        "vaultgemma",
+        {
+            "head_dim": 12,
+            "sliding_window": 17,
+            "query_pre_attn_scalar": 20,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "hyperclovax": Case(
+        "hyperclovax",
+        {"head_dim": 10, "embedding_multiplier": 6.0, "residual_multiplier": 0.7, "logits_scaling": 0.5},
+        "scanned",
+    ),
+    "internlm3": Case(
+        "internlm3",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 10,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 6.0, "rope_theta": 1e4},
+        },
+        "scanned",
+    ),
+    "iquestcoder": Case("iquestcoder", {"head_dim": 10}, "scanned"),
+    "lfm2": Case(
+        "lfm2",
+        {
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+            "num_hidden_layers": 4,
+            "conv_bias": True,
+            "norm_eps": 1e-5,
+            "block_multiple_of": 16,
+            "block_ffn_dim_multiplier": 1.2,
+        },
+    ),
+    "qwen3_moe": Case(
+        "qwen3_moe",
+        {
+            "head_dim": 12,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "mixtral": Case(
+        "mixtral", {"num_local_experts": 5, "sliding_window": 17, "intermediate_size": 40}, "scanned"
+    ),
+    "olmoe": Case("olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 40}, "scanned"),
+    "qwen2_moe": Case(
+        "qwen2_moe",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 64,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "ministral3": Case(
+        "ministral3",
+        {
+            "head_dim": 10,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "original_max_position_embeddings": 18,
+                "max_position_embeddings": 1024,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "llama_4_scaling_beta": 0.5,
+            },
+        },
+        "scanned",
+    ),
+    "qwen3_5": Case(
+        "qwen3_5_text",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 16,
+            "attention_bias": True,
+            # A head that reads next to nothing is normalised, which magnifies rounding: with the 1e-5 of the others
+            # transformers' own two forms of the rule, chunks and recurrence, differ by 1.2e-4 in the logits.
+            "rms_norm_eps": 1e-3,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+        },
+    ),
+}
