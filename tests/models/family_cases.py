@@ -103,6 +103,20 @@ CASES = {
     "seed_oss": Case("seed_oss", {"head_dim": 10}, "scanned"),
     "apertus": Case("apertus", {}, "scanned"),
     "ernie4_5": Case("ernie4_5", {"head_dim": 12, "use_bias": True}, "scanned"),
+    "exaone": Case(
+        "exaone",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
+        "scanned",
+    ),
     "exaone4": Case("exaone4", {"num_hidden_layers": 5, "sliding_window": 17}),
     "nemotron": Case("nemotron", {"mlp_bias": True}, "scanned"),
     "stablelm": Case("stablelm", {"hidden_size": 96, "use_qkv_bias": True}, "scanned"),

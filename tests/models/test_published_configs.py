@@ -227,6 +227,25 @@ QWEN_3_5_9B = {
     "tie_word_embeddings": False, "use_cache": True, "vocab_size": 248320,
 }  # fmt: skip
 
+# The keys are those of EXAONE 3.5's first code; the values are still to be compared with the published file.
+EXAONE_3_5_2_4B = {
+    "activation_function": "silu", "architectures": ["ExaoneForCausalLM"], "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_exaone.ExaoneConfig", "AutoModelForCausalLM": "modeling_exaone.ExaoneForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_exaone.ExaoneForSequenceClassification",
+    },
+    "bos_token_id": 1, "embed_dropout": 0.0, "eos_token_id": 361, "head_dim": 80, "hidden_size": 2560,
+    "initializer_range": 0.02, "intermediate_size": 7168, "layer_norm_epsilon": 1e-05,
+    "max_position_embeddings": 32768, "model_type": "exaone", "num_attention_heads": 32, "num_key_value_heads": 8,
+    "num_layers": 30, "pad_token_id": 0,
+    "rope_scaling": {
+        "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 1000000, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.43.0",
+    "use_cache": True, "vocab_size": 102400,
+}  # fmt: skip
+
 
 def read(hf):
     return family_for(hf).config_from_hf(hf)
@@ -286,9 +305,27 @@ def test_qwen_3_5_has_three_delta_nets_to_one_gated_attention():
         read(QWEN_3_5_9B | {"attn_output_gate": False})
 
 
+def test_exaone_3_5_is_read_by_the_names_of_its_first_code_and_by_those_of_transformers():
+    config = read(EXAONE_3_5_2_4B)
+    assert (config.num_layers, config.rms_norm_eps, config.activation) == (30, 1e-5, "silu")
+    assert (config.rope.kind, config.rope.base, config.num_kv_heads) == ("llama3", 1e6, 8)
+    assert read(EXAONE_3_5_2_4B | {"num_layers": None, "num_hidden_layers": 30}) == config
+    with pytest.raises(InputError, match="num_layers and num_hidden_layers"):
+        read(EXAONE_3_5_2_4B | {"num_hidden_layers": 31})
+
+
 @pytest.mark.parametrize(
     "hf",
-    [GEMMA_2_2B, GEMMA_3_1B, PHI_4_MINI, LFM_2_1_2B, GRANITE_4_MICRO, MINISTRAL_3_3B, QWEN_3_5_9B],
+    [
+        GEMMA_2_2B,
+        GEMMA_3_1B,
+        PHI_4_MINI,
+        LFM_2_1_2B,
+        GRANITE_4_MICRO,
+        MINISTRAL_3_3B,
+        QWEN_3_5_9B,
+        EXAONE_3_5_2_4B,
+    ],
     ids=lambda hf: hf["model_type"],
 )
 def test_published_rewritten_and_written_files_are_read_alike(hf):

@@ -126,13 +126,14 @@ def module_names(model: Decoder) -> dict[str, str]:
     tensors = family.tensor_names(model.config)
     fused = {pieces[0][0]: name for name, pieces in family.fused_tensors(model.config).items()}
     stacks = family.stacked_tensors(model.config)
+    modules = tensors if family.module_tensors is None else family.module_tensors(model.config)
     names = {}
     for name, site in peft_sites(model).items():
         if isinstance(site, ExpertSite):
             names[name] = _module(stacks[tensors[f"{site.stack}.weight"]][site.expert])
             continue
         first = site.parts[0].name if isinstance(site, FusedSite) else name
-        tensor = tensors.get(f"{first}.weight", "lm_head.weight")
+        tensor = modules.get(f"{first}.weight", "lm_head.weight")
         names[name] = _module(fused.get(tensor, tensor))
     if model.source is not None and model.source.wrapped:
         return {name: wrapped_name(module) for name, module in names.items()}

@@ -28,6 +28,8 @@ class Family:
         them; `tensor_names` has the names of their parts.
       stacked_tensors: DecoderConfig -> {name in `tensor_names`: the tensors of the file that it stacks on a new first
         axis, in order}: the weights of experts.
+      module_tensors: as `tensor_names`, where the modules of transformers, and so adapters, have other names than the
+        tensors of a file; None where they have the same.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Family:
     tensor_names: Callable[[DecoderConfig], dict[str, str]]
     fused_tensors: Callable[[DecoderConfig], dict[str, tuple[tuple[str, int], ...]]] = lambda config: {}
     stacked_tensors: Callable[[DecoderConfig], dict[str, tuple[str, ...]]] = lambda config: {}
+    module_tensors: Callable[[DecoderConfig], dict[str, str]] | None = None
 
 
 # Keys that say nothing about the forward pass.
