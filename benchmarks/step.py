@@ -6,10 +6,14 @@ Random weights of the true shape, random tokens without padding, one document a 
 """
 
 import argparse
+import itertools
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import alpaca_like
 import common
 import jax
 import jax.numpy as jnp
@@ -45,6 +49,28 @@ def random_batch(rows: int, tokens: int, documents: int, vocab_size: int) -> dic
     }
 
 
+def streamed(compiled: Any, state: Any, frozen: Any, loader: Any, steps: int) -> tuple[Any, dict[str, float]]:
+    """Milliseconds of a step with fresh packed batches, read, copied and queued as the trainer does it, and with the
+    same batches on the device beforehand; in turn, twice each, the first pair unrecorded. Packed real documents."""
+
+    def timed(state, batches: Iterable[Any]):
+        start = time.perf_counter()
+        for batch in batches:
+            state, metrics = compiled(state, frozen, jax.device_put(step_batch(batch, packing=True)))
+        jax.block_until_ready((state, metrics))
+        return state, (time.perf_counter() - start) / steps * 1e3
+
+    there = [jax.device_put(batch) for batch in itertools.islice(loader.iterate(0), steps)]
+    found: dict[str, list[float]] = {"resident": [], "streamed": []}
+    for _ in range(3):
+        for name in found:
+            batches = there if name == "resident" else loader.iterate(0, steps)
+            state, milliseconds = timed(state, batches)
+            found[name].append(milliseconds)
+    best = {f"{name}_milliseconds": min(values[1:]) for name, values in found.items()}
+    return state, best | {"streaming_cost": best["streamed_milliseconds"] / best["resident_milliseconds"] - 1}
+
+
 def measure(options: argparse.Namespace, policy: str) -> dict:
     """One row of results/step-*.json, and more."""
     config = shapes.MODELS[options.model]
@@ -67,11 +93,17 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     dtypes = compute_dtypes(trainable)
     del model
     flops = count_flops(config, trainable, frozen)
-    if options.data is None:
+    loader = None
+    if options.stream:
+        documents = max(2_000, 20 * (WARM_UP + options.steps) * options.batch * options.seq // 150)
+        loader = alpaca_like.packed_loader(options.batch, options.seq, config.vocab_size, count=documents)
+        batch = loader.batch_at(0)
+    elif options.data is None:
         batch = random_batch(options.batch, options.seq, options.documents, config.vocab_size)
     else:
         batch = dict(np.load(options.data))
-    packing = options.documents > 1 or options.data is not None
+    real_documents = options.data is not None or options.stream
+    packing = options.documents > 1 or real_documents
     device_batch = jax.device_put(step_batch(batch, packing=packing))
     step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
     compiled = compile_step(
@@ -110,6 +142,14 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     jax.block_until_ready(found)
     step_seconds = (time.perf_counter() - start) / options.steps
     records = [{name: float(metrics[name]) for name in ("loss", "grad_norm")} for metrics in found]
+    streaming: dict[str, float] = {}
+    if loader is not None:
+        state_leaves, streaming = streamed(compiled, state_leaves, frozen_leaves, loader, options.steps)
+        print(
+            f"streamed {streaming['streamed_milliseconds']:.2f} ms a step, resident "
+            f"{streaming['resident_milliseconds']:.2f} ms: {streaming['streaming_cost']:+.2%}",
+            flush=True,
+        )
     if options.profile:
         with jax.profiler.trace(options.profile):
             for _ in range(3):
@@ -128,7 +168,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "rank": options.rank,
         "batch": options.batch,
         "seq": options.seq,
-        "documents_per_row": options.documents if options.data is None else "alpaca-like",
+        "documents_per_row": "alpaca-like" if real_documents else options.documents,
         "real_tokens": tokens,
         "layers": options.layers,
         "memory_policy": policy,
@@ -146,6 +186,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "grad_norms": [record["grad_norm"] for record in records],
         "compile_seconds": compiled.seconds,
         "seconds_to_first_step": first_step,
+        **streaming,
         "run": options.run,
         **common.environment(options.commit),
     }
@@ -174,6 +215,9 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=1, help="equal documents packed into each row")
     parser.add_argument("--data", default=None, help="a packed batch, from alpaca_like.py")
+    parser.add_argument(
+        "--stream", action="store_true", help="packed documents, and what reading them for every step costs"
+    )
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--memory-policy", default="keep")
     parser.add_argument("--mlp-tile-tokens", type=int, default=None)
