@@ -144,7 +144,7 @@ def value_and_slope(
     return gate * half_sum, half_sum + 0.5 * gate * (1.0 - tanh * tanh) * inner_slope
 
 
-def _tile(shape, block):
+def tile_of_program(shape, block):
     """Indices and mask of this program's block; columns run fastest, so neighbours read neighbouring memory."""
     program, column_blocks = pl.program_id(0), launch.cdiv(shape[1], block[1])
     rows = (program // column_blocks) * block[0] + jnp.arange(block[0])
@@ -154,7 +154,7 @@ def _tile(shape, block):
 
 
 def _forward_kernel(gate_ref, up_ref, out_ref, *, activation, block):
-    tile, mask = _tile(gate_ref.shape, block)
+    tile, mask = tile_of_program(gate_ref.shape, block)
     gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
     up = triton.load(up_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
     value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
@@ -162,7 +162,7 @@ def _forward_kernel(gate_ref, up_ref, out_ref, *, activation, block):
 
 
 def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *h_ref, activation, block):
-    tile, mask = _tile(gate_ref.shape, block)
+    tile, mask = tile_of_program(gate_ref.shape, block)
     dout = triton.load(dout_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
     gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
     up = triton.load(up_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
@@ -180,13 +180,14 @@ def _block(rows: int, width: int, elements: int, most_columns: int) -> tuple[int
     return min(max(1, elements // columns), launch.next_power_of_2(rows)), columns
 
 
-def _launch(kernel, name, arguments, outputs, activation, aliases):
+def launch_rows(kernel, name, arguments, outputs, aliases, **static):
+    """Launch an elementwise kernel, which is given `block` and `static`, over arrays [..., f] that are all alike."""
     shape = arguments[0].shape
     rows, width = math.prod(shape[:-1]), shape[-1]
     elements, most_columns, per_thread = tuned.choice(name, arguments[0].dtype, width) or BLOCK
     block = _block(rows, width, elements, most_columns)
     results = launch.pallas_call(
-        functools.partial(kernel, activation=activation, block=block),
+        functools.partial(kernel, block=block, **static),
         name=name,
         grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
         out_shape=(jax.ShapeDtypeStruct((rows, width), arguments[0].dtype),) * outputs,
@@ -201,7 +202,9 @@ def gated_activation_forward(
 ) -> jax.Array:
     """h without a gradient, for ops that hold this one and write their own."""
     if with_kernel and gate.size:
-        return _launch(_forward_kernel, "gated_activation_forward", (gate, up), 1, activation, {})[0]
+        return launch_rows(
+            _forward_kernel, "gated_activation_forward", (gate, up), 1, {}, activation=activation
+        )[0]
     return gated_activation_reference(gate, up, activation=activation)
 
 
@@ -222,8 +225,13 @@ def gated_activation_backward(
     if with_kernel and gate.size:
         aliases = {} if not in_place else {1: 0, 2: 1, 0: 2} if with_h else {1: 0, 2: 1}
         arguments = dh, gate, up
-        results = _launch(
-            _backward_kernel, "gated_activation_backward", arguments, 2 + with_h, activation, aliases
+        results = launch_rows(
+            _backward_kernel,
+            "gated_activation_backward",
+            arguments,
+            2 + with_h,
+            aliases,
+            activation=activation,
         )
         return results[0], results[1], results[2] if with_h else None
     dtype = gate.dtype
@@ -236,7 +244,9 @@ def gated_activation_backward(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _gated_activation(gate, up, activation):
-    return _launch(_forward_kernel, "gated_activation_forward", (gate, up), 1, activation, {})[0]
+    return launch_rows(_forward_kernel, "gated_activation_forward", (gate, up), 1, {}, activation=activation)[
+        0
+    ]
 
 
 def _gated_activation_forward(gate, up, activation):
@@ -247,7 +257,10 @@ def _gated_activation_forward(gate, up, activation):
 
 def _gated_activation_backward(activation, saved, dout):
     # Each program reads its elements before it writes them, so the gradients take the memory of what was saved.
-    return _launch(_backward_kernel, "gated_activation_backward", (dout, *saved), 2, activation, {1: 0, 2: 1})
+    arguments, aliases = (dout, *saved), {1: 0, 2: 1}
+    return launch_rows(
+        _backward_kernel, "gated_activation_backward", arguments, 2, aliases, activation=activation
+    )
 
 
 _gated_activation.defvjp(_gated_activation_forward, _gated_activation_backward)
