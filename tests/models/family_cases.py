@@ -210,6 +210,18 @@ CASES = {
             "decoder_sparse_step": 2,
         },
     ),
+    "gpt_oss": Case(
+        "gpt_oss",
+        {
+            "head_dim": 12,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 40,
+            "sliding_window": 17,
+            "swiglu_limit": 0.6,
+            "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": False},
+        },
+    ),
     "ministral3": Case(
         "ministral3",
         {

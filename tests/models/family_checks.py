@@ -123,8 +123,10 @@ def _compiled(function: Any) -> Any:
 
 
 def _by_our_names(model: Decoder, theirs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    family = family_named(model.config.family)
-    return by_our_names(theirs, family.tensor_names(model.config), family.fused_tensors(model.config))
+    config = model.config
+    family = family_named(config.family)
+    ways = family.tensor_names, family.fused_tensors, family.interleaved_tensors
+    return by_our_names(theirs, *(way(config) for way in ways))
 
 
 def _gradient_difference(model: Decoder, gradients: dict[str, Any], expected: dict[str, np.ndarray]) -> float:

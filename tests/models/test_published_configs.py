@@ -247,6 +247,23 @@ EXAONE_3_5_2_4B = {
 }  # fmt: skip
 
 
+GPT_OSS_20B = {
+    "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0,
+    "eos_token_id": 200002, "experts_per_token": 4, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2880,
+    "initial_context_length": 4096, "initializer_range": 0.02, "intermediate_size": 2880,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+    "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+    "num_key_value_heads": 8, "num_local_experts": 32, "output_router_logits": False, "pad_token_id": 199999,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096,
+        "rope_type": "yarn", "truncate": False,
+    },
+    "rope_theta": 150000, "router_aux_loss_coef": 0.9, "sliding_window": 128, "swiglu_limit": 7.0,
+    "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
+}  # fmt: skip
+
+
 def read(hf):
     return family_for(hf).config_from_hf(hf)
 
@@ -312,6 +329,22 @@ def test_exaone_3_5_is_read_by_the_names_of_its_first_code_and_by_those_of_trans
     assert read(EXAONE_3_5_2_4B | {"num_layers": None, "num_hidden_layers": 30}) == config
     with pytest.raises(InputError, match="num_layers and num_hidden_layers"):
         read(EXAONE_3_5_2_4B | {"num_hidden_layers": 31})
+def test_gpt_oss_has_sinks_clamped_experts_and_a_ramp_that_is_not_rounded():
+    config = read(GPT_OSS_20B)
+    assert config.attention_sinks and config.layer_kinds == ("sliding", "full") * 12
+    assert (config.rope.base, config.rope.factor, config.rope.truncate) == (150000.0, 32.0, False)
+    experts = config.experts
+    assert (experts.num_experts, experts.experts_per_token, experts.width) == (32, 4, 2880)
+    assert experts.bias and experts.router_bias and experts.router == "softmax_after_top_k"
+    assert (experts.swiglu_limit, experts.swiglu_alpha) == (7.0, 1.702)
+    without = {
+        key: value for key, value in GPT_OSS_20B.items() if not key.startswith(("rope_", "layer_types"))
+    }
+    assert read(without) == config, "its defaults"
+    with pytest.raises(InputError, match="initial_context_length=8192"):
+        read(GPT_OSS_20B | {"initial_context_length": 8192})
+    with pytest.raises(InputError, match="swiglu_limit"):
+        read(GPT_OSS_20B | {"swiglu_limit": -1.0})
 
 
 @pytest.mark.parametrize(
@@ -325,6 +358,7 @@ def test_exaone_3_5_is_read_by_the_names_of_its_first_code_and_by_those_of_trans
         MINISTRAL_3_3B,
         QWEN_3_5_9B,
         EXAONE_3_5_2_4B,
+        GPT_OSS_20B,
     ],
     ids=lambda hf: hf["model_type"],
 )

@@ -7,7 +7,7 @@ that were not touched keep every bit, and `config.json` keeps every byte unless 
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,15 +17,16 @@ import numpy as np
 from pronghorn.converters import bitsandbytes
 from pronghorn.converters.carried_files import carry_files, load_tokenizer, write_manifest, written_by_us
 from pronghorn.converters.folder_tensors import cut_tensors, keep_dtypes, match_tensors
+from pronghorn.converters.interleaved_tensors import interleaved, part_tensors
 from pronghorn.converters.lazy_weights import LazyWeights, cast
 from pronghorn.converters.quantized_weights import (
     check_scales,
-    in_8_bits,
     is_known_config,
     join_fused,
     join_tensors,
     packed_weights,
     quantized_forms,
+    in_8_bits,
 )
 from pronghorn.converters.read_ahead import ReadAhead
 from pronghorn.converters.safetensors_files import (
@@ -43,7 +44,7 @@ from pronghorn.lora import merged_config, merged_weight
 from pronghorn.lora_sites import sites
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder, Source
-from pronghorn.models.families import WRAPPERS, family_for, family_named
+from pronghorn.models.families import WRAPPERS, Family, family_for, family_named
 from pronghorn.models.parameters import assign, named_parameters, reading_order
 from pronghorn.quantization import QuantizationConfig, read_quantization
 from pronghorn.quantization.quantize_model import choose, make_abstract
@@ -121,8 +122,7 @@ def load_model(
     config = family.config_from_hf(hf_config)
     joined = join_tensors(folder, open_weights(folder))
     tower = tower_tensors(joined)
-    stored = cut_tensors(tower, family.fused_tensors(config))
-    stored = stack_tensors(folder, stored, family.stacked_tensors(config))
+    stored = _our_tensors(folder, tower, family, config)
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
@@ -154,6 +154,15 @@ def load_model(
     return model
 
 
+def _our_tensors(
+    folder: str | Path, stored: Mapping[str, Any], family: Family, config: DecoderConfig
+) -> dict[str, Any]:
+    """The tensors of a folder by the names in `tensor_names`: what holds several of ours cut, experts stacked."""
+    found = cut_tensors(stored, family.fused_tensors(config))
+    found = stack_tensors(folder, found, family.stacked_tensors(config))
+    return part_tensors(folder, found, family.interleaved_tensors(config))
+
+
 def original_weights(folder: str | Path) -> Callable[[str], np.ndarray]:
     """A function from a linear layer's name ("layers.0.mlp.up_proj") to its weight in the folder, read when asked for.
 
@@ -167,8 +176,7 @@ def original_weights(folder: str | Path) -> Callable[[str], np.ndarray]:
         hf_config, _ = read_config(folder)
         family = family_for(hf_config)
         config = family.config_from_hf(hf_config)
-        stored = cut_tensors(open_weights(Path(folder)), family.fused_tensors(config))
-        stored = stack_tensors(folder, stored, family.stacked_tensors(config))
+        stored = _our_tensors(folder, open_weights(Path(folder)), family, config)
         theirs = family.tensor_names(config)[f"{name}.weight"]
         if theirs not in stored or stored[theirs].dtype.name not in DTYPES:
             raise InputError(
@@ -300,8 +308,9 @@ def write_model(
         return array if target is None else cast(array, np.dtype(target), tensor_name)
 
     # What the family stores as one tensor is put together again.
-    fused = family.fused_tensors(config)
+    fused, layouts = family.fused_tensors(config), family.interleaved_tensors(config)
     parts = {part: name for name, pieces in fused.items() for part, _ in pieces}
+    parts |= {part: name for name, layout in layouts.items() for part in layout.parts}
 
     def file_spec(name: str) -> TensorSpec:
         if name not in fused:
@@ -314,6 +323,7 @@ def write_model(
 
     stacks = family.stacked_tensors(config)
     file_spec, fetch_file = unstacked(stacks, file_spec, fetch_file)  # type: ignore[assignment]
+    file_spec, fetch_file = interleaved(layouts, file_spec, fetch_file)  # type: ignore[assignment]
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
     named = {name: theirs for theirs, name in ours.items()}
     joined = join_fused(packed_weights(model, named, quantization, keep_quantized), fused)
@@ -323,6 +333,7 @@ def write_model(
             for theirs, name in ours.items()
             if (file_name := parts.get(theirs, theirs)) not in joined
             and name.startswith("layers.")
+            and name.endswith(".weight")
             and len(parameters[name].shape) == 2
         )
         described = bitsandbytes.describe(joined, list(others), target or jnp.dtype(model.dtype).name)

@@ -44,6 +44,7 @@ from pronghorn.converters.peft_config import (
 from pronghorn.converters.peft_sites import (
     FusedSite,
     alpha_of,
+    bare_parameters,
     cut_factors,
     factors_at,
     join_experts,
@@ -99,6 +100,12 @@ def save_adapter(
       RunError: the disk is full or cannot be written.
     """
     out_dir, info = Path(out_dir), model.adapter
+    bare = sorted(name for name in bare_parameters(model) if sites(model)[name].adapted)
+    if bare:
+        raise InputError(
+            f"{out_dir}: {bare[0]} is part of a bare parameter in transformers, for which no adapter can be saved yet; "
+            "use save_merged."
+        )
     found = {name: (site, factors_at(site)) for name, site in peft_sites(model).items()}
     adapted = {name: (site, factors) for name, (site, factors) in found.items() if factors is not None}
     if info is None or not adapted:

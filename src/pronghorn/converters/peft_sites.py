@@ -102,7 +102,10 @@ def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
     """Every place where PEFT can put an adapter, by our name of it."""
     family = family_named(model.config.family)
     found: dict[str, Site | FusedSite] = {}
+    bare = bare_parameters(model)
     for name, site in sites(model).items():
+        if name in bare:
+            continue
         if not site.experts:
             found[name] = site
             continue
@@ -118,6 +121,14 @@ def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
         name = f"{parts[0].name.rpartition('.')[0]}.{_module(tensor).rpartition('.')[2]}"
         found[name] = FusedSite(name, parts)  # type: ignore[arg-type]  # a part is no fused site
     return found
+
+
+def bare_parameters(model: Decoder) -> set[str]:
+    """Our names of the linears that are parts of a bare parameter of all experts in transformers."""
+    family = family_named(model.config.family)
+    parts = {part for layout in family.interleaved_tensors(model.config).values() for part in layout.parts}
+    tensors = family.tensor_names(model.config)
+    return {_module(name) for name, theirs in tensors.items() if theirs in parts and name.endswith(".weight")}
 
 
 def module_names(model: Decoder) -> dict[str, str]:

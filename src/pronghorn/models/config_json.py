@@ -30,6 +30,7 @@ class Family:
         axis, in order}: the weights of experts.
       module_tensors: as `tensor_names`, where the modules of transformers, and so adapters, have other names than the
         tensors of a file; None where they have the same.
+      interleaved_tensors: DecoderConfig -> {name in the file: how it holds several tensors named in `tensor_names`}.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Family:
     fused_tensors: Callable[[DecoderConfig], dict[str, tuple[tuple[str, int], ...]]] = lambda config: {}
     stacked_tensors: Callable[[DecoderConfig], dict[str, tuple[str, ...]]] = lambda config: {}
     module_tensors: Callable[[DecoderConfig], dict[str, str]] | None = None
+    interleaved_tensors: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
 
 
 # Keys that say nothing about the forward pass.

@@ -17,7 +17,8 @@ from pronghorn.pallas_kernels.grouped_linear import grouped_linear
 
 
 class Router(nnx.Module):
-    """The router's weight `[experts, d]`, and `e_score_correction_bias` fp32 `[experts]` or None.
+    """The router's weight `[experts, d]`, its bias `[experts]` or None, and `e_score_correction_bias` fp32 `[experts]`
+    or None.
 
     It is no `Linear`: neither adapters nor quantisation are for it, as in transformers.
     """
@@ -27,6 +28,8 @@ class Router(nnx.Module):
     ):
         shape = (*leading, config.num_experts, hidden)
         self.weight = _param(_normal(rngs, shape, dtype), ("experts", "hidden"), leading)
+        zeros = jnp.zeros((*leading, config.num_experts), dtype) if config.router_bias else None
+        self.bias = nnx.data(None if zeros is None else _param(zeros, ("experts",), leading))
         correction = None
         if config.correction_bias:
             axes = ("layers",) * len(leading) + ("experts",)
@@ -90,7 +93,12 @@ class Experts(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         assert config.experts is not None
         count, width, hidden = config.experts.num_experts, config.experts.width, config.hidden_size
-        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        common: dict[str, Any] = {
+            "dtype": dtype,
+            "rngs": rngs,
+            "leading": leading,
+            "bias": config.experts.bias,
+        }
         self.gate_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
         self.up_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
         self.down_proj = ExpertLinear(count, width, hidden, axes=("hidden", "ffn"), **common)

@@ -4,7 +4,8 @@ Everything has static shapes: T tokens that choose k experts each are T k rows, 
 none is padded, whatever the router chooses; an expert without a token is a group of no rows.
 
     rows     x_s = n[t(s)],                 s the sorted place of (token t, choice j)
-    experts  y_s = W_down (f(W_gate x_s) * W_up x_s), each W the expert's own
+    experts  y_s = W_down (f(W_gate x_s) * W_up x_s), each W the expert's own (and its bias); `clamped_swiglu` may stand
+             in place of f and the product
     back     y_t = Σ_j w_tj y_s(t, j)       in fp32, rounded once
 
 A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. Both gathers here know their
@@ -21,6 +22,7 @@ from pronghorn.models.config import DecoderConfig
 from pronghorn.models.expert_layers import Router, SparseMLP
 from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import value_or_none
+from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
 from pronghorn.pallas_kernels.gated_activation import gated_activation
 
 
@@ -55,6 +57,9 @@ class Order(NamedTuple):
 def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
     """The experts of each token of n `[tokens, d]`, as transformers chooses them; see `ExpertsConfig`."""
     logits = jax.lax.dot_general(n, router.weight.get_value(), (((1,), (1,)), ((), ())))
+    bias = value_or_none(router.bias)
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
     k, wide = config.experts_per_token, logits.astype(jnp.float32)
     if config.router == "softmax_after_top_k":
         best, experts = jax.lax.top_k(wide, k)
@@ -171,7 +176,10 @@ def sparse_mlp(
 
     @jax.checkpoint
     def narrow(gate, up, order):
-        hidden = gated_activation(gate, up, activation=activation)
+        if experts.swiglu_limit is None:
+            hidden = gated_activation(gate, up, activation=activation)
+        else:
+            hidden = clamped_swiglu(gate, up, limit=experts.swiglu_limit, alpha=experts.swiglu_alpha)
         return module.experts.down_proj.grouped(hidden, order.group_sizes)
 
     @jax.checkpoint

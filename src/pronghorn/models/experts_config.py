@@ -31,6 +31,10 @@ class ExpertsConfig:
       shared_width: of the feed-forward network that every token goes through as well; 0 for none.
       shared_gate: its output is multiplied by sigmoid(w n).
       dense_layers: indices of the layers that have a plain feed-forward network.
+      router_bias: the router's logits are W_gate n + b.
+      bias: the three linears of every expert have biases.
+      swiglu_limit: experts compute `clamped_swiglu` with this limit in place of act(gate) * up; None for no limit.
+      swiglu_alpha: of that function.
       balance_coefficient: of the load-balancing loss, where it is asked for.
       balance_loss: the checkpoint asks for that loss (`output_router_logits`).
     """
@@ -48,10 +52,16 @@ class ExpertsConfig:
     shared_width: int = 0
     shared_gate: bool = False
     dense_layers: tuple[int, ...] = ()
+    router_bias: bool = False
+    bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     balance_coefficient: float = 0.0
     balance_loss: bool = False
 
     def __post_init__(self) -> None:
+        if self.swiglu_limit is not None and not self.swiglu_limit > 0:
+            raise ValueError(f"swiglu_limit {self.swiglu_limit} is not over zero")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise ValueError(
                 f"experts_per_token {self.experts_per_token} is not between 1 and num_experts {self.num_experts}"

@@ -17,6 +17,7 @@ from pronghorn.models import (
     gemma2,
     gemma3,
     glm,
+    gpt_oss,
     granite,
     granite4,
     helium,
@@ -88,6 +89,7 @@ FAMILIES: tuple[Family, ...] = (
     mixtral.FAMILY,
     olmoe.FAMILY,
     qwen2_moe.FAMILY,
+    gpt_oss.FAMILY,
 )
 
 

@@ -1,9 +1,11 @@
 """Names of a checkpoint's tensors, from the configuration.
 
 Most families differ from Llama in a few module names; some store q, k and v (or gate and up) as one tensor, rows after
-rows. Those are cut when a checkpoint is read and put together when it is written: every bit stays.
+rows; gpt-oss has the experts' gate and up element by element. Those are cut when a checkpoint is read and put together
+when it is written: every bit stays.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,8 @@ def llama_tensor_names(config: DecoderConfig, modules: Mapping[str, str] | None 
     for module, has_bias in biased.items():
         theirs = (modules or {}).get(module, module)
         layer |= {f"{module}.{leaf}": f"{theirs}.{leaf}" for leaf in ("weight", *["bias"] * has_bias)}
+    if config.attention_sinks:
+        layer["self_attn.sinks"] = "self_attn.sinks"
     if config.activation == "xielu":
         layer |= {name: name for name in (f"mlp.act_fn.{p}" for p in ("alpha_p", "alpha_n", "beta", "eps"))}
     sparse = {ours: theirs for ours, theirs in layer.items() if not ours.startswith("mlp.")}
@@ -45,6 +49,43 @@ def llama_tensor_names(config: DecoderConfig, modules: Mapping[str, str] | None 
     return names if config.tie_word_embeddings else names | {"lm_head.weight": "lm_head.weight"}
 
 
+@dataclasses.dataclass(frozen=True)
+class InterleavedTensor:
+    """How a tensor of a file holds several of ours: along its last axis in turn, an element each.
+
+    Attributes:
+      parts: names in `tensor_names`: element j of the last axis belongs to part j mod len(parts).
+      transposed: the file has `[.., in, out]` where ours is `[.., out, in]`.
+    """
+
+    parts: tuple[str, ...]
+    transposed: bool
+
+    def part_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of each part, given the file's."""
+        *leading, last = shape
+        last //= len(self.parts)
+        return (*leading[:-1], last, leading[-1]) if self.transposed else (*leading, last)
+
+    def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the file's, given that of each part."""
+        *leading, inner, last = shape
+        inner, last = (last, inner) if self.transposed else (inner, last)
+        return (*leading, inner, last * len(self.parts))
+
+    def cut(self, array: Any, place: int) -> Any:
+        """One part of the file's array; a view."""
+        part = array[..., place :: len(self.parts)]
+        return np.swapaxes(part, -1, -2) if self.transposed else part
+
+    def join(self, arrays: Sequence[Any]) -> np.ndarray:
+        """The file's array of all its parts."""
+        array = np.empty(self.file_shape(arrays[0].shape), arrays[0].dtype)
+        for place, part in enumerate(arrays):
+            array[..., place :: len(self.parts)] = np.swapaxes(part, -1, -2) if self.transposed else part
+        return array
+
+
 _EXPERT_LINEARS = tuple(f"mlp.experts.{p}_proj.weight" for p in ("gate", "up", "down"))
 
 
@@ -55,9 +96,12 @@ def _sparse_names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str
         return {}
     ours = [
         "mlp.gate.weight",
+        *["mlp.gate.bias"] * experts.router_bias,
         *["mlp.gate.e_score_correction_bias"] * experts.correction_bias,
         *_EXPERT_LINEARS,
     ]
+    if experts.bias:
+        ours += [name.replace(".weight", ".bias") for name in _EXPERT_LINEARS]
     if experts.shared_width:
         ours += [f"mlp.shared_expert.{p}_proj.weight" for p in ("gate", "up", "down")]
     ours += ["mlp.shared_expert_gate.weight"] * experts.shared_gate
@@ -118,18 +162,25 @@ def fused_tensors(config: DecoderConfig, modules: Sequence[str]) -> dict[str, tu
 
 
 def by_our_names(
-    arrays: Mapping[str, Any], names: Mapping[str, str], fused: Mapping[str, tuple[tuple[str, int], ...]]
+    arrays: Mapping[str, Any],
+    names: Mapping[str, str],
+    fused: Mapping[str, tuple[tuple[str, int], ...]],
+    interleaved: Mapping[str, InterleavedTensor] | None = None,
 ) -> dict[str, Any]:
-    """Arrays of transformers by our names, those of linears that are several of ours cut by rows.
+    """Arrays of transformers by our names, those that are several of ours cut.
 
     In memory transformers has experts stacked, gate and up as one `experts.gate_up_proj`, and its own name of the
     router where the file has another.
 
     Args:
       arrays: by the names of transformers; those that the family does not have are left out.
-      names, fused: of the family.
+      names, fused, interleaved: of the family.
     """
     arrays = dict(arrays)
+    for name, layout in (interleaved or {}).items():
+        if name in arrays:
+            whole = arrays.pop(name)
+            arrays |= {part: layout.cut(whole, place) for place, part in enumerate(layout.parts)}
     for name, parts in fused.items():
         if name in arrays:
             cuts = np.cumsum([rows for _, rows in parts])[:-1]

@@ -260,7 +260,13 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
     """Gradients of transformers, or of PEFT's factors where the model has an adapter, by our names."""
     if model.adapter is None:
         family = family_named(model.config.family)
-        return by_our_names(gradients, family.tensor_names(model.config), family.fused_tensors(model.config))
+        config = model.config
+        return by_our_names(
+            gradients,
+            family.tensor_names(config),
+            family.fused_tensors(config),
+            family.interleaved_tensors(config),
+        )
     from pronghorn.converters.peft_sites import FusedSite, module_names, peft_sites, trained_entries
 
     places = peft_sites(model)
