@@ -254,4 +254,29 @@ CASES = {
             "linear_value_head_dim": 12,
         },
     ),
+    "glm4_moe": Case(
+        "glm4_moe",
+        {
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
+    "ernie4_5_moe": Case(
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_intermediate_size": 40,
+            "moe_num_shared_experts": 2,
+            "moe_layer_interval": 2,
+        },
+    ),
 }

@@ -263,3 +263,20 @@ def test_a_token_is_counted_with_the_experts_it_chose_only():
         _, trained, _ = split(model)
         counts.append(count_flops(model.config, {}, trained).per_token)
     assert counts[1] - counts[0] == 4 * 2 * (3 * 20 * 24) * 3
+
+
+def test_a_correction_stays_in_fp32_whatever_the_rest_is_cast_to(tmp_path):
+    from pronghorn.converters.huggingface import load_model, save_model
+
+    options = {"router": "sigmoid", "correction_bias": True, "normalizer_epsilon": 1e-20, "wide_logits": True}
+    options |= {"shared_width": 20, "dense_layers": (0,)}
+    config = dataclasses.replace(sparse_config(**options), family="glm4_moe", rms_norm_eps=1e-5)
+    config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, partial_rotary_factor=0.5))
+    model = tiny_decoder(dataclasses.replace(config, head_dim=8))
+    name = "layers.1.mlp.gate.e_score_correction_bias"
+    correction = np.asarray(flat_arrays(model)[name])
+    assert np.any(correction != correction.astype(jnp.bfloat16)), "16 bits would not do"
+    save_model(model, tmp_path / "saved", dtype="bfloat16")
+    again = flat_arrays(load_model(tmp_path / "saved", dtype="bfloat16"))
+    assert again["layers.1.mlp.gate.weight"].dtype == jnp.bfloat16
+    assert again[name].dtype == jnp.float32 and np.array_equal(again[name], correction)

@@ -21,12 +21,12 @@ from pronghorn.converters.interleaved_tensors import interleaved, part_tensors
 from pronghorn.converters.lazy_weights import LazyWeights, cast
 from pronghorn.converters.quantized_weights import (
     check_scales,
+    in_8_bits,
     is_known_config,
     join_fused,
     join_tensors,
     packed_weights,
     quantized_forms,
-    in_8_bits,
 )
 from pronghorn.converters.read_ahead import ReadAhead
 from pronghorn.converters.safetensors_files import (
@@ -122,6 +122,8 @@ def load_model(
     config = family.config_from_hf(hf_config)
     joined = join_tensors(folder, open_weights(folder))
     tower = tower_tensors(joined)
+    left_out = family.left_out(hf_config)
+    tower = {name: tensor for name, tensor in tower.items() if not name.startswith(left_out)}
     stored = _our_tensors(folder, tower, family, config)
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
@@ -146,8 +148,11 @@ def load_model(
         ways = choose(named_parameters(model), names, quantization)
     forms = quantized_forms(folder, table, quantization, ways, dtype, commonest)
     make_abstract(named_parameters(model), forms)
+    as_stored = frozenset(
+        name for name, parameter in named_parameters(model).items() if parameter.keeps_dtype
+    )
     with ReadAhead(table, (name for name in reading_order(model) if name in table)) as files:
-        assign(model, LazyWeights(files, table, dtype, forms, ways))
+        assign(model, LazyWeights(files, table, dtype, forms, ways, as_stored))
     check_scales(folder, model, forms)
     wrapped = any(name not in joined for name in tower)
     model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=wrapped)
@@ -301,11 +306,14 @@ def write_model(
     def spec_of(name: str) -> TensorSpec:
         # An untied head has no parameter of its own yet; it starts from the embedding.
         parameter = parameters.get(name) or parameters["embed_tokens.weight"]
-        return TensorSpec(np.dtype(target or parameter.dtype), parameter.shape)
+        dtype = parameter.dtype if target is None or parameter.keeps_dtype else target
+        return TensorSpec(np.dtype(dtype), parameter.shape)
 
     def fetch(tensor_name: str) -> np.ndarray:
-        array = np.asarray(value_of(ours[tensor_name]))
-        return array if target is None else cast(array, np.dtype(target), tensor_name)
+        name = ours[tensor_name]
+        array = np.asarray(value_of(name))
+        uncast = target is None or (name in parameters and parameters[name].keeps_dtype)
+        return array if uncast else cast(array, np.dtype(target), tensor_name)
 
     # What the family stores as one tensor is put together again.
     fused, layouts = family.fused_tensors(config), family.interleaved_tensors(config)

@@ -25,19 +25,22 @@ class LazyWeights(Mapping[str, Any]):
         dtype: str | None,
         forms: Mapping[str, QuantizedArray],
         ways: Mapping[str, QuantizationConfig],
+        as_stored: frozenset[str] = frozenset(),
     ):
         self._files = files
         self._table = table
         self._on_device: deque[Any] = deque()
         self._forms = forms
         self._ways = ways
+        self._as_stored = as_stored  # names that no dtype is for
         self._dtype = None if dtype is None else np.dtype(jnp.dtype(dtype))
 
     def __getitem__(self, name: str) -> Any:
         array = self._files.read(name)
         if is_quantized(array):
             return dataclasses.replace(array, dtype_name=self._forms[name].dtype_name)
-        array = array if self._dtype is None else cast(array, self._dtype, name)
+        if self._dtype is not None and name not in self._as_stored:
+            array = cast(array, self._dtype, name)
         if name in self._ways:
             # Copies and quantisers are queued, not waited for; but no more than three 16-bit copies may be there.
             self._on_device.append(quantize(jnp.asarray(array), self._ways[name]))

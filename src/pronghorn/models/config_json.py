@@ -31,6 +31,8 @@ class Family:
       module_tensors: as `tensor_names`, where the modules of transformers, and so adapters, have other names than the
         tensors of a file; None where they have the same.
       interleaved_tensors: DecoderConfig -> {name in the file: how it holds several tensors named in `tensor_names`}.
+      left_out: the dict of a config.json -> how names of tensors begin that files have and the decoder does not, such
+        as those of layers that predict further tokens. They are never read, nor written again.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Family:
     stacked_tensors: Callable[[DecoderConfig], dict[str, tuple[str, ...]]] = lambda config: {}
     module_tensors: Callable[[DecoderConfig], dict[str, str]] | None = None
     interleaved_tensors: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+    left_out: Callable[[HfConfig], tuple[str, ...]] = lambda hf: ()
 
 
 # Keys that say nothing about the forward pass.
@@ -408,6 +411,14 @@ def positive(hf: HfConfig, key: str, default: int | None = None) -> int:
             f"config.json: {key} has to be a whole number over 0{limit}, and is {_short(value)}."
         )
     return int(value)
+
+
+def whole(hf: HfConfig, key: str, default: int | None = None) -> int:
+    """A whole number from 0; absent or null gives the default, and without one an InputError."""
+    value = hf.get(key)
+    value = default if value is None else value
+    is_zero = isinstance(value, int | float) and not isinstance(value, bool) and value == 0
+    return 0 if is_zero else positive(hf, key, default)
 
 
 def number(hf: HfConfig, key: str, default: float | None = None) -> float:

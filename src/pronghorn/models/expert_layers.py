@@ -12,13 +12,13 @@ from flax import nnx
 
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.experts_config import ExpertsConfig
-from pronghorn.models.layers import MLP, Constant, Linear, _normal, _param, value_or_none
+from pronghorn.models.layers import MLP, Linear, WideConstant, _normal, _param, value_or_none
 from pronghorn.pallas_kernels.grouped_linear import grouped_linear
 
 
 class Router(nnx.Module):
     """The router's weight `[experts, d]`, its bias `[experts]` or None, and `e_score_correction_bias` fp32 `[experts]`
-    or None.
+    (or `[1, experts]`) or None.
 
     It is no `Linear`: neither adapters nor quantisation are for it, as in transformers.
     """
@@ -32,9 +32,9 @@ class Router(nnx.Module):
         self.bias = nnx.data(None if zeros is None else _param(zeros, ("experts",), leading))
         correction = None
         if config.correction_bias:
-            axes = ("layers",) * len(leading) + ("experts",)
-            zeros = jnp.zeros((*leading, config.num_experts), jnp.float32)
-            correction = Constant(zeros, logical_axes=axes)
+            row = ("one",) * config.correction_row
+            zeros = jnp.zeros((*leading, *(1 for _ in row), config.num_experts), jnp.float32)
+            correction = WideConstant(zeros, logical_axes=("layers",) * len(leading) + (*row, "experts"))
         self.e_score_correction_bias = nnx.data(correction)
 
 

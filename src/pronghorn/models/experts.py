@@ -30,7 +30,7 @@ class Routing(NamedTuple):
     """What a router chose.
 
     Attributes:
-      logits: `[tokens, experts]` in the dtype of the stream.
+      logits: `[tokens, experts]` in the dtype of the stream, or fp32 where `wide_logits`.
       weights: fp32 `[tokens, k]`, of the chosen experts.
       experts: int32 `[tokens, k]`, by falling score; of equal scores the expert with the lower number first.
     """
@@ -56,7 +56,9 @@ class Order(NamedTuple):
 
 def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
     """The experts of each token of n `[tokens, d]`, as transformers chooses them; see `ExpertsConfig`."""
-    logits = jax.lax.dot_general(n, router.weight.get_value(), (((1,), (1,)), ((), ())))
+    wide_type = jnp.float32 if config.wide_logits else None
+    contract = (((1,), (1,)), ((), ()))
+    logits = jax.lax.dot_general(n, router.weight.get_value(), contract, preferred_element_type=wide_type)
     bias = value_or_none(router.bias)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
@@ -68,20 +70,22 @@ def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
     correction = value_or_none(router.e_score_correction_bias)
     ranked = jax.lax.stop_gradient(scores)
     if correction is not None:
-        ranked = ranked + correction.astype(jnp.float32)
+        ranked = ranked + correction.astype(jnp.float32).reshape(-1)
     if config.groups > 1:
         ranked = _of_best_groups(ranked, config)
     experts = jax.lax.top_k(ranked, k)[1].astype(jnp.int32)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if config.normalized:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + config.normalizer_epsilon)
+        total = jnp.sum(weights, axis=-1, keepdims=True) + config.normalizer_epsilon
+        weights = weights / jnp.maximum(total, config.normalizer_minimum)
     return Routing(logits, weights * config.scaling_factor, experts)
 
 
 def _of_best_groups(ranked: jax.Array, config: ExpertsConfig) -> jax.Array:
     """Scores `[tokens, experts]`, those outside of the best groups minus infinity."""
     grouped = ranked.reshape(ranked.shape[0], config.groups, -1)
-    of_group = jnp.sum(jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0], axis=-1)
+    counted = min(2, grouped.shape[-1]) if config.group_score == "two_best" else 1
+    of_group = jnp.sum(jax.lax.top_k(grouped, counted)[0], axis=-1)
     chosen = jax.lax.top_k(of_group, config.groups_chosen)[1]
     allowed = jnp.any(chosen[:, :, None] == jnp.arange(config.groups), axis=1)
     return jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(ranked.shape)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 RouterKind = Literal["softmax", "softmax_after_top_k", "sigmoid"]
+GroupScore = Literal["two_best", "best"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +17,8 @@ class ExpertsConfig:
       softmax_after_top_k   chosen by l, s = softmax over the k that are chosen
       sigmoid               s = sigmoid(l), chosen by s + b
 
-    y = scaling_factor Σ_chosen w_e f_e(n) (+ the shared expert's), w_e = s_e, or s_e / Σ_chosen s where `normalized`.
+    y = scaling_factor Σ_chosen w_e f_e(n) (+ the shared expert's), w_e = s_e, or where `normalized`
+    s_e / max(Σ_chosen s + normalizer_epsilon, normalizer_minimum).
 
     Attributes:
       num_experts, experts_per_token: E and k.
@@ -24,10 +26,14 @@ class ExpertsConfig:
       router: see above.
       normalized: weights of the chosen add up to one.
       scaling_factor: of the weights, after that.
-      normalizer_epsilon: added to the sum that weights are divided by.
+      normalizer_epsilon, normalizer_minimum: of the sum that weights are divided by.
+      wide_logits: the logits are fp32, not rounded to the dtype of the stream.
       correction_bias: b is there: it moves the choice, never the weights, and has no gradient.
-      groups, groups_chosen: experts are taken from the best `groups_chosen` of so many equal groups only, a group's
-        score being the sum of its two best (DeepSeek-V3, arXiv:2412.19437, 2.1.2); 1 and 1 for no limit.
+      correction_row: the checkpoint has b as a matrix of one row.
+      groups, groups_chosen: experts are taken from the best `groups_chosen` of so many equal groups only; 1 and 1 for
+        no limit.
+      group_score: of a group: the sum of its two best (DeepSeek-V3, arXiv:2412.19437, 2.1.2), or its best
+        (DeepSeek-V2, arXiv:2405.04434, 2.2.2).
       shared_width: of the feed-forward network that every token goes through as well; 0 for none.
       shared_gate: its output is multiplied by sigmoid(w n).
       dense_layers: indices of the layers that have a plain feed-forward network.
@@ -46,9 +52,13 @@ class ExpertsConfig:
     normalized: bool = False
     scaling_factor: float = 1.0
     normalizer_epsilon: float = 0.0
+    normalizer_minimum: float = 0.0
+    wide_logits: bool = False
     correction_bias: bool = False
+    correction_row: bool = False
     groups: int = 1
     groups_chosen: int = 1
+    group_score: GroupScore = "two_best"
     shared_width: int = 0
     shared_gate: bool = False
     dense_layers: tuple[int, ...] = ()

@@ -11,12 +11,14 @@ from pronghorn.models import (
     cohere,
     cohere2,
     ernie4_5,
+    ernie4_5_moe,
     exaone,
     exaone4,
     gemma,
     gemma2,
     gemma3,
     glm,
+    glm4_moe,
     gpt_oss,
     granite,
     granite4,
@@ -90,6 +92,8 @@ FAMILIES: tuple[Family, ...] = (
     olmoe.FAMILY,
     qwen2_moe.FAMILY,
     gpt_oss.FAMILY,
+    glm4_moe.FAMILY,
+    ernie4_5_moe.FAMILY,
 )
 
 

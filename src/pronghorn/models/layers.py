@@ -29,6 +29,10 @@ class Constant(nnx.Variable):
     """An array of the checkpoint that is never trained."""
 
 
+class WideConstant(Constant):
+    """One that is fp32 whatever the dtype of the model is: no cast is for it."""
+
+
 def _param(values: Any, axes: tuple[str, ...], leading: tuple[int, ...]) -> nnx.Param:
     return nnx.Param(values, logical_axes=("layers",) * len(leading) + axes)
 

@@ -15,6 +15,7 @@ from flax import nnx
 
 from pronghorn.errors import InputError
 from pronghorn.models.decoder import Decoder
+from pronghorn.models.layers import WideConstant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,11 @@ class Parameter:
     @property
     def dtype(self) -> Any:
         return jnp.dtype(self.variable.get_value().dtype)
+
+    @property
+    def keeps_dtype(self) -> bool:
+        """Whether a cast of the model leaves it as it is."""
+        return isinstance(self.variable, WideConstant)
 
     @property
     def logical_axes(self) -> tuple[str, ...]:

@@ -19,7 +19,8 @@ def llama_tensor_names(config: DecoderConfig, modules: Mapping[str, str] | None 
     """Our name -> the checkpoint's, which says "model." in front of all but the head.
 
     Args:
-      modules: modules of a layer whose names differ, ours -> theirs ("mlp.up_proj" -> "mlp.c_fc").
+      modules: modules of a layer whose names differ, ours -> theirs ("mlp.up_proj" -> "mlp.c_fc"); of a mixture of
+        experts also whole names ("mlp.gate.e_score_correction_bias").
     """
     biased = {f"self_attn.{p}_proj": config.qkv_bias for p in "qkv"} | {
         "self_attn.o_proj": config.output_bias
@@ -86,6 +87,10 @@ class InterleavedTensor:
         return array
 
 
+# Of families whose files say "shared_experts": one network for all of them.
+SHARED_EXPERTS = {
+    f"mlp.shared_expert.{p}_proj": f"mlp.shared_experts.{p}_proj" for p in ("gate", "up", "down")
+}
 _EXPERT_LINEARS = tuple(f"mlp.experts.{p}_proj.weight" for p in ("gate", "up", "down"))
 
 
@@ -108,7 +113,7 @@ def _sparse_names(config: DecoderConfig, modules: Mapping[str, str]) -> dict[str
     names = {}
     for name in ours:
         module, _, leaf = name.rpartition(".")
-        names[name] = f"{modules.get(module, module)}.{leaf}"
+        names[name] = modules.get(name, f"{modules.get(module, module)}.{leaf}")
     return names
 
 
