@@ -23,6 +23,14 @@ LONGROPE = {
     "short_factor": [1.0 + 0.01 * i for i in range(6)],
     "long_factor": [1.0 + 0.7 * i for i in range(6)],
 }
+# Values narrower than queries and keys, which have dims that are rotated and dims that are not.
+LATENT = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+}
 # family name -> case. Windows of 17 tokens cut in every check.
 CASES = {
     "llama": Case("llama", {"mlp_bias": True}, "scanned"),
@@ -278,5 +286,44 @@ CASES = {
             "moe_num_shared_experts": 2,
             "moe_layer_interval": 2,
         },
+    ),
+    "deepseek_v2": Case(
+        "deepseek_v2",
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 0.707, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek_v3": Case(
+        "deepseek_v3",
+        LATENT
+        | {
+            "q_lora_rank": 24,
+            "attention_bias": True,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "rope_parameters": YARN | {"rope_theta": 1e4, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "minicpm3": Case(
+        "minicpm3",
+        # Values wider than queries and keys.
+        LATENT
+        | {"v_head_dim": 18, "q_lora_rank": 24, "dim_model_base": 24, "scale_emb": 6, "scale_depth": 1.1},
+        "scanned",
     ),
 }

@@ -302,7 +302,7 @@ def test_refusals_name_the_key(change, named):
             r"beyond a plain decoder it sets state_size, conv_kernel\)",
         ),
         (
-            {"model_type": "deepseek_v3"} | {f"key_{i}": i for i in range(9)},
+            {"model_type": "rwkv7"} | {f"key_{i}": i for i in range(9)},
             r"key_0, key_1, key_2, key_3, key_4, key_5 and 3 more keys\)",
         ),
         (

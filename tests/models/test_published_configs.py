@@ -329,6 +329,8 @@ def test_exaone_3_5_is_read_by_the_names_of_its_first_code_and_by_those_of_trans
     assert read(EXAONE_3_5_2_4B | {"num_layers": None, "num_hidden_layers": 30}) == config
     with pytest.raises(InputError, match="num_layers and num_hidden_layers"):
         read(EXAONE_3_5_2_4B | {"num_hidden_layers": 31})
+
+
 def test_gpt_oss_has_sinks_clamped_experts_and_a_ramp_that_is_not_rounded():
     config = read(GPT_OSS_20B)
     assert config.attention_sinks and config.layer_kinds == ("sliding", "full") * 12

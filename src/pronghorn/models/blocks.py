@@ -18,6 +18,7 @@ from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.models.delta_net import add_delta_net
 from pronghorn.models.expert_layers import SparseMLP
 from pronghorn.models.experts import sparse_mlp
+from pronghorn.models.latent_attention import expand_latents, halves, latent_heads, project_latents
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
 from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
 from pronghorn.models.short_convolution import add_convolution
@@ -40,10 +41,15 @@ def project_qkv(
     """The residual stream `[batch, seq, d]` -> itself, queries `[batch, seq, heads, head_dim]`, keys and values
     `[.., kv_heads, head_dim]`, and what gates attention's output, like the queries, or None.
 
-    The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
-    computed. Heads are normalised where the family does so in front of rope; nothing is rotated yet.
+    Latent attention has keys of every head, and values `[.., heads, value_dim]`. The stream has to be read on from the
+    array that is returned, so that its gradient is added where this op's is computed. Heads are normalised where the
+    family does so in front of rope; nothing is rotated yet.
     """
     attention = layer.self_attn
+    if config.latent is not None:
+        options: dict[str, Any] = {"config": config, "dropout_key": dropout_key}
+        x, of_q, of_kv = project_latents(layer, x, **options)
+        return x, *expand_latents(attention, of_q, of_kv, (None, None), **options), None
     norm = None if config.block == "post" else layer.input_layernorm
     x, (q, k, v) = normalized_linears(
         norm, attention, ("q_proj", "k_proj", "v_proj"), x, dropout_key, joined=config.block != "parallel"
@@ -79,14 +85,11 @@ def scaled_queries(q: jax.Array, scale: jax.Array | None) -> jax.Array:
 
 
 def _halves(x: jax.Array, config: DecoderConfig) -> jax.Array:
-    """Rotated dims from neighbouring pairs to two halves, the order that our rope takes.
-
-    It is never undone: what follows rope is q kᵀ, which is the same for any one order of the dims of both.
-    """
+    """`halves` of the dims of a head that are rotated."""
     rotated = int(config.head_dim * config.rope.partial_rotary_factor)
-    pairs = x[..., :rotated].reshape(*x.shape[:-1], rotated // 2, 2)
-    halves = jnp.swapaxes(pairs, -1, -2).reshape(*x.shape[:-1], rotated)
-    return halves if rotated == x.shape[-1] else jnp.concatenate([halves, x[..., rotated:]], axis=-1)
+    if rotated == x.shape[-1]:
+        return halves(x)
+    return jnp.concatenate([halves(x[..., :rotated]), x[..., rotated:]], axis=-1)
 
 
 def add_attention(
@@ -330,6 +333,11 @@ def attention_part(
     if kind == "linear":
         with jax.named_scope("linear_attention"):
             return add_delta_net(layer, x, segment_ids, config=config, dropout_key=dropout_key)
+    options: dict[str, Any] = {"config": config, "dropout_key": dropout_key}
+    if config.latent is not None:
+        with jax.named_scope("attention"):
+            x, heads = latent_heads(layer, x, (cos, sin), segment_ids, **options)
+            return add_attention(layer, x, heads, **options), x
     attention = layer.self_attn
     with jax.named_scope("attention"):
         x, q, k, v, gate = project_qkv(layer, x, config=config, dropout_key=dropout_key)

@@ -4,6 +4,8 @@ A token at position p of a row lives in slot p of that row, so nothing has to re
 position p sees the slots p - window + 1 .. p, and whatever an earlier, longer padded call left in later slots is
 overwritten before it can be seen. Position -1 marks padding: nothing is written for it, its output means nothing.
 
+Of latent attention the keys and values of every head are kept, as they are expanded.
+
 Keys are stored rotated, except where the frequencies depend on the length (dynamic, longrope): there they are stored
 as projected and rotated with every call, so that queries and keys always share one set of frequencies. Hidden states
 computed before a change of frequencies are not computed again: they equal those of one full call only if the
@@ -30,7 +32,8 @@ from pronghorn.models.short_convolution import convolution_inputs, weighted_taps
 
 
 class LayerCache(NamedTuple):
-    """Keys and values, each `[batch, max_length, kv_heads, head_dim]`; stacked layers have a leading axis.
+    """Keys and values, each `[batch, max_length, kv_heads, head_dim]` (values of latent attention end with value_dim);
+    stacked layers have a leading axis.
 
     A convolution keeps what it runs over as keys, `[batch, max_length, 1, d]`, and no values.
     """
@@ -62,8 +65,9 @@ def empty_cache(
     if kind == "conv":
         shape = (*leading, batch, max_length, 1, config.hidden_size)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 0), dtype))
-    shape = (*leading, batch, max_length, config.num_kv_heads, config.head_dim)
-    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    shape = (*leading, batch, max_length, config.num_kv_heads)
+    keys = jnp.zeros((*shape, config.head_dim), dtype)
+    return LayerCache(keys, jnp.zeros((*shape, config.value_dim), dtype))
 
 
 def max_length(cache: Any) -> int:
@@ -108,7 +112,7 @@ def cached_attention(
       sinks: `[heads]` logits that take part in the softmax and have no value, or None.
 
     Returns:
-      `[batch, tokens, heads, head_dim]` in the dtype of q; zeros for padding.
+      `[batch, tokens, heads, value_dim]` in the dtype of q; zeros for padding.
     """
     batch, tokens, heads, head_dim = q.shape
     max_length, kv_heads = cache.keys.shape[1:3]
@@ -134,7 +138,7 @@ def cached_attention(
         total = total + jnp.exp(sink - top)
     weights = (weights / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(cache.values.dtype)
     out = jnp.einsum("bkgtl,blkd->btkgd", weights, cache.values, preferred_element_type=jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype)
+    return out.reshape(batch, tokens, heads, -1).astype(q.dtype)
 
 
 def _rotated(x: jax.Array, cos_sin: tuple) -> jax.Array:
@@ -208,8 +212,8 @@ def cached_decoder_layer(
         positions,
         sliding_window=config.sliding_window if kind == "sliding" else None,
         softcap=config.attention_softcap,
-        sinks=value_or_none(attention.sinks),
-        scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+        sinks=value_or_none(getattr(attention, "sinks", None)),
+        scale=config.attention_multiplier,
     )
     attended = add_attention(layer, x, heads, gate, config=config)
     read = x if config.block == "parallel" else attended

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Literal
 
 from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.latent_config import LatentConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -75,6 +76,8 @@ class DecoderConfig:
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
+      latent: multi-head latent attention in place of grouped heads; qkv_bias is then of its first projections, and rope
+        of its dims of positions.
       experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
       query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original
       context)).
@@ -125,6 +128,7 @@ class DecoderConfig:
     linear_key_dim: int = 0
     linear_value_dim: int = 0
     experts: ExpertsConfig | None = None
+    latent: LatentConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -163,8 +167,38 @@ class DecoderConfig:
             raise ValueError(f"activation {self.activation!r} has no gated form")
         if self.experts is not None and (not self.gated_mlp or self.mlp_bias or self.block == "parallel"):
             raise ValueError("experts are gated, have no bias, and read the stream after attention")
+        if self.latent is not None:
+            self._check_latent(self.latent)
         if self.rope_interleaved and self.qk_norm_after_rope:
             raise ValueError("heads that are normalised after rope keep the order of their dims")
+
+    def _check_latent(self, latent: LatentConfig) -> None:
+        if self.head_dim != latent.content_dim + latent.position_dim:
+            raise ValueError(
+                f"head_dim {self.head_dim} is not the sum of {latent.content_dim} and {latent.position_dim}, as latent "
+                "heads have them"
+            )
+        if self.num_kv_heads != self.num_heads:
+            raise ValueError(f"num_kv_heads {self.num_kv_heads} is not num_heads, and attention is latent")
+        if (
+            set(self.layer_kinds) != {"full"}
+            or self.block != "pre"
+            or self.norm != "rms"
+            or self.query_scale_beta
+        ):
+            raise ValueError("latent attention sees all before it, behind an RMS norm")
+        if self.qk_norm or self.attention_gate or self.attention_sinks or self.attention_softcap is not None:
+            raise ValueError("latent attention has no norm of heads, gate, sinks or cap")
+
+    @property
+    def value_dim(self) -> int:
+        """Dims of a head of values."""
+        return self.head_dim if self.latent is None else self.latent.value_dim
+
+    @property
+    def attention_multiplier(self) -> float:
+        """The factor of q kᵀ."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     @property
     def layer_pattern(self) -> tuple[tuple[LayerKind, LayerRope], ...]:

@@ -10,6 +10,8 @@ from pronghorn.models import (
     arcee,
     cohere,
     cohere2,
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5,
     ernie4_5_moe,
     exaone,
@@ -28,6 +30,7 @@ from pronghorn.models import (
     internlm3,
     lfm2,
     llama,
+    minicpm3,
     ministral,
     ministral3,
     mistral,
@@ -94,6 +97,9 @@ FAMILIES: tuple[Family, ...] = (
     gpt_oss.FAMILY,
     glm4_moe.FAMILY,
     ernie4_5_moe.FAMILY,
+    deepseek_v2.FAMILY,
+    deepseek_v3.FAMILY,
+    minicpm3.FAMILY,
 )
 
 

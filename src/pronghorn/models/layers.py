@@ -157,8 +157,9 @@ class RMSNorm(nnx.Module):
         axis: str = "hidden",
         leading: tuple = (),
         weight_offset: float | None = None,
+        eps: float | None = None,
     ):
-        self.eps = config.rms_norm_eps
+        self.eps = config.rms_norm_eps if eps is None else eps
         self.weight_offset = config.norm_weight_offset if weight_offset is None else weight_offset
         # The scale that is applied starts at one, whatever the offset.
         self.weight = _param(jnp.full((*leading, size), 1.0 - self.weight_offset, dtype), (axis,), leading)
@@ -239,6 +240,32 @@ class Attention(nnx.Module):
         self.k_norm = nnx.data(_heads_norm(config, config.num_kv_heads, "kv_heads", **norm))
         sinks = jnp.zeros((*leading, config.num_heads), dtype) if config.attention_sinks else None
         self.sinks = nnx.data(None if sinks is None else _param(sinks, ("heads",), leading))
+
+
+class LatentAttention(nnx.Module):
+    """Parameters of multi-head latent attention (`LatentConfig`): `q_a_proj`, `q_a_layernorm` and `q_b_proj`, or else
+    `q_proj`; `kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj`, whose rows are of every head those of keys, then
+    those of values; and `o_proj`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
+        latent = config.latent
+        assert latent is not None
+        hidden, heads = config.hidden_size, config.num_heads
+        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        norm: dict[str, Any] = {"dtype": dtype, "axis": "latent", "leading": leading, "eps": latent.norm_eps}
+        first: dict[str, Any] = {"axes": ("latent", "hidden"), "bias": config.qkv_bias, **common}
+        queries, expanded = heads * config.head_dim, heads * (latent.content_dim + latent.value_dim)
+        if latent.query_rank:
+            self.q_a_proj = Linear(hidden, latent.query_rank, **first)
+            self.q_a_layernorm = RMSNorm(latent.query_rank, config, **norm)
+            self.q_b_proj = Linear(latent.query_rank, queries, axes=("heads", "latent"), **common)
+        else:
+            self.q_proj = Linear(hidden, queries, axes=("heads", "hidden"), **common)
+        self.kv_a_proj_with_mqa = Linear(hidden, latent.rank + latent.position_dim, **first)
+        self.kv_a_layernorm = RMSNorm(latent.rank, config, **norm)
+        self.kv_b_proj = Linear(latent.rank, expanded, axes=("heads", "latent"), **common)
+        values, bias = heads * latent.value_dim, config.output_bias
+        self.o_proj = Linear(values, hidden, axes=("hidden", "heads"), bias=bias, **common)
 
 
 class Taps(nnx.Module):
@@ -340,7 +367,7 @@ class DecoderLayer(nnx.Module):
     """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv` or
     `linear_attn`), `mlp` (an `MLP` or a `SparseMLP`), and its LAYER_NORMS."""
 
-    self_attn: Attention
+    self_attn: Any  # Attention or LatentAttention
     conv: ShortConv
     linear_attn: DeltaNet
 
@@ -366,7 +393,8 @@ class DecoderLayer(nnx.Module):
         elif kind == "linear":
             self.linear_attn = DeltaNet(config, dtype=dtype, rngs=rngs, leading=leading)
         else:
-            self.self_attn = Attention(config, dtype=dtype, rngs=rngs, leading=leading)
+            attention = Attention if config.latent is None else LatentAttention
+            self.self_attn = attention(config, dtype=dtype, rngs=rngs, leading=leading)
         self.mlp = mlp(config, dtype=dtype, rngs=rngs, leading=leading)
 
 

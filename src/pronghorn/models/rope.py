@@ -33,6 +33,8 @@ def depends_on_length(rope: RopeConfig) -> bool:
 
 def rotated_dims(config: DecoderConfig) -> int:
     """R: how many of the first dims of a head are rotated."""
+    if config.latent is not None:
+        return config.latent.position_dim
     return int(config.head_dim * config.rope.partial_rotary_factor)
 
 

@@ -25,6 +25,8 @@ def llama_tensor_names(config: DecoderConfig, modules: Mapping[str, str] | None 
     biased = {f"self_attn.{p}_proj": config.qkv_bias for p in "qkv"} | {
         "self_attn.o_proj": config.output_bias
     }
+    if config.latent is not None:
+        biased = _latent_names(config)
     biased |= {f"mlp.{p}_proj": config.mlp_bias for p in ("gate", "up", "down")}
     if not config.gated_mlp:
         del biased["mlp.gate_proj"]
@@ -85,6 +87,16 @@ class InterleavedTensor:
         for place, part in enumerate(arrays):
             array[..., place :: len(self.parts)] = np.swapaxes(part, -1, -2) if self.transposed else part
         return array
+
+
+def _latent_names(config: DecoderConfig) -> dict[str, bool]:
+    """{module of latent attention: whether it has a bias}."""
+    assert config.latent is not None
+    names = {"q_proj": False}
+    if config.latent.query_rank:
+        names = {"q_a_proj": config.qkv_bias, "q_a_layernorm": False, "q_b_proj": False}
+    names |= {"kv_a_proj_with_mqa": config.qkv_bias, "kv_a_layernorm": False, "kv_b_proj": False}
+    return {f"self_attn.{name}": bias for name, bias in (names | {"o_proj": config.output_bias}).items()}
 
 
 # Of families whose files say "shared_experts": one network for all of them.

@@ -4,7 +4,7 @@ A product `[m, k] x [k, n]` is 2 m k n FLOPs. For a token, with P_frozen and P_t
 
   forward   2 (P_frozen + P_trained)
   backward  2 P_frozen + 4 P_trained          a frozen weight needs dX only, a trained one dX and dW
-  attention 4 heads head_dim forward and 8 backward, for each pair of a query and a key it may see
+  attention 2 heads (head_dim + value_dim) forward and 4 backward, for each pair of a query and a key it may see
 
 Elementwise work and recomputation are not counted: utilisation (MFU) is of the model's arithmetic, so a memory policy
 that recomputes does not raise it (Chowdhery et al. 2022, PaLM, appendix B).
@@ -83,7 +83,7 @@ def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount
     if config.tie_word_embeddings and "lm_head.weight" not in trained | fixed:
         head = config.vocab_size * config.hidden_size
         (trained if "embed_tokens.weight" in _names(trainable) else fixed)["lm_head.weight"] = head
-    per_layer_pair = 12.0 * config.num_heads * config.head_dim
+    per_layer_pair = 6.0 * config.num_heads * (config.head_dim + config.value_dim)
     full = config.layer_kinds.count("full")
     # Of a delta net's state, a token reads what its key had stored, adds to it, and reads it: 6 dk dv a head, forward.
     state = config.linear_value_heads * config.linear_key_dim * config.linear_value_dim
