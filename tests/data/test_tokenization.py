@@ -415,6 +415,19 @@ def test_quick_masks_are_those_of_all_offsets(monkeypatch):
         assert quick.fingerprint == slow.fingerprint
 
 
+@pytest.mark.parametrize("options", [{"format": "text"}, {"loss_on": "all"}])
+def test_places_are_asked_for_only_where_a_mask_depends_on_them(options, tokenizer, monkeypatch):
+    rows = [{"text": text} for text in CONTENTS] if "format" in options else [_chat("a", "b")]
+    with monkeypatch.context() as patch:
+        patch.setattr("pronghorn.data.tokenization.needs_places", lambda text, spans: True)
+        patch.setattr("pronghorn.data.masks.needs_places", lambda text, spans: True)
+        expected = _tokenized(rows, tokenizer, **options)
+    monkeypatch.setattr("pronghorn.data.masks._quick_mask", None)
+    found = _tokenized(rows, tokenizer, **options)
+    assert np.array_equal(found.tokens, expected.tokens) and np.array_equal(found.trained, expected.trained)
+    assert found.trained.any()
+
+
 def test_error_of_an_earlier_row_is_told_first(tokenizer, monkeypatch):
     monkeypatch.setattr("pronghorn.data.tokenization._BATCH_ROWS", 1)
     rows = [_chat("q", "a"), _chat("q", "long " * 50), {"messages": 3}]

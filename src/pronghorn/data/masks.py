@@ -57,15 +57,19 @@ class Encoder:
         backend.encode_special_tokens = original.encode_special_tokens
         return backend
 
-    def encode(self, texts: Sequence[str]) -> list[Any]:
-        """The tokenizers library's encodings; runs on all cores."""
-        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+    def encode(self, texts: Sequence[str], *, places: bool = True) -> list[Any]:
+        """The tokenizers library's encodings; runs on all cores, and faster where no places are asked for."""
+        encode = self.backend.encode_batch if places else self.backend.encode_batch_fast
+        return encode(list(texts), add_special_tokens=False)
 
     def masked(self, rendered: Rendered, encodings: Sequence[Any]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids int32[n], bool[n]: in one of the spans) of each text."""
         found: list[tuple[np.ndarray, np.ndarray] | None] = []
         slow: dict[int, Places] = {}
         for index, ((text, spans), encoding) in enumerate(zip(rendered, encodings, strict=True)):
+            if not needs_places(text, spans):
+                found.append((np.asarray(encoding.ids, np.int32), np.full(len(encoding), bool(spans))))
+                continue
             trained = _quick_mask(encoding, spans, len(text))
             if trained is None:
                 slow[index] = _places(encoding)
@@ -100,6 +104,11 @@ class Encoder:
 
     def _decode(self, ids: np.ndarray) -> str:
         return self.backend.decode(ids.tolist(), skip_special_tokens=False)
+
+
+def needs_places(text: str, spans: Sequence[Span]) -> bool:
+    """Whether a text's mask depends on where its tokens stand: neither none nor all of it is in the loss."""
+    return bool(spans) and list(spans) != [(0, len(text))]
 
 
 def _places(encoding: Any) -> Places:

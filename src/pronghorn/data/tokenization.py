@@ -23,7 +23,7 @@ from pronghorn.data.collect import Collected, MemoryArrays
 from pronghorn.data.config import DataConfig
 from pronghorn.data.dataset import IGNORED_LABEL, TokenizationStats, TokenizedDataset
 from pronghorn.data.formats import DetectedFormat, Example, detect_format, read_row
-from pronghorn.data.masks import Encoder
+from pronghorn.data.masks import Encoder, needs_places
 from pronghorn.data.sources import Row, stream_rows
 from pronghorn.data.spans import Span, TurnFinder
 from pronghorn.errors import InputError
@@ -84,8 +84,9 @@ def tokenize_into(
         try:
             for examples in _batches(itertools.chain(first, stream), format, config):
                 rendered = [None if example.empty else reader.rendered(example) for example in examples]
-                texts = [item[0] for item in rendered if item is not None]
-                encoded = pool.submit(reader.encoder.encode, texts)  # releases the interpreter
+                full = [item for item in rendered if item is not None]
+                texts, places = [text for text, _ in full], any(needs_places(*item) for item in full)
+                encoded = pool.submit(reader.encoder.encode, texts, places=places)  # releases the interpreter
                 if waiting is not None:
                     reader.collect(*waiting, collected)
                 waiting = examples, rendered, encoded
