@@ -21,12 +21,12 @@ from pronghorn.converters.interleaved_tensors import interleaved, part_tensors
 from pronghorn.converters.lazy_weights import LazyWeights, cast
 from pronghorn.converters.quantized_weights import (
     check_scales,
-    in_8_bits,
     is_known_config,
     join_fused,
     join_tensors,
     packed_weights,
     quantized_forms,
+    without_dtype,
 )
 from pronghorn.converters.read_ahead import ReadAhead
 from pronghorn.converters.safetensors_files import (
@@ -128,7 +128,7 @@ def load_model(
     names = family.tensor_names(config)
     sizes: Counter[str] = Counter()
     for theirs in names.values():
-        if theirs in stored and not in_8_bits(stored[theirs]):
+        if theirs in stored and not without_dtype(stored[theirs]):
             sizes[stored[theirs].dtype.name] += stored[theirs].nbytes
     commonest = next((name for name, _ in sizes.most_common() if name in DTYPES), "float32")
     model = Decoder.abstract(config, dtype=dtype or commonest, layers=layers or "unrolled")

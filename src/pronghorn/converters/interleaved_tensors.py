@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pronghorn.converters.mxfp4_checkpoints import MXFP4Tensor
 from pronghorn.converters.safetensors_files import StoredTensor, TensorSpec
 from pronghorn.errors import InputError
 from pronghorn.models.tensor_names import InterleavedTensor
@@ -51,6 +52,14 @@ def part_tensors(
             )
         whole = found.pop(name)
         count = len(layout.parts)
+        if isinstance(whole, MXFP4Tensor):
+            if whole.shape[1] % count:
+                raise InputError(
+                    f"{whole.file}: {name} has {whole.shape[1]} rows an expert, which are no {count} tensors; "
+                    "config.json belongs to another model."
+                )
+            found |= {part: whole.every(place, count) for place, part in enumerate(layout.parts)}
+            continue
         if not isinstance(whole, StoredTensor):
             raise InputError(
                 f"{whole.file}: {name} is quantised, and is read in 16 or 32 bits only; give the folder that it was "

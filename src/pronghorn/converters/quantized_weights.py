@@ -2,7 +2,7 @@
 
 Reading: tensors that bitsandbytes stored, or that are in FP8, are taken as they are, and a 16-bit folder is quantised
 weight by weight as it is loaded. Writing: one such folder holds one kind, so 8-bit weights beside 4-bit ones are
-written in 16 bits, with the very values that they had, and so are FP8 weights.
+written in 16 bits, with the very values that they had, and so are FP8 and MXFP4 weights.
 """
 
 import dataclasses
@@ -15,14 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pronghorn.converters import bitsandbytes, fp8_checkpoints
+from pronghorn.converters import bitsandbytes, fp8_checkpoints, mxfp4_checkpoints
 from pronghorn.converters.safetensors_files import StoredTensor
 from pronghorn.errors import InputError
 from pronghorn.lora import merged_weight
 from pronghorn.lora_sites import sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.parameters import named_parameters
-from pronghorn.quantization import FP8Array, Int8Array, QuantizationConfig, is_quantized, quantize
+from pronghorn.quantization import (
+    FP8Array,
+    Int8Array,
+    MXFP4Array,
+    QuantizationConfig,
+    is_quantized,
+    quantize,
+)
 from pronghorn.quantization.quantize_model import QuantizedArray, choose, empty_like, finite_scales
 from pronghorn.quantization.rows import join_rows
 
@@ -34,12 +41,19 @@ def stored_quantization(folder: str | Path) -> QuantizationConfig | None:
     value = _config_value(folder)
     if fp8_checkpoints.is_fp8_config(value):
         return fp8_checkpoints.quantization_of(value)
+    if mxfp4_checkpoints.is_mxfp4_config(value):
+        return mxfp4_checkpoints.quantization_of(value)
     return bitsandbytes.quantization_of(value) if bitsandbytes.is_quantization_config(value) else None
 
 
 def is_known_config(value: Any) -> bool:
     """Whether config.json's `quantization_config` says how weights are stored, and can be read."""
-    return bitsandbytes.is_quantization_config(value) or fp8_checkpoints.is_fp8_config(value)
+    known = (
+        bitsandbytes.is_quantization_config,
+        fp8_checkpoints.is_fp8_config,
+        mxfp4_checkpoints.is_mxfp4_config,
+    )
+    return any(is_known(value) for is_known in known)
 
 
 def join_tensors(folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
@@ -52,6 +66,8 @@ def join_tensors(folder: Path, stored: Mapping[str, StoredTensor]) -> dict[str, 
     if fp8_checkpoints.is_fp8_config(value):
         fp8_checkpoints.quantization_of(value)
         return fp8_checkpoints.join_tensors(stored, value["quant_method"])
+    if mxfp4_checkpoints.is_mxfp4_config(value):
+        return mxfp4_checkpoints.join_tensors(stored)
     return bitsandbytes.join_tensors(folder, stored, stored_quantization(folder))
 
 
@@ -60,9 +76,10 @@ def _config_value(folder: str | Path) -> Any:
     return json.loads(path.read_bytes().decode("utf-8")).get(bitsandbytes.CONFIG_KEY)
 
 
-def in_8_bits(tensor: Any) -> bool:
-    """Whether a tensor is an 8-bit weight, whose file does not say what it was."""
-    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, Int8Array | FP8Array)
+def without_dtype(tensor: Any) -> bool:
+    """Whether a tensor is a quantised weight whose file does not say what it was."""
+    kinds = Int8Array | FP8Array | MXFP4Array
+    return isinstance(tensor, bitsandbytes.QuantizedTensor) and isinstance(tensor.form, kinds)
 
 
 def quantized_forms(
@@ -86,7 +103,7 @@ def quantized_forms(
     forms: dict[str, QuantizedArray] = {}
     for name, tensor in table.items():
         if isinstance(tensor, bitsandbytes.QuantizedTensor):
-            chosen = dtype or (commonest if in_8_bits(tensor) else tensor.dtype.name)
+            chosen = dtype or (commonest if without_dtype(tensor) else tensor.dtype.name)
             forms[name] = dataclasses.replace(tensor.form, dtype_name=chosen)
     if quantization is None:
         return forms
@@ -146,7 +163,7 @@ def packed_weights(
         value = parameters[name].variable.get_value() if keep_quantized and name in parameters else None
         if is_quantized(value):
             kinds[name] = getattr(value, "kind", "int8")
-    kinds = {name: kind for name, kind in kinds.items() if kind != "fp8"}
+    kinds = {name: kind for name, kind in kinds.items() if kind not in ("fp8", "mxfp4")}
     if set(kinds.values()) - {"int8"}:
         kinds = {name: kind for name, kind in kinds.items() if kind != "int8"}
     packed: dict[str, Any] = {}

@@ -17,11 +17,14 @@ import jax.numpy as jnp
 from pronghorn.errors import InputError
 from pronghorn.quantization.fp8 import Activations, FP8Array, Gradients, Scales, empty_like_fp8, quantize_fp8
 from pronghorn.quantization.int8 import Int8Array, empty_like_int8, quantize_int8
+from pronghorn.quantization.mxfp4 import MXFP4Array, empty_like_mxfp4
 from pronghorn.quantization.nf4 import NF4Array, empty_like_4bit, quantize_4bit
 from pronghorn.quantization.recipe import KEPT, read_recipe
 
-Kind = Literal["nf4", "fp4", "int8", "fp8"]
-QuantizedArray = NF4Array | Int8Array | FP8Array
+Kind = Literal["nf4", "fp4", "int8", "fp8", "mxfp4"]
+# What a model can be quantised to; MXFP4 is read from folders that have it.
+MADE = ("nf4", "fp4", "int8", "fp8")
+QuantizedArray = NF4Array | Int8Array | FP8Array | MXFP4Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class QuantizationConfig:
 
     Attributes:
       kind: "nf4", "fp4" (4 bits and a scale every 64 elements), "int8" (8 bits and a scale a row), or "fp8" (an 8-bit
-        float format, multiplied in FP8).
+        float format, multiplied in FP8). "mxfp4" only describes a folder whose experts are stored so.
       nested: keep the scales of 4-bit blocks in 8 bits: 4.13 bits a parameter instead of 4.5.
       skip: modules that stay in 16 bits, by name as in Hugging Face ("model.layers.3.mlp.down_proj"), by the start of a
         name up to a dot, by its end, or by a regular expression for its start: what `llm_int8_skip_modules` means.
@@ -56,7 +59,7 @@ class QuantizationConfig:
         for kind in (self.kind, *(kind for _, kind in self.modules)):
             if kind not in get_args(Kind):
                 raise InputError(
-                    f"quantization={kind!r} is not known; use one of {', '.join(get_args(Kind))}, or a recipe.json."
+                    f"quantization={kind!r} is not known; use one of {', '.join(MADE)}, or a recipe.json."
                 )
         for name, value, known in (
             ("fp8_scales", self.fp8_scales, Scales),
@@ -98,6 +101,10 @@ def read_quantization(value: "str | Path | QuantizationConfig | None") -> Quanti
     """
     if value is None or isinstance(value, QuantizationConfig):
         return value
+    if value == "mxfp4":
+        raise InputError(
+            "quantization='mxfp4' is read from folders that have it, and never made; leave it out, or use nf4."
+        )
     if not str(value).endswith(".json"):
         return QuantizationConfig(kind=str(value))  # type: ignore[arg-type]
     recipe = read_recipe(value)
@@ -123,7 +130,9 @@ def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
 
 
 def empty_like(shape: tuple[int, ...], dtype: Any, config: QuantizationConfig) -> QuantizedArray:
-    """What `quantize` returns for a matrix of this shape, with `jax.ShapeDtypeStruct` leaves."""
+    """What `quantize` returns for a matrix (or a stack) of this shape, with `jax.ShapeDtypeStruct` leaves."""
+    if config.kind == "mxfp4":
+        return empty_like_mxfp4(shape, dtype)
     if config.kind == "int8":
         return empty_like_int8(shape, dtype)
     if config.kind == "fp8":
@@ -151,7 +160,7 @@ def choose(
     *,
     strict: bool = True,
 ) -> dict[str, QuantizationConfig]:
-    """{our name: how} of the weights to quantise: the matrices inside of layers.
+    """{our name: how} of the weights to quantise: the matrices inside of layers, and the experts' stacks of them.
 
     Args:
       parameters: of the model, from `named_parameters`.
@@ -164,10 +173,7 @@ def choose(
     candidates = {
         ours: theirs.removesuffix(".weight")
         for ours, theirs in modules.items()
-        if ours.startswith("layers.")
-        and ours.endswith(".weight")
-        and len(parameters[ours].shape) == 2
-        and "experts" not in parameters[ours].logical_axes  # a router
+        if ours.startswith("layers.") and ours.endswith(".weight") and _is_matrix_or_stack(parameters[ours])
     }
     others = [theirs.removesuffix(".weight") for theirs in modules.values()]
     unknown = [module for module, _ in config.modules if module not in candidates.values()]
@@ -182,9 +188,21 @@ def choose(
             raise InputError(f"quantization: skip names {pattern!r}, and the model has no such module.")
     found = {ours: config.of_module(module) for ours, module in candidates.items()}
     chosen = {ours: how for ours, how in found.items() if how is not None}
+    chosen = {ours: how for ours, how in chosen.items() if _can_take(parameters[ours], how.kind)}
     if not chosen:
         raise InputError("quantization: skip leaves nothing to quantise; leave the quantization out instead.")
     return chosen
+
+
+def _is_matrix_or_stack(parameter: Any) -> bool:
+    """Whether a weight is a linear layer's, or those of all experts; a router's `[experts, d]` is not."""
+    axes = parameter.logical_axes
+    return (len(axes) == 2 and "experts" not in axes) or (len(axes) == 3 and axes[0] == "experts")
+
+
+def _can_take(parameter: Any, kind: str) -> bool:
+    """MXFP4 is for experts alone, which take nothing else."""
+    return (len(parameter.shape) == 3) == (kind == "mxfp4")
 
 
 def make_abstract(parameters: Mapping[str, Any], arrays: Mapping[str, QuantizedArray]) -> None:
@@ -225,6 +243,8 @@ def finite_scales(values: Iterable[Any]) -> jax.Array:
     for value in values:
         if isinstance(value, Int8Array | FP8Array):
             flags.append(jnp.all(jnp.isfinite(value.scales)))
+        elif isinstance(value, MXFP4Array):
+            flags.append(value.finite())
         elif isinstance(value, NF4Array):
             # The mean of the scales is not finite if one of them is not.
             flags.append(jnp.all(jnp.isfinite(value.nested_offset if value.nested else value.absmax)))
