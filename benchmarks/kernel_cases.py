@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pronghorn.models.experts import order_by_expert, rows_by_expert, weighted_sum
 from pronghorn.pallas_kernels import shapes
 from pronghorn.pallas_kernels.attention_blocks import attention_blocks
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
@@ -18,6 +19,7 @@ from pronghorn.pallas_kernels.gated_activation import (
     gated_activation_backward,
 )
 from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
+from pronghorn.pallas_kernels.grouped_linear import grouped_linear
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize
 from pronghorn.pallas_kernels.nf4_product import nf4_product
@@ -70,6 +72,8 @@ def cases() -> Iterator[Case]:
     yield from heads()
     yield from nf4()
     yield from delta_rules()
+    yield from grouped_linears()
+    yield from routings()
 
 
 def normal(seed: int, shape, dtype=BF16, factor: float = 1.0) -> jax.Array:
@@ -305,6 +309,52 @@ def delta_rules() -> Iterator[Case]:
             yield Case(
                 "gated_delta_rule", f"{seq} tokens, {heads}/{value_heads} heads, D{dim}", direction, implementation,
                 function, arguments, times * work, "TFLOP/s", gradient=direction == "backward", wrt=5,
+            )  # fmt: skip
+
+
+def grouped_linears() -> Iterator[Case]:
+    """Mixtral's first product and one of a Qwen 3 30B-A3B: rows, experts, in, out. Experts get unequal shares."""
+    for rows, experts, inputs, outputs in ((8192, 8, 4096, 14336), (32768, 128, 2048, 768)):
+
+        def arguments(rows=rows, experts=experts, inputs=inputs, outputs=outputs):
+            shares = np.random.default_rng(0).dirichlet(np.full(experts, 4.0))
+            ends = np.rint(np.cumsum(shares) * rows).astype(np.int32)
+            sizes = jnp.asarray(np.diff(ends, prepend=0), jnp.int32)
+            return normal(0, (rows, inputs)), normal(1, (experts, outputs, inputs), factor=0.02), sizes
+
+        work = 2.0 * rows * inputs * outputs
+        for implementation in ("pallas", "xla"):
+            function = functools.partial(grouped_linear, implementation=implementation)
+            # Backward by the rows alone where the experts are frozen, by their weights too where they are trained.
+            for direction, wrt, times in (("forward", 0, 1), ("backward, frozen", 1, 1), ("backward", 2, 2)):
+                yield Case(
+                    "grouped_linear", f"{rows} rows x [{experts}, {outputs}, {inputs}]", direction, implementation,
+                    function, arguments, times * work, "TFLOP/s", gradient=wrt > 0, wrt=wrt,
+                )  # fmt: skip
+
+
+def routings() -> Iterator[Case]:
+    """Rows to their experts and back to their tokens, in a Qwen 3 30B-A3B: each row moved once, each token once."""
+    tokens, choices, experts, hidden = 4096, 8, 128, 2048
+
+    def arguments():
+        chosen = jax.lax.top_k(normal(0, (tokens, experts), jnp.float32), choices)[1].astype(jnp.int32)
+        order = order_by_expert(chosen, experts)
+        weights = jnp.full((tokens, choices), 1 / choices, jnp.float32)
+        return normal(1, (tokens, hidden)), normal(2, (tokens * choices, hidden)), weights, order
+
+    def gather(x, y, weights, order):
+        return rows_by_expert(x, order)
+
+    def sum_back(x, y, weights, order):
+        return weighted_sum(y, weights, order)
+
+    moved = 2.0 * (tokens * choices + tokens) * hidden
+    for op, function in (("rows_by_expert", gather), ("weighted_sum", sum_back)):
+        for direction, times in (("forward", 1), ("backward", 1 if function is gather else 1.5)):
+            yield Case(
+                op, f"{tokens} tokens, {choices} of {experts} experts, d {hidden}", direction, "xla", function,
+                arguments, times * moved, "TB/s", gradient=direction == "backward", wrt=3,
             )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The architectures that the step benchmarks use: true shapes, random weights."""
 
 from pronghorn.models.config import DecoderConfig, RopeConfig
+from pronghorn.models.experts_config import ExpertsConfig
 
 LLAMA3_ROPE = RopeConfig(
     base=500000.0,
@@ -90,5 +91,19 @@ MODELS = {
         qk_norm=True,
         rope=RopeConfig(base=1000000.0),
         tie_word_embeddings=True,
+    ),
+    "qwen3-30b-a3b": DecoderConfig(
+        family="qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_layers=48,
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        max_position_embeddings=40960,
+        qk_norm=True,
+        rope=RopeConfig(base=1000000.0),
+        experts=ExpertsConfig(num_experts=128, experts_per_token=8, width=768, normalized=True),
     ),
 }
