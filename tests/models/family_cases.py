@@ -326,4 +326,29 @@ CASES = {
         | {"v_head_dim": 18, "q_lora_rank": 24, "dim_model_base": 24, "scale_emb": 6, "scale_depth": 1.1},
         "scanned",
     ),
+    "llama4": Case(
+        "llama4_text",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 12,
+            # No attention_bias: that of keys without positions moves every logit of a query alike, and its gradient is
+            # nothing but rounding.
+            "attention_chunk_size": 17,
+            "floor_scale": 16,
+            "attn_scale": 0.5,
+            "intermediate_size": 40,
+            "intermediate_size_mlp": 80,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 16.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 1.0,
+                "original_max_position_embeddings": 256,
+            },
+        },
+    ),
 }

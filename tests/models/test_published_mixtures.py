@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from pronghorn.errors import InputError
-from pronghorn.models import family_for
+from pronghorn.models import family_for, rope
 from pronghorn.models.latent_config import LatentConfig
 
 GLM_4_5_AIR = {
@@ -93,6 +93,22 @@ MINICPM_3_4B = {
         "short_factor": [1.0 + 0.1 * i for i in range(16)], "type": "longrope",
     },
     "scale_depth": 1.4, "scale_emb": 12, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 73448,
+}  # fmt: skip
+LLAMA_4_SCOUT = {
+    "attention_bias": False, "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
+    "attn_temperature_tuning": True, "bos_token_id": 200000, "eos_token_id": [200001, 200007, 200008],
+    "floor_scale": 8192, "for_llm_compressor": False, "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+    "initializer_range": 0.02, "interleave_moe_layer_step": 1, "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384, "max_position_embeddings": 10485760, "model_type": "llama4_text",
+    "no_rope_layers": [], "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48,
+    "num_key_value_heads": 8, "num_local_experts": 16, "output_router_logits": False, "pad_token_id": 200018,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "torch_dtype": "bfloat16",
+    "use_cache": True, "use_qk_norm": True, "vocab_size": 202048,
 }  # fmt: skip
 
 
@@ -181,9 +197,23 @@ def test_minicpm_3_is_dense_and_scaled():
     assert config.rope.kind == "longrope" and len(config.rope.long_factor) == 16
 
 
+def test_llama_4_sees_chunks_but_for_every_fourth_layer_which_has_no_rope():
+    config = read(LLAMA_4_SCOUT)
+    assert config.layer_pattern[:4] == (("chunked", "global"),) * 3 + (("full", "none"),)
+    assert config.attention_chunk == 8192 and config.unit_heads and config.rope_interleaved
+    experts = config.experts
+    assert (experts.num_experts, experts.width, experts.shared_width) == (16, 8192, 8192)
+    assert experts.weights_on_input and experts.dense_layers == () and config.intermediate_size == 16384
+    # As positions 8190 and 8191 are scaled, the first of them not yet, in layers without rope only.
+    scale = rope.query_scale(config, np.asarray([[8190, 8191]]))
+    assert np.allclose(scale, [[1.0, 1 + 0.1 * np.log(2)]]) and config.query_scale_ropes == ("none",)
+    maverick = read(LLAMA_4_SCOUT | {"interleave_moe_layer_step": 2, "num_local_experts": 128})
+    assert [maverick.is_sparse(i) for i in range(4)] == [False, True, False, True]
+
+
 @pytest.mark.parametrize(
     "hf",
-    [GLM_4_5_AIR, ERNIE_4_5_21B, DEEPSEEK_V2_LITE, DEEPSEEK_V3, MINICPM_3_4B],
+    [GLM_4_5_AIR, ERNIE_4_5_21B, DEEPSEEK_V2_LITE, DEEPSEEK_V3, MINICPM_3_4B, LLAMA_4_SCOUT],
     ids=lambda hf: hf["model_type"],
 )
 def test_published_rewritten_and_written_files_are_read_alike(hf):
@@ -207,6 +237,14 @@ def test_published_rewritten_and_written_files_are_read_alike(hf):
         (DEEPSEEK_V3, {"moe_layer_freq": 2}, "moe_layer_freq"),
         (DEEPSEEK_V3, {"auto_map": {"AutoModel": "modeling_other.Model"}}, "auto_map"),
         (MINICPM_3_4B, {"num_experts": 8}, "num_experts"),
+        (
+            LLAMA_4_SCOUT,
+            {"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 48},
+            "layer_types",
+        ),
+        (LLAMA_4_SCOUT, {"moe_layers": []}, "moe_layers"),
+        (LLAMA_4_SCOUT, {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        (LLAMA_4_SCOUT, {"router_jitter_noise": 0.1}, "router_jitter_noise"),
     ],
 )
 def test_what_would_change_the_maths_is_refused(hf, change, named):

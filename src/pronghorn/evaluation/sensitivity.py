@@ -28,7 +28,7 @@ from pronghorn.errors import InputError
 from pronghorn.evaluation.losses import KLDivergence
 from pronghorn.models import rope
 from pronghorn.models.blocks import decoder_layer
-from pronghorn.models.decoder import Decoder
+from pronghorn.models.decoder import Decoder, chunk_ids
 from pronghorn.models.families import family_named
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization import QuantizationConfig, is_quantized, quantize
@@ -63,6 +63,7 @@ class Sensitivity:
         positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
         self._angles = rope.layer_angles(model.config, positions)
         self._query_scale = rope.query_scale(model.config, positions)
+        self._chunks = chunk_ids(model.config, positions, None)
         names = family_named(model.config.family).tensor_names(model.config)
         chosen = choose(named_parameters(model), names, QuantizationConfig())
         self._places = {names[ours].removesuffix(".weight"): _place(ours) for ours in chosen}
@@ -136,8 +137,10 @@ class Sensitivity:
             for path, weight in changed.items():
                 _at(state, path).set_value(weight)
         kind, layer_rope = self.model.config.layer_pattern[index]
-        angles = (*self._angles[layer_rope], self._query_scale)
-        return _layer(graph, state, x, angles, config=self.model.config, kind=kind)
+        scaled = layer_rope in self.model.config.query_scale_ropes
+        angles = (*self._angles[layer_rope], self._query_scale if scaled else None)
+        seen = self._chunks if kind == "chunked" else None
+        return _layer(graph, state, x, angles, seen, config=self.model.config, kind=kind)
 
     def _above(self, index: int, x: jax.Array) -> jax.Array:
         for upper in range(index, len(self._layers)):
@@ -169,10 +172,12 @@ def _embed(graph: Any, state: Any, input_ids: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("config", "kind"))
-def _layer(graph: Any, state: Any, x: jax.Array, angles: Any, *, config: Any, kind: Any) -> jax.Array:
+def _layer(
+    graph: Any, state: Any, x: jax.Array, angles: Any, seen: Any, *, config: Any, kind: Any
+) -> jax.Array:
     cos, sin, query_scale = angles
     layer = nnx.merge(graph, state)
-    return decoder_layer(layer, x, cos, sin, None, config=config, kind=kind, query_scale=query_scale)
+    return decoder_layer(layer, x, cos, sin, seen, config=config, kind=kind, query_scale=query_scale)
 
 
 def _tiles(x: jax.Array) -> tuple[jax.Array, int]:

@@ -27,6 +27,7 @@ from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
 from pronghorn.pallas_kernels.residual_linear import residual_linear
+from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
 
 
@@ -77,6 +78,21 @@ def normalize_heads(attention: Attention, q: Any, k: Any) -> tuple[Any, Any]:
     if attention.k_norm is not None and k is not None:
         k = attention.k_norm(k)
     return q, k
+
+
+def behind_rope(
+    attention: Attention, q: Any, k: Any, config: DecoderConfig, *, rotated: bool
+) -> tuple[Any, Any]:
+    """q and k as they meet: normalised where the family does so behind rope; None stays None."""
+    if config.qk_norm_after_rope:
+        q, k = normalize_heads(attention, q, k)
+    if config.unit_heads and rotated:
+        q, k = (None if x is None else _unit(x, config.rms_norm_eps) for x in (q, k))
+    return q, k
+
+
+def _unit(x: jax.Array, eps: float) -> jax.Array:
+    return rms_norm(x, jnp.ones(x.shape[-1], x.dtype), eps=eps)
 
 
 def scaled_queries(q: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -292,7 +308,8 @@ def decoder_layer(
       cos, sin: fp32 `[batch, seq, rotated / 2]`; None where the layer is told no positions.
       segment_ids: int `[batch, seq]`, or None for one segment a row.
       query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
-      kind: "full", "sliding" for a window of config.sliding_window tokens, "conv" or "linear".
+      kind: "full", "sliding" for a window of config.sliding_window tokens, "chunked", whose chunks are `segment_ids`,
+        "conv" or "linear".
       dropout_key: of this layer; None drops nothing.
       tile_tokens: as in `feed_forward`.
     """
@@ -343,8 +360,7 @@ def attention_part(
         x, q, k, v, gate = project_qkv(layer, x, config=config, dropout_key=dropout_key)
         if cos is not None and sin is not None:
             q, k = apply_rope(q, k, cos, sin)
-        if config.qk_norm_after_rope:
-            q, k = normalize_heads(attention, q, k)
+        q, k = behind_rope(attention, q, k, config, rotated=cos is not None)
         q = scaled_queries(q, query_scale)
         heads = flash_attention(
             q,

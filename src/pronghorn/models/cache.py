@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from pronghorn.models import rope
 from pronghorn.models.blocks import (
     add_attention,
+    behind_rope,
     feed_forward,
-    normalize_heads,
     project_qkv,
     scaled_queries,
 )
@@ -88,7 +88,7 @@ def rotation(config: DecoderConfig, positions: jax.Array, max_length: int) -> di
             slots[kind]
             if kind != "none" and rope.depends_on_length(rope.with_rope(config, kind).rope)
             else None,
-            rope.query_scale(config, positions),
+            rope.query_scale(config, positions) if kind in config.query_scale_ropes else None,
         )
         for kind in query
     }
@@ -103,6 +103,7 @@ def cached_attention(
     softcap: float | None,
     sinks: jax.Array | None,
     scale: float,
+    chunk: int | None = None,
 ) -> jax.Array:
     """softmax(scale q Kᵀ) V over the visible slots, in fp32.
 
@@ -110,6 +111,7 @@ def cached_attention(
       q: `[batch, tokens, heads, head_dim]`, rotated. Keys of the cache are rotated too.
       positions: int `[batch, tokens]`.
       sinks: `[heads]` logits that take part in the softmax and have no value, or None.
+      chunk: positions of a chunk, of which a query sees its own; None for no chunks.
 
     Returns:
       `[batch, tokens, heads, value_dim]` in the dtype of q; zeros for padding.
@@ -124,6 +126,8 @@ def cached_attention(
     visible = slots <= at
     if sliding_window is not None:
         visible &= slots > at - sliding_window
+    if chunk is not None:
+        visible &= slots >= at // chunk * chunk
     visible = visible[:, None, None]
     logits = jnp.where(visible, logits, -jnp.inf)
     top = jnp.max(logits, axis=-1, keepdims=True)
@@ -192,29 +196,25 @@ def cached_decoder_layer(
         return feed_forward(layer, mixed, mixed, config=config), cache
     attention = layer.self_attn
     x, q, k, v, gate = project_qkv(layer, x, config=config)
-    q = _rotated(q, angles.query)
-    if config.qk_norm_after_rope:
-        q, _ = normalize_heads(attention, q, None)
+    rotated = angles.query[0] is not None
+    q, _ = behind_rope(attention, _rotated(q, angles.query), None, config, rotated=rotated)
     if angles.slots is None:
-        k = _rotated(k, angles.query)
-        if config.qk_norm_after_rope:
-            _, k = normalize_heads(attention, None, k)
+        _, k = behind_rope(attention, None, _rotated(k, angles.query), config, rotated=rotated)
     cache = LayerCache(_stored(cache.keys, k, positions), _stored(cache.values, v, positions))
-    rotated = cache
+    read = cache
     if angles.slots is not None:
-        keys = _rotated(cache.keys, angles.slots)
-        if config.qk_norm_after_rope:
-            _, keys = normalize_heads(attention, None, keys)
-        rotated = cache._replace(keys=keys)
+        _, keys = behind_rope(attention, None, _rotated(cache.keys, angles.slots), config, rotated=rotated)
+        read = cache._replace(keys=keys)
     heads = cached_attention(
         scaled_queries(q, angles.query_scale),
-        rotated,
+        read,
         positions,
         sliding_window=config.sliding_window if kind == "sliding" else None,
+        chunk=config.attention_chunk if kind == "chunked" else None,
         softcap=config.attention_softcap,
         sinks=value_or_none(getattr(attention, "sinks", None)),
         scale=config.attention_multiplier,
     )
     attended = add_attention(layer, x, heads, gate, config=config)
-    read = x if config.block == "parallel" else attended
-    return feed_forward(layer, read, attended, config=config), cache
+    stream = x if config.block == "parallel" else attended
+    return feed_forward(layer, stream, attended, config=config), cache

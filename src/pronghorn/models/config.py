@@ -11,7 +11,7 @@ from pronghorn.models.latent_config import LatentConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-LayerKind = Literal["full", "sliding", "conv", "linear"]
+LayerKind = Literal["full", "sliding", "chunked", "conv", "linear"]
 LayerRope = Literal["global", "local", "none"]
 Block = Literal["pre", "post", "sandwich", "parallel"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -71,7 +71,8 @@ class DecoderConfig:
       layer_kinds: what each layer sees: all before it, a window, or the last conv_width tokens through a gated
         convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases), or all before it
         through the state of a gated delta net ("linear", `models/delta_net.py`; linear_*, and conv_width of its own
-        convolution). layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
+        convolution), or in its chunk of attention_chunk positions ("chunked": from the last multiple of it on).
+        layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
         all alike.
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
@@ -79,8 +80,9 @@ class DecoderConfig:
       latent: multi-head latent attention in place of grouped heads; qkv_bias is then of its first projections, and rope
         of its dims of positions.
       experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
-      query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor(p / the rope's original
-      context)).
+      unit_heads: queries and keys are divided by their root mean square behind rope, in layers that have one.
+      query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor((p + query_scale_first) /
+        query_scale_context)), the rope's original context by default, in layers with a rope of query_scale_ropes.
     """
 
     family: str
@@ -120,6 +122,11 @@ class DecoderConfig:
     local_rope: RopeConfig | None = None
     rope_interleaved: bool = False
     query_scale_beta: float = 0.0
+    query_scale_context: int | None = None
+    query_scale_first: int = 0
+    query_scale_ropes: tuple[LayerRope, ...] = ("global", "local", "none")
+    attention_chunk: int | None = None
+    unit_heads: bool = False
     conv_width: int = 0
     conv_bias: bool = False
     attention_gate: bool = False
@@ -139,6 +146,8 @@ class DecoderConfig:
             raise ValueError(f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if "sliding" in self.layer_kinds and self.sliding_window is None:
             raise ValueError("layer_kinds has 'sliding' and sliding_window is None")
+        if "chunked" in self.layer_kinds and self.attention_chunk is None:
+            raise ValueError("layer_kinds has 'chunked' and attention_chunk is None")
         for kind in ("conv", "linear"):
             if kind in self.layer_kinds and self.conv_width < 1:
                 raise ValueError(f"layer_kinds has {kind!r} and conv_width is 0")

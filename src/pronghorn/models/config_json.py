@@ -110,7 +110,11 @@ _PLAIN_ACTIVATIONS: dict[str, Activation] = _ACTIVATIONS | {"relu2": "relu2", "x
 _ACTIVATION_NAMES: dict[Activation, str] = {
     "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "xielu": "xielu"
 }  # fmt: skip
-_LAYER_TYPES: dict[str, LayerKind] = {"full_attention": "full", "sliding_attention": "sliding"}
+_LAYER_TYPES: dict[str, LayerKind] = {
+    "full_attention": "full",
+    "sliding_attention": "sliding",
+    "chunked_attention": "chunked",
+}
 _LAYER_TYPE_NAMES: dict[LayerKind, str] = {kind: name for name, kind in _LAYER_TYPES.items()}
 
 

@@ -123,6 +123,18 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def chunk_ids(config: DecoderConfig, positions: jax.Array, segment_ids: jax.Array | None) -> jax.Array | None:
+    """What chunked layers see as segments, int32 `[batch, seq]`: the id changes with the chunk of `positions` and with
+    the segment. None where no layer is chunked."""
+    if config.attention_chunk is None:
+        return None
+    chunks = positions // config.attention_chunk
+    changes = chunks[:, 1:] != chunks[:, :-1]
+    if segment_ids is not None:
+        changes |= segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.cumsum(jnp.pad(changes, ((0, 0), (1, 0))), axis=1, dtype=jnp.int32)
+
+
 class Decoder(nnx.Module):
     """A decoder-only language model.
 
@@ -217,10 +229,14 @@ class Decoder(nnx.Module):
             raise InputError(
                 f"memory_policy={memory_policy!r} is not known; use one of {', '.join(MEMORY_POLICIES)}."
             )
+        chunks = segment_ids  # where a row is no longer than a chunk
+        is_usual, length = positions is None, input_ids.shape[1]
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(input_ids.shape[1], dtype=jnp.int32), input_ids.shape)
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), input_ids.shape)
             if segment_ids is not None:
                 positions = segment_positions(segment_ids)
+        if not is_usual or length > (self.config.attention_chunk or length):
+            chunks = chunk_ids(self.config, positions, segment_ids)
         angles = rope.layer_angles(self.config, positions)
         noise = None
         if neftune_alpha and dropout_key is not None:
@@ -233,7 +249,7 @@ class Decoder(nnx.Module):
             x, segment_outputs = _run_segment(
                 segment,
                 x,
-                (angles, segment_ids, rope.query_scale(self.config, positions)),
+                (angles, (segment_ids, chunks), rope.query_scale(self.config, positions)),
                 dropout_key,
                 config=self.config,
                 memory_policy=memory_policy,
@@ -352,7 +368,9 @@ def _run_layer(
 ):
     """The residual stream after a layer, or after a part of it."""
     kind, layer_rope = pattern
-    angles, segment_ids, query_scale = shared
+    angles, (segment_ids, chunks), query_scale = shared
+    seen = chunks if kind == "chunked" else segment_ids
+    query_scale = query_scale if layer_rope in config.query_scale_ropes else None
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
     cos, sin = angles[layer_rope]
     layer = nnx.merge(graph, state)
@@ -362,14 +380,14 @@ def _run_layer(
         "config": config, "kind": kind, "query_scale": query_scale, "dropout_key": key
     }  # fmt: skip
     if part == "attention":
-        return attention_part(layer, x, cos, sin, segment_ids, **options)[0]
-    return decoder_layer(layer, x, cos, sin, segment_ids, tile_tokens=tile_tokens, **options)
+        return attention_part(layer, x, cos, sin, seen, **options)[0]
+    return decoder_layer(layer, x, cos, sin, seen, tile_tokens=tile_tokens, **options)
 
 
 def _run_segment(
     segment: Segment,
     x: jax.Array,
-    shared: tuple[dict[LayerRope, Any], jax.Array | None, jax.Array | None],
+    shared: tuple[dict[LayerRope, Any], tuple[jax.Array | None, jax.Array | None], jax.Array | None],
     dropout_key: jax.Array | None,
     *,
     config: DecoderConfig,
@@ -377,8 +395,8 @@ def _run_segment(
     mlp_tile_tokens: int | None,
     return_layers: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """All layers of a segment; `shared` is (angles by rope, segment_ids, factors of the queries). The outputs are empty
-    unless asked for."""
+    """All layers of a segment; `shared` is (angles by rope, ids of segments and of chunks, factors of the queries). The
+    outputs are empty unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
     period, policy = len(split), POLICIES[memory_policy]
     # A feed-forward network that reads the stream after attention is a part of its own: that stream is its input.

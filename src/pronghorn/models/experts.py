@@ -58,14 +58,20 @@ def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
     """The experts of each token of n `[tokens, d]`, as transformers chooses them; see `ExpertsConfig`."""
     wide_type = jnp.float32 if config.wide_logits else None
     contract = (((1,), (1,)), ((), ()))
-    logits = jax.lax.dot_general(n, router.weight.get_value(), contract, preferred_element_type=wide_type)
+    weight = router.weight.get_value()
+    # bitsandbytes quantises a router that is a linear layer in transformers (Llama 4).
+    weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
+    logits = jax.lax.dot_general(n, weight, contract, preferred_element_type=wide_type)
     bias = value_or_none(router.bias)
     if bias is not None:
         logits = logits + bias.astype(logits.dtype)
     k, wide = config.experts_per_token, logits.astype(jnp.float32)
-    if config.router == "softmax_after_top_k":
+    if config.router in ("softmax_after_top_k", "sigmoid_after_top_k"):
         best, experts = jax.lax.top_k(wide, k)
-        return Routing(logits, jax.nn.softmax(best, axis=-1), experts.astype(jnp.int32))
+        weights = (
+            jax.nn.sigmoid(best) if config.router == "sigmoid_after_top_k" else jax.nn.softmax(best, axis=-1)
+        )
+        return Routing(logits, weights, experts.astype(jnp.int32))
     scores = jax.nn.sigmoid(wide) if config.router == "sigmoid" else jax.nn.softmax(wide, axis=-1)
     correction = value_or_none(router.e_score_correction_bias)
     ranked = jax.lax.stop_gradient(scores)
@@ -142,6 +148,23 @@ def _sum_backward(residuals, dout):
 weighted_sum.defvjp(_sum_forward, _sum_backward)
 
 
+@jax.custom_vjp
+def weights_by_expert(weights: jax.Array, order: Order) -> jax.Array:
+    """fp32 `[tokens, k]` -> the weight of every row by expert, `[tokens k, 1]`."""
+    return jnp.take(weights.reshape(-1), order.choice)[:, None]
+
+
+def _weights_forward(weights, order):
+    return weights_by_expert(weights, order), order
+
+
+def _weights_backward(order, dw):
+    return jnp.take(dw[:, 0], order.place), None
+
+
+weights_by_expert.defvjp(_weights_forward, _weights_backward)
+
+
 def sparse_mlp(
     module: SparseMLP,
     x: jax.Array,
@@ -171,8 +194,10 @@ def sparse_mlp(
         return route(module.gate, normalized(flat), experts)
 
     @jax.checkpoint
-    def widen(flat, order):
+    def widen(flat, weights, order):
         rows = rows_by_expert(normalized(flat), order)
+        if weights is not None:
+            rows = (weights_by_expert(weights, order) * rows.astype(jnp.float32)).astype(rows.dtype)
         return [
             getattr(module.experts, name).grouped(rows, order.group_sizes)
             for name in ("gate_proj", "up_proj")
@@ -202,7 +227,10 @@ def sparse_mlp(
 
     routing = choose(flat)
     order = order_by_expert(routing.experts, experts.num_experts)
-    out = weighted_sum(narrow(*widen(flat, order), order), routing.weights, order)
+    before, after = None, routing.weights
+    if experts.weights_on_input:
+        before, after = routing.weights, jnp.ones_like(routing.weights)
+    out = weighted_sum(narrow(*widen(flat, before, order), order), after, order)
     if module.shared_expert is not None:
         shared = shared_narrow(*shared_widen(flat))
         out = out + (gated(flat, shared) if experts.shared_gate else shared)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-RouterKind = Literal["softmax", "softmax_after_top_k", "sigmoid"]
+RouterKind = Literal["softmax", "softmax_after_top_k", "sigmoid", "sigmoid_after_top_k"]
 GroupScore = Literal["two_best", "best"]
 
 
@@ -16,6 +16,7 @@ class ExpertsConfig:
       softmax               s = softmax(l), chosen by s + b
       softmax_after_top_k   chosen by l, s = softmax over the k that are chosen
       sigmoid               s = sigmoid(l), chosen by s + b
+      sigmoid_after_top_k   chosen by l, s = sigmoid(l): the same where sigmoid(l) is no 1
 
     y = scaling_factor Σ_chosen w_e f_e(n) (+ the shared expert's), w_e = s_e, or where `normalized`
     s_e / max(Σ_chosen s + normalizer_epsilon, normalizer_minimum).
@@ -27,6 +28,7 @@ class ExpertsConfig:
       normalized: weights of the chosen add up to one.
       scaling_factor: of the weights, after that.
       normalizer_epsilon, normalizer_minimum: of the sum that weights are divided by.
+      weights_on_input: an expert computes f_e(w_e n), and its output has no weight (Llama 4).
       wide_logits: the logits are fp32, not rounded to the dtype of the stream.
       correction_bias: b is there: it moves the choice, never the weights, and has no gradient.
       correction_row: the checkpoint has b as a matrix of one row.
@@ -53,6 +55,7 @@ class ExpertsConfig:
     scaling_factor: float = 1.0
     normalizer_epsilon: float = 0.0
     normalizer_minimum: float = 0.0
+    weights_on_input: bool = False
     wide_logits: bool = False
     correction_bias: bool = False
     correction_row: bool = False

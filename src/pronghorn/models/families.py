@@ -30,6 +30,7 @@ from pronghorn.models import (
     internlm3,
     lfm2,
     llama,
+    llama4,
     minicpm3,
     ministral,
     ministral3,
@@ -100,6 +101,7 @@ FAMILIES: tuple[Family, ...] = (
     deepseek_v2.FAMILY,
     deepseek_v3.FAMILY,
     minicpm3.FAMILY,
+    llama4.FAMILY,
 )
 
 

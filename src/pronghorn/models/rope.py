@@ -124,10 +124,11 @@ def layer_angles(
 
 
 def query_scale(config: DecoderConfig, positions: jax.Array) -> jax.Array | None:
-    """The factor of every query, fp32 `[batch, seq]` (Llama 4, 2025), or None where there is none."""
+    """The factor of every query, fp32 `[batch, seq]` (Nakanishi 2025, arXiv:2501.19399), or None for none."""
     if not config.query_scale_beta:
         return None
-    contexts = jnp.floor(jnp.maximum(positions, 0) / _original_context(config))
+    context = config.query_scale_context or _original_context(config)
+    contexts = jnp.floor((jnp.maximum(positions, 0) + config.query_scale_first) / context)
     return 1 + config.query_scale_beta * jnp.log1p(contexts)
 
 
@@ -169,7 +170,8 @@ def _llama3(frequencies: np.ndarray, config: DecoderConfig) -> np.ndarray:
     assert rope.low_freq_factor is not None and rope.high_freq_factor is not None
     low, high, factor = rope.low_freq_factor, rope.high_freq_factor, np.float32(rope.factor)
     wavelengths = np.float32(2 * math.pi) / frequencies
-    blend = (original / wavelengths - low) / (high - low)
+    # Llama 4 has no ramp: low and high are one number, and what is neither under nor over is by an accident.
+    blend = (original / wavelengths - low) / max(high - low, 1e-30)
     between = (1 - blend) * frequencies / factor + blend * frequencies
     scaled = np.where(wavelengths > original / low, frequencies / factor, between)
     return np.where(wavelengths < original / high, frequencies, scaled).astype(np.float32)

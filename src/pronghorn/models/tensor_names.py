@@ -54,15 +54,17 @@ def llama_tensor_names(config: DecoderConfig, modules: Mapping[str, str] | None 
 
 @dataclasses.dataclass(frozen=True)
 class InterleavedTensor:
-    """How a tensor of a file holds several of ours: along its last axis in turn, an element each.
+    """How a tensor of a file holds several of ours: along its last axis in turn, an element each, or one by one.
 
     Attributes:
       parts: names in `tensor_names`: element j of the last axis belongs to part j mod len(parts).
       transposed: the file has `[.., in, out]` where ours is `[.., out, in]`.
+      in_turn: otherwise the parts lie along that axis one after the other.
     """
 
     parts: tuple[str, ...]
     transposed: bool
+    in_turn: bool = True
 
     def part_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each part, given the file's."""
@@ -78,15 +80,22 @@ class InterleavedTensor:
 
     def cut(self, array: Any, place: int) -> Any:
         """One part of the file's array; a view."""
-        part = array[..., place :: len(self.parts)]
+        part = array[..., self._columns(array.shape[-1], place)]
         return np.swapaxes(part, -1, -2) if self.transposed else part
 
     def join(self, arrays: Sequence[Any]) -> np.ndarray:
         """The file's array of all its parts."""
         array = np.empty(self.file_shape(arrays[0].shape), arrays[0].dtype)
         for place, part in enumerate(arrays):
-            array[..., place :: len(self.parts)] = np.swapaxes(part, -1, -2) if self.transposed else part
+            columns = self._columns(array.shape[-1], place)
+            array[..., columns] = np.swapaxes(part, -1, -2) if self.transposed else part
         return array
+
+    def _columns(self, last: int, place: int) -> slice:
+        size = last // len(self.parts)
+        return (
+            slice(place, None, len(self.parts)) if self.in_turn else slice(place * size, (place + 1) * size)
+        )
 
 
 def _latent_names(config: DecoderConfig) -> dict[str, bool]:

@@ -56,12 +56,15 @@ class FlopCount:
       per_pair: attention, for one query and one key it may see, over all full layers.
       per_window_pair: the same over all sliding layers.
       sliding_window: keys that a query of a sliding layer sees at most.
+      per_chunk_pair: the same over all chunked layers. attention_chunk: positions of a chunk.
     """
 
     per_token: float
     per_pair: float
     per_window_pair: float
     sliding_window: int | None
+    per_chunk_pair: float = 0.0
+    attention_chunk: int | None = None
 
     def of_batch(self, positions: np.ndarray, real: np.ndarray) -> float:
         """FLOPs for the real tokens of a batch.
@@ -72,9 +75,13 @@ class FlopCount:
         """
         seen = np.asarray(positions)[np.asarray(real)].astype(np.int64) + 1
         window = seen if self.sliding_window is None else np.minimum(seen, self.sliding_window)
-        return float(
-            self.per_token * seen.size + self.per_pair * seen.sum() + self.per_window_pair * window.sum()
+        chunk = seen if self.attention_chunk is None else (seen - 1) % self.attention_chunk + 1
+        pairs = (
+            self.per_pair * seen.sum()
+            + self.per_window_pair * window.sum()
+            + self.per_chunk_pair * chunk.sum()
         )
+        return float(self.per_token * seen.size + pairs)
 
 
 def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount:
@@ -93,6 +100,8 @@ def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount
         per_pair=per_layer_pair * full,
         per_window_pair=per_layer_pair * config.layer_kinds.count("sliding"),
         sliding_window=config.sliding_window,
+        per_chunk_pair=per_layer_pair * config.layer_kinds.count("chunked"),
+        attention_chunk=config.attention_chunk,
     )
 
 
