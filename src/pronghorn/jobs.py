@@ -134,7 +134,7 @@ def plan_job(job: JobConfig, *, memory_gib: float | None = None) -> "MemoryPlan"
       memory_gib: device memory that memory_policy "auto" has to fit; None asks the device.
     """
     from pronghorn.converters.huggingface import resolve_model_path
-    from pronghorn.converters.quantized_weights import stored_quantization
+    from pronghorn.converters.quantized_weights import planned_quantization
     from pronghorn.quantization import read_quantization
     from pronghorn.training import plan_memory
 
@@ -151,7 +151,7 @@ def plan_job(job: JobConfig, *, memory_gib: float | None = None) -> "MemoryPlan"
         max_length=job.data.max_length,
         layers=job.layers,
         packing=job.data.packing,
-        quantization=stored_quantization(folder) or read_quantization(job.quantization),
+        quantization=planned_quantization(folder) or read_quantization(job.quantization),
         evaluate=job.data.eval_path is not None or job.data.eval_fraction > 0,
         memory_limit=None if memory_gib is None else int(memory_gib * 2**30),
     )

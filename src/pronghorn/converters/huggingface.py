@@ -36,7 +36,7 @@ from pronghorn.converters.safetensors_files import (
     write_weights,
 )
 from pronghorn.converters.sources import resolve_model_path
-from pronghorn.converters.stacked_tensors import stack_tensors, unstacked
+from pronghorn.converters.stacked_tensors import stack_tensors, unstack_quantized, unstacked
 from pronghorn.converters.text_towers import text_config, tower_tensors
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder
@@ -333,7 +333,9 @@ def write_model(
     file_spec, fetch_file = unstacked(stacks, file_spec, fetch_file)  # type: ignore[assignment]
     file_spec, fetch_file = interleaved(layouts, file_spec, fetch_file)  # type: ignore[assignment]
     text = _config_text(model, config, target or jnp.dtype(model.dtype).name)
-    named = {name: theirs for theirs, name in ours.items()}
+    # No file holds a part of an interleaved tensor in bitsandbytes' form.
+    whole_names = {part for layout in layouts.values() for part in layout.parts}
+    named = {name: theirs for theirs, name in ours.items() if theirs not in whole_names}
     joined = join_fused(packed_weights(model, named, quantization, keep_quantized), fused)
     if joined:
         others = dict.fromkeys(
@@ -349,7 +351,7 @@ def write_model(
         text = json.dumps(edited, indent=2, ensure_ascii=False) + "\n"
     small = {
         name: array
-        for theirs, weight in joined.items()
+        for theirs, weight in unstack_quantized(joined, stacks).items()
         for name, array in bitsandbytes.file_tensors(theirs, weight).items()
     }
     carry_files(folder, model.source, tokenizer_from)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pronghorn.converters import bitsandbytes, fp8_checkpoints, mxfp4_checkpoints
-from pronghorn.converters.safetensors_files import StoredTensor
+from pronghorn.converters.safetensors_files import StoredTensor, open_weights
 from pronghorn.errors import InputError
 from pronghorn.lora import merged_weight
 from pronghorn.lora_sites import sites
@@ -44,6 +44,18 @@ def stored_quantization(folder: str | Path) -> QuantizationConfig | None:
     if mxfp4_checkpoints.is_mxfp4_config(value):
         return mxfp4_checkpoints.quantization_of(value)
     return bitsandbytes.quantization_of(value) if bitsandbytes.is_quantization_config(value) else None
+
+
+def planned_quantization(folder: str | Path) -> QuantizationConfig | None:
+    """`stored_quantization`, with experts skipped where the folder has them in 16 bits: transformers 5 quantises no
+    stacks, and its config.json does not say so. Reads no weight."""
+    config = stored_quantization(folder)
+    if config is None or config.kind not in ("nf4", "fp4", "int8"):
+        return config
+    parts = (".absmax", ".SCB")
+    if any(".experts." in name and name.endswith(parts) for name in open_weights(Path(folder))):
+        return config
+    return dataclasses.replace(config, skip=(*config.skip, r".*\.experts"))
 
 
 def is_known_config(value: Any) -> bool:

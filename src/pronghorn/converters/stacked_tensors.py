@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from pronghorn.converters.bitsandbytes import BitsAndBytesArray, QuantizedTensor
 from pronghorn.converters.safetensors_files import StoredTensor, TensorSpec
 from pronghorn.errors import InputError
+from pronghorn.quantization.quantize_model import stacked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,17 @@ class StackedTensor(TensorSpec):
         return stack
 
 
+@dataclasses.dataclass(frozen=True)
+class StackedQuantizedTensor(QuantizedTensor):
+    """Quantised weights of files as one on a new first axis of every leaf: nothing is read before `read`."""
+
+    stack: tuple[QuantizedTensor, ...] = ()
+
+    def read(self) -> Any:
+        """All of them with numpy leaves, every bit as stored."""
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *(tensor.read() for tensor in self.stack))
+
+
 def stack_tensors(
     folder: str | Path, stored: Mapping[str, Any], stacks: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
@@ -41,7 +55,7 @@ def stack_tensors(
       stacks: {name of the stack: its parts in order}, `Family.stacked_tensors`.
 
     Raises:
-      InputError: a part is missing, quantised, or of another shape or dtype than the first.
+      InputError: a part is missing, or of another shape or dtype than the first or quantised in another way.
     """
     found = dict(stored)
     for name, names in stacks.items():
@@ -54,18 +68,35 @@ def stack_tensors(
         parts = tuple(found.pop(part) for part in names)
         first = parts[0]
         for part_name, part in zip(names, parts, strict=True):
-            if not isinstance(part, StoredTensor):
+            if getattr(part, "form", None) != getattr(first, "form", None):
                 raise InputError(
-                    f"{part.file}: {part_name} is quantised, and experts are read "
-                    "in 16 or 32 bits; give the folder that "
-                    "it was made from."
+                    f"{part.file}: {part_name} is not quantised as {names[0]} is; experts of a layer have to be alike."
                 )
             if (part.shape, part.dtype) != (first.shape, first.dtype):
                 raise InputError(
                     f"{part.file}: {part_name} is {part.dtype.name}{list(part.shape)} and {names[0]} "
                     f"{first.dtype.name}{list(first.shape)}; experts of one layer have to be alike."
                 )
-        found[name] = StackedTensor(first.dtype, (len(parts), *first.shape), parts)
+        shape = (len(parts), *first.shape)
+        if isinstance(first, QuantizedTensor):
+            form = stacked(first.form, len(parts))
+            found[name] = StackedQuantizedTensor(first.dtype, shape, first.file, form, {}, stack=parts)  # type: ignore[arg-type]
+        else:
+            found[name] = StackedTensor(first.dtype, shape, parts)
+    return found
+
+
+def unstack_quantized(
+    weights: Mapping[str, BitsAndBytesArray], stacks: Mapping[str, tuple[str, ...]]
+) -> dict[str, BitsAndBytesArray]:
+    """The quantised weights of a file, given those of ours: experts one by one."""
+    found: dict[str, BitsAndBytesArray] = {}
+    for name, weight in weights.items():
+        if name not in stacks:
+            found[name] = weight
+            continue
+        for expert, part in enumerate(stacks[name]):
+            found[part] = jax.tree.map(lambda leaf, expert=expert: leaf[expert], weight)
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pronghorn.errors import InputError
 from pronghorn.quantization.fp8 import Activations, FP8Array, Gradients, Scales, empty_like_fp8, quantize_fp8
@@ -121,7 +122,13 @@ def read_quantization(value: "str | Path | QuantizationConfig | None") -> Quanti
 
 
 def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
-    """A quantised copy of one matrix, on the host (numpy) or its device (jax)."""
+    """A quantised copy of a matrix `[out, in]`, or of a stack `[experts, out, in]` of which each is quantised alone, on
+    the host (numpy) or its device (jax)."""
+    if weight.ndim == 3:
+        if isinstance(weight, np.ndarray):
+            one = functools.partial(quantize, config=config)
+            return jax.tree.map(lambda *leaves: np.stack(leaves), *map(one, weight))
+        return _quantize_stack(weight, config)
     if config.kind == "int8":
         return quantize_int8(weight)
     if config.kind == "fp8":
@@ -129,10 +136,19 @@ def quantize(weight: Any, config: QuantizationConfig) -> QuantizedArray:
     return quantize_4bit(weight, kind=config.kind, nested=config.nested)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _quantize_stack(weight: jax.Array, config: QuantizationConfig) -> QuantizedArray:
+    # One after the other: what a quantiser holds of a matrix is several times as large as the matrix.
+    quantized: QuantizedArray = jax.lax.map(functools.partial(quantize, config=config), weight)
+    return quantized
+
+
 def empty_like(shape: tuple[int, ...], dtype: Any, config: QuantizationConfig) -> QuantizedArray:
     """What `quantize` returns for a matrix (or a stack) of this shape, with `jax.ShapeDtypeStruct` leaves."""
     if config.kind == "mxfp4":
         return empty_like_mxfp4(shape, dtype)
+    if len(shape) == 3:
+        return stacked(empty_like(shape[1:], dtype, config), shape[0])
     if config.kind == "int8":
         return empty_like_int8(shape, dtype)
     if config.kind == "fp8":
@@ -201,8 +217,8 @@ def _is_matrix_or_stack(parameter: Any) -> bool:
 
 
 def _can_take(parameter: Any, kind: str) -> bool:
-    """MXFP4 is for experts alone, which take nothing else."""
-    return (len(parameter.shape) == 3) == (kind == "mxfp4")
+    """Experts are never multiplied in FP8, so they stay in 16 bits then; and MXFP4 is theirs alone."""
+    return kind != "fp8" if len(parameter.shape) == 3 else kind != "mxfp4"
 
 
 def make_abstract(parameters: Mapping[str, Any], arrays: Mapping[str, QuantizedArray]) -> None:
@@ -229,12 +245,16 @@ def make_abstract(parameters: Mapping[str, Any], arrays: Mapping[str, QuantizedA
                 'load the model with layers="unrolled".'
             )
         if first.repeat is not None:
-            form = jax.tree.map(functools.partial(_stacked, len(group)), form)
+            form = stacked(form, len(group))
         first.variable.set_value(form)
 
 
-def _stacked(count: int, leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype)
+def stacked(form: QuantizedArray, count: int) -> QuantizedArray:
+    """`count` weights of an abstract form in one, on a new first axis."""
+    result: QuantizedArray = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), form
+    )
+    return result
 
 
 def finite_scales(values: Iterable[Any]) -> jax.Array:
