@@ -112,6 +112,11 @@ def sites(model: Decoder) -> dict[str, Site]:
                     by_layer.setdefault(number, []).append(Site(name, module, index, number))
     for number in sorted(by_layer):
         found.extend(by_layer[number])
+    if model.extras is not None:
+        for path, module in nnx.iter_modules(model.extras):
+            if isinstance(module, Linear):
+                name = ".".join(map(str, path))
+                found.append(Site(name, module))
     head = tied_head(model) if model.lm_head is None else model.lm_head
     rows = (embedding if model.config.tie_word_embeddings else head).lora_new_rows
     found.append(Site(HEAD, head, new_rows=rows, first_new=first))

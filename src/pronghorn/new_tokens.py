@@ -98,6 +98,11 @@ def with_tokens(model: Decoder, first: int, count: int) -> Decoder:
         raise InputError(
             "new_tokens: the model was given new tokens already; give all of them at once, or merge it first."
         )
+    if model.config.extras is not None and model.config.extras.input_width:
+        raise InputError(
+            f"new_tokens: every layer of {model.config.family} has a table of its own with a row a token, to which no "
+            "rows can be added; use tokens that the tokenizer has."
+        )
     modules: list[Embedding | Linear] = [model.embed_tokens]
     if not model.config.tie_word_embeddings and model.lm_head is not None:
         modules.append(model.lm_head)

@@ -34,6 +34,35 @@ SPECIAL = {
         SIGLIP,
         {"mm_tokens_per_image": 4, "image_token_index": 130, "boi_token_index": 1, "eoi_token_index": 2},
     ),
+    "gemma4": (
+        {
+            "model_type": "gemma4_text",
+            "pad_token_id": 0,
+            "head_dim": 6,
+            "global_head_dim": 8,
+            "rms_norm_eps": 1e-3,
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 7,
+            "num_kv_shared_layers": 1,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 131,
+        },
+        {
+            "model_type": "gemma4_vision",
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "position_embedding_size": 16,
+        },
+        {
+            "audio_config": None,
+            "image_token_id": 130,
+            "video_token_id": 129,
+            "audio_token_id": 128,
+            "boi_token_id": 1,
+            "eoi_token_id": 2,
+        },
+    ),
     "mistral3": (
         {"model_type": "mistral", "head_dim": 10, "num_hidden_layers": 2},
         {"model_type": "pixtral", "head_dim": 8},
@@ -93,7 +122,7 @@ def wrapper(kind):
 
     text, vision, own = SPECIAL[kind]
     config = AutoConfig.for_model(
-        kind, text_config=SIZES | text | {"pad_token_id": None}, vision_config=VISION | vision, **own
+        kind, text_config=SIZES | {"pad_token_id": None} | text, vision_config=VISION | vision, **own
     )
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(0)

@@ -131,7 +131,7 @@ def _by_our_names(model: Decoder, theirs: Mapping[str, Any]) -> dict[str, np.nda
 def _gradient_difference(model: Decoder, gradients: dict[str, Any], expected: dict[str, np.ndarray]) -> float:
     """The worst of all parameters, each relative to its norm."""
     named = _by_our_names(model, expected)
-    constant = ("act_fn.beta", "act_fn.eps", "e_score_correction_bias")
+    constant = ("act_fn.beta", "act_fn.eps", "e_score_correction_bias", "layer_scalar")
     assert sorted(named) == sorted(n for n in gradients if not n.endswith(constant)), (
         "every parameter is compared"
     )
@@ -254,9 +254,8 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     changed = sum(not np.array_equal(expected[name], base[name]) for name in base)
     # Cohere's query and key norms are matrices as well: a row a head.
     linears = sum(
-        name.startswith("layers.")
-        and len(array.shape) == 2
-        and not any(part in name for part in ("norm", "mlp.gate."))
+        len(array.shape) == 2
+        and not any(part in name for part in ("norm", "mlp.gate.", "embed_tokens", "lm_head"))
         for name, array in base.items()
     )
     assert changed == (len(attention) if sparse else linears), "every linear was adapted"

@@ -27,7 +27,8 @@ from pronghorn.models import (
     rope,
 )
 from pronghorn.models.blocks import decoder_layer
-from pronghorn.models.decoder import plan_segments, segment_positions
+from pronghorn.models.decoder import segment_positions
+from pronghorn.models.segments import plan_segments
 from pronghorn.pallas_kernels.launch import kernels
 from tests.models.reference import (
     compiled,

@@ -263,6 +263,26 @@ GPT_OSS_20B = {
     "tie_word_embeddings": False, "use_cache": True, "vocab_size": 201088,
 }  # fmt: skip
 
+# Keys as on the hub, where transformers writes sizes of full layers one by one; the values are still to be compared
+# with the published file.
+GEMMA_4_E2B_TEXT = {
+    "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": False, "bos_token_id": 2,
+    "dtype": "bfloat16",
+    "enable_moe_block": False, "eos_token_id": 1, "final_logit_softcapping": 30.0, "global_head_dim": 512,
+    "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1536, "hidden_size_per_layer_input": 256,
+    "initializer_range": 0.02, "intermediate_size": 6144,
+    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 7, "max_position_embeddings": 131072,
+    "model_type": "gemma4_text", "moe_intermediate_size": None, "num_attention_heads": 8, "num_experts": None,
+    "num_global_key_value_heads": None, "num_hidden_layers": 35, "num_key_value_heads": 1, "num_kv_shared_layers": 20,
+    "pad_token_id": 0, "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "sliding_window": 512, "tie_word_embeddings": True, "top_k_experts": None, "use_bidirectional_attention": None,
+    "use_cache": True, "use_double_wide_mlp": True, "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+}  # fmt: skip
+
 
 def read(hf):
     return family_for(hf).config_from_hf(hf)
@@ -349,9 +369,50 @@ def test_gpt_oss_has_sinks_clamped_experts_and_a_ramp_that_is_not_rounded():
         read(GPT_OSS_20B | {"swiglu_limit": -1.0})
 
 
+def test_gemma_4_shares_keys_and_values_and_its_full_layers_have_larger_heads():
+    config = read(GEMMA_4_E2B_TEXT)
+    assert [config.of_layer(i).head_dim for i in (3, 4)] == [256, 512]
+    assert [config.of_layer(i).intermediate_size for i in (14, 15)] == [6144, 12288]
+    modes = [config.of_layer(i).extras.key_values for i in range(35)]
+    assert modes == ["own"] * 13 + ["stored"] * 2 + ["read"] * 20
+    assert (config.attention_scale, config.rope.partial_rotary_factor, config.local_rope.base) == (
+        1.0,
+        0.25,
+        1e4,
+    )
+    assert read(GEMMA_4_E2B_TEXT | {"use_bidirectional_attention": "vision"}) == config
+    large = GEMMA_4_E2B_TEXT | {
+        "num_key_value_heads": 4,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+    }
+    assert [read(large).of_layer(i).num_kv_heads for i in (3, 4)] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"enable_moe_block": True}, "enable_moe_block"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+        ({"per_layer_config": {"3": {"head_dim": 8}}}, "per_layer_config"),
+        (
+            {"per_layer_config": {str(i): {"head_dim": i} for i in range(4, 35, 5)}},
+            "same of every full layer",
+        ),
+        ({"per_layer_config": {str(i): {"eps": 1} for i in range(4, 35, 5)}}, "per_layer_config has eps"),
+        ({"num_kv_shared_layers": 33}, "no layer before has"),
+        ({"num_kv_shared_layers": 36}, "no layer before has"),
+    ],
+)
+def test_gemma_4s_that_would_be_other_models_are_refused(change, named):
+    with pytest.raises(InputError, match=named):
+        read(GEMMA_4_E2B_TEXT | change)
+
+
 @pytest.mark.parametrize(
     "hf",
     [
+        GEMMA_4_E2B_TEXT,
         GEMMA_2_2B,
         GEMMA_3_1B,
         PHI_4_MINI,

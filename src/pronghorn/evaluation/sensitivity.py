@@ -54,6 +54,11 @@ class Sensitivity:
     def __init__(self, model: Decoder, input_ids: np.ndarray):
         if model.adapter is not None or any(segment.stacked for segment in model.segments):
             raise InputError("sensitivity: measure a model without an adapter, loaded with unrolled layers.")
+        if model.config.extras is not None:
+            raise InputError(
+                f"sensitivity: layers of {model.config.family} read more than the residual stream, and none can be "
+                "measured alone; quantise the whole model."
+            )
         if any(is_quantized(p.variable.get_value()) for p in named_parameters(model).values()):
             raise InputError("sensitivity: the model is quantised already; give the 16-bit one.")
         self.model = model

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from pronghorn.models.altup import cut_off
 from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.models.delta_net import add_delta_net
 from pronghorn.models.expert_layers import SparseMLP
@@ -38,9 +39,10 @@ def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
 
 def project_qkv(
     layer: DecoderLayer, x: jax.Array, *, config: DecoderConfig, dropout_key: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array, Any, Any, jax.Array | None]:
     """The residual stream `[batch, seq, d]` -> itself, queries `[batch, seq, heads, head_dim]`, keys and values
-    `[.., kv_heads, head_dim]`, and what gates attention's output, like the queries, or None.
+    `[.., kv_heads, head_dim]` (None where the layer has none of its own), and what gates attention's output, like the
+    queries, or None.
 
     Latent attention has keys of every head, and values `[.., heads, value_dim]`. The stream has to be read on from the
     array that is returned, so that its gradient is added where this op's is computed. Heads are normalised where the
@@ -52,9 +54,11 @@ def project_qkv(
         x, of_q, of_kv = project_latents(layer, x, **options)
         return x, *expand_latents(attention, of_q, of_kv, (None, None), **options), None
     norm = None if config.block == "post" else layer.input_layernorm
-    x, (q, k, v) = normalized_linears(
-        norm, attention, ("q_proj", "k_proj", "v_proj"), x, dropout_key, joined=config.block != "parallel"
+    names = tuple(name for name in ("q_proj", "k_proj", "v_proj") if getattr(attention, name) is not None)
+    x, projected = normalized_linears(
+        norm, attention, names, x, dropout_key, joined=config.block != "parallel"
     )
+    q, k, v = (dict(zip(names, projected, strict=True)).get(name) for name in ("q_proj", "k_proj", "v_proj"))
     if config.qk_norm_over == "width":
         q, k = normalize_heads(attention, q, k)
     batch, seq, _ = x.shape
@@ -62,8 +66,11 @@ def project_qkv(
     q = q.reshape(batch, seq, config.num_heads, -1)
     if config.attention_gate:
         q, gate = jnp.split(q, 2, axis=-1)
-    k = k.reshape(batch, seq, config.num_kv_heads, config.head_dim)
-    v = v.reshape(batch, seq, config.num_kv_heads, config.head_dim)
+    if k is not None:
+        k = k.reshape(batch, seq, config.num_kv_heads, config.head_dim)
+        v = k if v is None else v.reshape(batch, seq, config.num_kv_heads, config.head_dim)
+        if config.extras is not None and config.extras.value_norm:
+            v = _unit(v, config.rms_norm_eps)
     if config.qk_norm_over != "width" and not config.qk_norm_after_rope:
         q, k = normalize_heads(attention, q, k)
     if config.rope_interleaved:
@@ -160,7 +167,7 @@ def feed_forward(
     """
     if tile_tokens is None:
         return _feed_forward(layer, x, residual, config=config, dropout_key=dropout_key)
-    split: Any = nnx.split(layer, lambda path, _: path[0] not in ("self_attn", "conv", "linear_attn"), ...)
+    split: Any = nnx.split(layer, lambda path, _: path[0] == "mlp" or path[0].endswith("layernorm"), ...)
     graph, operands, others = split
     unread = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), others)
 
@@ -207,7 +214,7 @@ def _feed_forward(layer, x, residual, *, config, dropout_key):
             out = layer.post_feedforward_layernorm(out)
         return _scaled_sum(residual, out, config.residual_scale)
     names = ("gate_proj", "up_proj", "down_proj")
-    joined = config.gated_mlp and not row_lengths_trained(layer.mlp, names)
+    joined = config.gated_mlp and not _gate_sparsity(config) and not row_lengths_trained(layer.mlp, names)
     if isinstance(norm, RMSNorm) and joined:
         plain = config.block == "pre" and config.residual_scale == 1.0
         linears, scales, dropout = operands(layer.mlp, names, dropout_key)
@@ -250,13 +257,23 @@ def mlp(
     def narrow(wide):
         if config.gated_mlp:
             activation: Any = config.activation
-            hidden = gated_activation(*wide, activation=activation)
+            gate, up = wide
+            if sparsity := _gate_sparsity(config):
+                gate = cut_off(gate, sparsity)
+            hidden = gated_activation(gate, up, activation=activation)
         else:
             (up,) = wide
             hidden = _activation(up, config.activation, _xielu(module.act_fn))
         return one_linear(module, "down_proj", hidden, dropout_key)
 
     return narrow(widen(x))
+
+
+def _gate_sparsity(config: DecoderConfig) -> float:
+    """The share of the gate that a layer cuts off."""
+    return (
+        config.extras.gate_sparsity[0] if config.extras is not None and config.extras.gate_sparsity else 0.0
+    )
 
 
 def _xielu(module: XIELU | None) -> tuple[jax.Array, ...] | None:

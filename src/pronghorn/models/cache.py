@@ -27,6 +27,7 @@ from pronghorn.models.blocks import (
 )
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
 from pronghorn.models.delta_net import StateCache, cached_delta_net, empty_state
+from pronghorn.models.extras import Carried, around_attention
 from pronghorn.models.layers import DecoderLayer, value_or_none
 from pronghorn.models.short_convolution import convolution_inputs, weighted_taps
 
@@ -65,7 +66,13 @@ def empty_cache(
     if kind == "conv":
         shape = (*leading, batch, max_length, 1, config.hidden_size)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 0), dtype))
-    shape = (*leading, batch, max_length, config.num_kv_heads)
+    reads = config.extras is not None and config.extras.key_values == "read"
+    shape = (
+        *leading,
+        batch,
+        max_length,
+        0 if reads else config.num_kv_heads,
+    )  # or those of another layer's cache
     keys = jnp.zeros((*shape, config.head_dim), dtype)
     return LayerCache(keys, jnp.zeros((*shape, config.value_dim), dtype))
 
@@ -194,17 +201,43 @@ def cached_decoder_layer(
     if kind == "linear":
         mixed, cache = cached_delta_net(layer, x, cache, positions, config=config)
         return feed_forward(layer, mixed, mixed, config=config), cache
+    x, heads, gate, cache, _ = cached_heads(layer, x, cache, angles, positions, config=config, kind=kind)
+    attended = add_attention(layer, x, heads, gate, config=config)
+    read = x if config.block == "parallel" else attended
+    return feed_forward(layer, read, attended, config=config), cache
+
+
+def cached_heads(
+    layer: DecoderLayer,
+    x: jax.Array,
+    cache: LayerCache,
+    angles: Rotation,
+    positions: jax.Array,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+    read: LayerCache | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None, LayerCache, LayerCache]:
+    """(x, what attention's heads see, their gate, the cache with the new tokens in it, keys as they are compared with
+    and values) of `cached_decoder_layer`'s arguments.
+
+    Args:
+      read: the last of these of another layer, for one that has no keys and values of its own.
+    """
     attention = layer.self_attn
     x, q, k, v, gate = project_qkv(layer, x, config=config)
     rotated = angles.query[0] is not None
     q, _ = behind_rope(attention, _rotated(q, angles.query), None, config, rotated=rotated)
-    if angles.slots is None:
-        _, k = behind_rope(attention, None, _rotated(k, angles.query), config, rotated=rotated)
-    cache = LayerCache(_stored(cache.keys, k, positions), _stored(cache.values, v, positions))
-    read = cache
-    if angles.slots is not None:
-        _, keys = behind_rope(attention, None, _rotated(cache.keys, angles.slots), config, rotated=rotated)
-        read = cache._replace(keys=keys)
+    if k is not None:
+        if angles.slots is None:
+            _, k = behind_rope(attention, None, _rotated(k, angles.query), config, rotated=rotated)
+        read = cache = LayerCache(_stored(cache.keys, k, positions), _stored(cache.values, v, positions))
+        if angles.slots is not None:
+            _, keys = behind_rope(
+                attention, None, _rotated(cache.keys, angles.slots), config, rotated=rotated
+            )
+            read = cache._replace(keys=keys)
+    assert read is not None
     heads = cached_attention(
         scaled_queries(q, angles.query_scale),
         read,
@@ -215,6 +248,30 @@ def cached_decoder_layer(
         sinks=value_or_none(getattr(attention, "sinks", None)),
         scale=config.attention_multiplier,
     )
-    attended = add_attention(layer, x, heads, gate, config=config)
-    stream = x if config.block == "parallel" else attended
-    return feed_forward(layer, stream, attended, config=config), cache
+    return x, heads, gate, cache, read
+
+
+def cached_extended_layer(
+    layer: DecoderLayer,
+    carried: Carried,
+    layer_input: jax.Array | None,
+    cache: LayerCache,
+    angles: Rotation,
+    positions: jax.Array,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+) -> tuple[Carried, LayerCache]:
+    """`extras.extended_layer` for tokens that follow those in the cache; the keys and values that `carried` has are a
+    `LayerCache` each."""
+    filled = cache
+
+    def attend(x: jax.Array) -> tuple[jax.Array, LayerCache]:
+        nonlocal filled
+        x, heads, gate, filled, read = cached_heads(
+            layer, x, cache, angles, positions, config=config, kind=kind, read=carried.keys_values.get(kind)
+        )
+        return add_attention(layer, x, heads, gate, config=config), read
+
+    carried = around_attention(layer, carried, layer_input, attend, config=config, kind=kind)
+    return carried, filled

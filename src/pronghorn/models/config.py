@@ -4,9 +4,11 @@ A family file (`models/<family>.py`) maps a Hugging Face `config.json` to it; th
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.extras_config import ExtrasConfig
 from pronghorn.models.latent_config import LatentConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
@@ -14,7 +16,7 @@ GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 LayerKind = Literal["full", "sliding", "chunked", "conv", "linear"]
 LayerRope = Literal["global", "local", "none"]
 Block = Literal["pre", "post", "sandwich", "parallel"]
-RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,7 @@ class RopeConfig:
     Attributes:
       base: theta, the base of the geometric series of wavelengths.
       kind: which scaling; the other attributes are read only by the kinds named with them.
-      factor: how much longer than the original context (linear, dynamic, llama3, yarn, longrope).
+      factor: how much longer than the original context (all but default).
       original_max_position_embeddings: context of pre-training (dynamic, llama3, yarn, longrope).
       low_freq_factor, high_freq_factor: llama3.
       beta_fast, beta_slow, mscale, mscale_all_dim, truncate: yarn.
@@ -80,6 +82,7 @@ class DecoderConfig:
       latent: multi-head latent attention in place of grouped heads; qkv_bias is then of its first projections, and rope
         of its dims of positions.
       experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
+      extras: keys and values that layers share, inputs of their own, sizes that differ by layer and more, or None.
       unit_heads: queries and keys are divided by their root mean square behind rope, in layers that have one.
       query_scale_beta: queries at position p are multiplied by 1 + beta log(1 + floor((p + query_scale_first) /
         query_scale_context)), the rope's original context by default, in layers with a rope of query_scale_ropes.
@@ -136,6 +139,7 @@ class DecoderConfig:
     linear_value_dim: int = 0
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
+    extras: ExtrasConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.layer_kinds:
@@ -180,6 +184,28 @@ class DecoderConfig:
             self._check_latent(self.latent)
         if self.rope_interleaved and self.qk_norm_after_rope:
             raise ValueError("heads that are normalised after rope keep the order of their dims")
+        if self.extras is not None:
+            self._check_extras(self.extras)
+
+    def _check_extras(self, extras: ExtrasConfig) -> None:
+        extras.check(self.layer_kinds)
+        if self.experts is not None or self.block != "sandwich" or self.norm != "rms" or not self.gated_mlp:
+            raise ValueError(
+                "extras go with gated feed-forward networks between norms, no experts among them"
+            )
+        if self.unit_heads or self.qk_norm_after_rope or self.query_scale_beta or self.attention_sinks:
+            raise ValueError("extras go with heads as they are behind rope, and no sinks")
+        if self.num_heads % (extras.sliding_kv_heads or 1):
+            raise ValueError(
+                f"num_heads {self.num_heads} is no multiple of {extras.sliding_kv_heads} sliding ones"
+            )
+        local = tuple(rope == "local" for _, rope in self.layer_pattern)
+        if extras.sliding_head_dim and local != tuple(kind == "sliding" for kind in self.layer_kinds):
+            raise ValueError("sliding layers with heads of another size need a rope of their own")
+
+    def of_layer(self, index: int) -> "DecoderConfig":
+        """The configuration as one layer has it: with its own sizes, and equal for layers that are alike."""
+        return self if self.extras is None else _of_layer(self, index)
 
     def _check_latent(self, latent: LatentConfig) -> None:
         if self.head_dim != latent.content_dim + latent.position_dim:
@@ -221,6 +247,20 @@ class DecoderConfig:
         return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
-    def layer_structure(self) -> tuple[tuple[tuple[LayerKind, LayerRope], bool], ...]:
-        """(pattern, has experts) of every layer: layers of which it is equal can be scanned over."""
-        return tuple((pattern, self.is_sparse(i)) for i, pattern in enumerate(self.layer_pattern))
+    def layer_structure(self) -> tuple[Any, ...]:
+        """(pattern, has experts, sizes of its own) of every layer: layers of which it is equal can be scanned over."""
+        sizes = [None if self.extras is None else self.of_layer(i) for i in range(self.num_layers)]
+        return tuple((pattern, self.is_sparse(i), sizes[i]) for i, pattern in enumerate(self.layer_pattern))
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_layer(config: DecoderConfig, index: int) -> DecoderConfig:
+    extras = config.extras
+    assert extras is not None
+    changes: dict[str, Any] = {"extras": extras.of_layer(index, config.layer_kinds)}
+    if config.layer_kinds[index] == "sliding":
+        changes["head_dim"] = extras.sliding_head_dim or config.head_dim
+        changes["num_kv_heads"] = extras.sliding_kv_heads or config.num_kv_heads
+    if extras.layer_widths:
+        changes["intermediate_size"] = extras.layer_widths[index]
+    return dataclasses.replace(config, **changes)

@@ -95,7 +95,7 @@ ROPE_KEYS = frozenset({
     "mscale", "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
     "rope_type", "short_factor", "truncate", "type",
 })  # fmt: skip
-_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 _ROPE_NEEDS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -211,7 +211,7 @@ def read_common(
         "tie_word_embeddings": flag(hf, "tie_word_embeddings"),
         "rope": rope,
     }
-    if partial_rotary is None and rope.partial_rotary_factor != 1:
+    if partial_rotary is None and rope.partial_rotary_factor != 1 and rope.kind != "proportional":
         raise InputError(
             f"config.json: partial_rotary_factor has to be 1 for model_type {hf.get('model_type')!r}."
         )
@@ -259,7 +259,7 @@ def write_rope(rope: RopeConfig) -> dict[str, Any]:
     """The keys of a rope_scaling, without rope_theta."""
     defaults = RopeConfig()
     scaling: dict[str, Any] = {"rope_type": rope.kind}
-    if rope.kind != "default":
+    if rope.kind not in ("default", "proportional") or rope.factor != 1:
         scaling["factor"] = rope.factor
     for field in dataclasses.fields(rope):
         value = getattr(rope, field.name)
@@ -297,7 +297,9 @@ def read_rope(hf: HfConfig, *, head_dim: int, partial_rotary: float | None = Non
     partial = 1.0 if partial_rotary is None else number(hf, "partial_rotary_factor", partial_rotary)
     partial = number(scaling, "partial_rotary_factor", partial)
     fields: dict[str, Any] = {"base": base, "kind": kind, "partial_rotary_factor": partial}
-    if kind == "default":
+    if kind == "proportional":
+        fields["factor"] = number(scaling, "factor", 1.0)
+    if kind in ("default", "proportional"):
         return RopeConfig(**fields)
     context = positive(hf, "max_position_embeddings")
     if kind in ("llama3", "yarn", "longrope"):

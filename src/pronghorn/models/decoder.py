@@ -1,13 +1,11 @@
 """`Decoder`: the one decoder that serves every family, by configuration.
 
-Layers live in segments. Unrolled, one segment holds every layer and each keeps arrays of its own. Scanned, a segment
-is one period of the layer pattern, weights stacked over its repeats, and one `lax.scan`. Nothing above the decoder
-sees the difference; `models/parameters.py` names single layers in both.
+Layers live in segments (`models/segments.py`), unrolled or scanned. Nothing above the decoder sees the difference;
+`models/parameters.py` names single layers in both.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -17,17 +15,16 @@ from flax import nnx
 from pronghorn.errors import InputError
 from pronghorn.models import cache as kv_cache
 from pronghorn.models import rope
-from pronghorn.models.blocks import attention_part, decoder_layer, feed_forward
-from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
-from pronghorn.models.expert_layers import SparseMLP
-from pronghorn.models.layer_stack import LayerStack, run_offloaded
-from pronghorn.models.layers import MLP, DecoderLayer, Embedding, Linear, hidden_norm, value_or_none
-from pronghorn.models.memory_policies import MEMORY_POLICIES, POLICIES
+from pronghorn.models.config import DecoderConfig
+from pronghorn.models.extras import ModelExtras, first_carried, last_stream
+from pronghorn.models.layers import Embedding, Linear, hidden_norm, value_or_none
+from pronghorn.models.memory_policies import MEMORY_POLICIES
+from pronghorn.models.segments import Segment, decode_segment, plan_segments, run_segment, stream_of
 
 LayerLayout = Literal["unrolled", "scanned"]
-LayerPart = Literal["layer", "attention", "feed_forward"]
 
-_NOISE_STREAM = 2**31 - 1  # layers fold the same key with their index
+# Layers fold the same key with their index.
+_NOISE_STREAM, _EXTRAS_STREAM = 2**31 - 1, 2**31 - 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,61 +42,6 @@ class Source:
     hf_config: str
     dtype: str
     wrapped: bool = False
-
-
-class Segment(nnx.Module):
-    """Layers `start .. start + repeats * len(layers)`: a period of the pattern, stacked over its repeats or single.
-
-    The index of a layer is `start + repeat * len(layers) + position`.
-    """
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        start: int,
-        period: int,
-        repeats: int,
-        *,
-        stacked: bool,
-        dtype: Any,
-        rngs: nnx.Rngs,
-    ):
-        leading = (repeats,) if stacked else ()
-        self.start = start
-        self.repeats = repeats
-        self.stacked = stacked
-        self.layers = nnx.List([
-            DecoderLayer(
-                config,
-                dtype=dtype,
-                rngs=rngs,
-                leading=leading,
-                kind=config.layer_kinds[start + i],
-                mlp=SparseMLP if config.is_sparse(start + i) else MLP,
-            )
-            for i in range(period)
-        ])  # fmt: skip
-
-
-def plan_segments(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
-    """Cut a layer pattern into (start, period, repeats) with the least to compile: one body a period entry.
-
-    Five sliding and one full, four times and two more sliding: (0, 6, 4), (24, 1, 2).
-    """
-    count = len(kinds)
-    # best[i] = (cost, plan) for kinds[i:]; a segment costs its period, and one for the loop.
-    best: list[tuple[int, tuple[tuple[int, int, int], ...]]] = [(0, ())] * (count + 1)
-    for start in range(count - 1, -1, -1):
-        options = []
-        for period in range(1, count - start + 1):
-            end = start + period
-            while kinds[end : end + period] == kinds[start : start + period]:
-                end += period
-            rest_cost, rest = best[end]
-            options.append((period + 1 + rest_cost, ((start, period, (end - start) // period), *rest)))
-        # Of equal costs the longest first segment, of the shortest period.
-        best[start] = min(options, key=lambda option: (option[0], -option[1][0][1] * option[1][0][2]))
-    return best[0][1]
 
 
 def embedding_noise(
@@ -146,6 +88,7 @@ class Decoder(nnx.Module):
 
     Attributes:
       embed_tokens, segments, norm, lm_head: parameters; lm_head is None where the embedding is the head.
+      extras: parameters beyond these, or None (`models/extras.py`).
       config, dtype: as given.
       source: `Source` or None, static. adapter: `AdapterInfo` or None, static. new_tokens: `NewTokens` or None, static.
     """
@@ -175,6 +118,9 @@ class Decoder(nnx.Module):
             Segment(config, *cut, stacked=scanned, dtype=self.dtype, rngs=rngs) for cut in plan
         ])  # fmt: skip
         self.norm = hidden_norm(config, dtype=self.dtype)
+        self.extras = nnx.data(
+            None if config.extras is None else ModelExtras(config, dtype=self.dtype, rngs=rngs)
+        )
         self.lm_head = nnx.data(
             None
             if config.tie_word_embeddings
@@ -244,11 +190,13 @@ class Decoder(nnx.Module):
                 dropout_key, neftune_alpha, (*input_ids.shape, self.config.hidden_size), segment_ids
             )
         x = self.embed(input_ids, noise)
-        outputs = [x]
+        carried, layer_inputs = self._first(input_ids, x, dropout_key)
+        outputs = [stream_of(carried)]
         for segment in self.segments:
-            x, segment_outputs = _run_segment(
+            carried, segment_outputs = run_segment(
                 segment,
-                x,
+                carried,
+                layer_inputs,
                 (angles, (segment_ids, chunks), rope.query_scale(self.config, positions)),
                 dropout_key,
                 config=self.config,
@@ -257,8 +205,25 @@ class Decoder(nnx.Module):
                 return_layers=return_layers,
             )
             outputs.extend(segment_outputs)
-        x = self.norm(x)
+        x = self._last(carried, dropout_key)
         return (x, outputs) if return_layers else x
+
+    def _first(
+        self, input_ids: jax.Array, x: jax.Array, dropout_key: jax.Array | None = None, empty: Any = None
+    ) -> tuple[Any, jax.Array | None]:
+        """What the first layer is handed, and the inputs that layers have of their own."""
+        if self.extras is None:
+            return x, None
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, _EXTRAS_STREAM)
+        inputs = self.extras.layer_inputs(input_ids, x, config=self.config, dropout_key=key)
+        return first_carried(self.config, self.extras, x, dropout_key=key, empty=empty), inputs
+
+    def _last(self, carried: Any, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Hidden states after the final norm, of what the last layer gives."""
+        if self.extras is None:
+            return self.norm(carried)
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, _EXTRAS_STREAM + 1)
+        return self.norm(last_stream(self.config, self.extras, carried, key))
 
     def embed(self, input_ids: jax.Array, noise: jax.Array | None = None) -> jax.Array:
         """What the first layer reads, `[batch, seq, d]`; noise is added in front of the family's scale."""
@@ -306,7 +271,7 @@ class Decoder(nnx.Module):
         return tuple(
             tuple(
                 kv_cache.empty_cache(
-                    self.config,
+                    self.config.of_layer(segment.start + position),
                     batch,
                     max_length,
                     dtype=self.dtype,
@@ -337,130 +302,20 @@ class Decoder(nnx.Module):
                 "make it longer with init_cache(batch, max_length)."
             )
         angles = kv_cache.rotation(self.config, positions, max_length)
-        x = self.embed(input_ids)
+        empty = functools.partial(
+            kv_cache.empty_cache, batch=input_ids.shape[0], max_length=max_length, dtype=self.dtype
+        )
+        x, layer_inputs = self._first(input_ids, self.embed(input_ids), empty=empty)
         filled = []
         for segment, segment_cache in zip(self.segments, cache, strict=True):
-            x, segment_cache = _decode_segment(
-                segment, x, segment_cache, angles, positions, config=self.config
+            x, segment_cache = decode_segment(
+                segment, x, layer_inputs, segment_cache, angles, positions, config=self.config
             )
             filled.append(segment_cache)
-        return self.logits(self.norm(x)), tuple(filled)
+        return self.logits(self._last(x)), tuple(filled)
 
 
 def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x Wᵀ with the fp32 accumulator as the result."""
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract, preferred_element_type=jnp.float32)
-
-
-def _run_layer(
-    state: Any,
-    x: jax.Array,
-    shared: Any,
-    dropout_key: jax.Array | None,
-    index: Any,
-    *,
-    graph: Any,
-    config: DecoderConfig,
-    pattern: tuple[LayerKind, LayerRope],
-    tile_tokens: int | None,
-    part: LayerPart,
-):
-    """The residual stream after a layer, or after a part of it."""
-    kind, layer_rope = pattern
-    angles, (segment_ids, chunks), query_scale = shared
-    seen = chunks if kind == "chunked" else segment_ids
-    query_scale = query_scale if layer_rope in config.query_scale_ropes else None
-    key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-    cos, sin = angles[layer_rope]
-    layer = nnx.merge(graph, state)
-    if part == "feed_forward":
-        return feed_forward(layer, x, x, config=config, dropout_key=key, tile_tokens=tile_tokens)
-    options: dict[str, Any] = {
-        "config": config, "kind": kind, "query_scale": query_scale, "dropout_key": key
-    }  # fmt: skip
-    if part == "attention":
-        return attention_part(layer, x, cos, sin, seen, **options)[0]
-    return decoder_layer(layer, x, cos, sin, seen, tile_tokens=tile_tokens, **options)
-
-
-def _run_segment(
-    segment: Segment,
-    x: jax.Array,
-    shared: tuple[dict[LayerRope, Any], tuple[jax.Array | None, jax.Array | None], jax.Array | None],
-    dropout_key: jax.Array | None,
-    *,
-    config: DecoderConfig,
-    memory_policy: str,
-    mlp_tile_tokens: int | None,
-    return_layers: bool,
-) -> tuple[jax.Array, list[jax.Array]]:
-    """All layers of a segment; `shared` is (angles by rope, ids of segments and of chunks, factors of the queries). The
-    outputs are empty unless asked for."""
-    split = [nnx.split(layer) for layer in segment.layers]
-    period, policy = len(split), POLICIES[memory_policy]
-    # A feed-forward network that reads the stream after attention is a part of its own: that stream is its input.
-    halves = policy.offloaded and bool(policy.saved) and config.block != "parallel" and not return_layers
-    parts: tuple[LayerPart, ...] = ("attention", "feed_forward") if halves else ("layer",)
-
-    def part_of(position: int, part: LayerPart) -> Callable[..., jax.Array]:
-        run: Callable[..., jax.Array] = functools.partial(
-            _run_layer,
-            graph=split[position][0],
-            config=config,
-            pattern=config.layer_pattern[segment.start + position],
-            tile_tokens=mlp_tile_tokens,
-            part=part,
-        )
-        if policy.saved is None:
-            return run
-        # Inside of a scan nothing can be merged across the loop; outside XLA would undo the recomputation.
-        return jax.checkpoint(run, policy=policy.saveable, prevent_cse=not segment.stacked)
-
-    layers = tuple(tuple(part_of(position, part) for part in parts) for position in range(period))
-    states = tuple(state for _, state in split)
-    if policy.offloaded and not return_layers:
-        stack = LayerStack(layers, segment.start, segment.repeats, segment.stacked)
-        return run_offloaded(stack, x, states, shared, dropout_key), []
-
-    def one_period(x, scanned):
-        repeat, states = scanned
-        outputs = []
-        for position, ((run,), state) in enumerate(zip(layers, states, strict=True)):
-            x = run(state, x, shared, dropout_key, segment.start + repeat * period + position)
-            outputs.append(x)
-        return x, tuple(outputs) if return_layers else ()
-
-    if not segment.stacked:
-        x, outputs = one_period(x, (0, states))
-        return x, list(outputs)
-    x, outputs = jax.lax.scan(one_period, x, (jnp.arange(segment.repeats), states))
-    return x, [outputs[p][r] for r in range(segment.repeats) for p in range(period)] if return_layers else []
-
-
-def _decode_segment(
-    segment: Segment, x: jax.Array, cache: Any, angles: Any, positions: jax.Array, *, config: DecoderConfig
-) -> tuple[jax.Array, Any]:
-    split = [nnx.split(layer) for layer in segment.layers]
-
-    def one_period(x, scanned):
-        states, caches = scanned
-        filled = []
-        for position, ((graph, _), state, layer_cache) in enumerate(zip(split, states, caches, strict=True)):
-            kind, layer_rope = config.layer_pattern[segment.start + position]
-            x, layer_cache = kv_cache.cached_decoder_layer(
-                nnx.merge(graph, state),
-                x,
-                layer_cache,
-                angles[layer_rope],
-                positions,
-                config=config,
-                kind=kind,
-            )
-            filled.append(layer_cache)
-        return x, tuple(filled)
-
-    states = tuple(state for _, state in split)
-    if segment.stacked:
-        return jax.lax.scan(one_period, x, (states, cache))
-    return one_period(x, (states, cache))

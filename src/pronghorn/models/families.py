@@ -19,6 +19,7 @@ from pronghorn.models import (
     gemma,
     gemma2,
     gemma3,
+    gemma4,
     glm,
     glm4_moe,
     gpt_oss,
@@ -63,6 +64,7 @@ FAMILIES: tuple[Family, ...] = (
     gemma.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    gemma4.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
     olmo2.FAMILY,
@@ -109,6 +111,7 @@ FAMILIES: tuple[Family, ...] = (
 # Vision: their wrapper leaves out Cohere's factor on the logits.
 WRAPPERS = (
     "gemma3",
+    "gemma4",
     "mistral3",
     "qwen3_5",
     "llava",

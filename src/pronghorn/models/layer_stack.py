@@ -28,7 +28,7 @@ from pronghorn.pallas_kernels.launch import Static
 # Smaller arrays stay where they are: a transfer costs some microseconds of its own.
 SMALLEST_OFFLOADED = 1 << 20
 
-LayerPart = Callable[..., jax.Array]
+LayerPart = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,11 +64,11 @@ class _Pullback:
     places: tuple[tuple[bool, int], ...]  # (is an input, index)
 
 
-def run_offloaded(stack: LayerStack, x: jax.Array, states: tuple, shared: Any, dropout_key: Any) -> jax.Array:
+def run_offloaded(stack: LayerStack, x: Any, states: tuple, shared: Any, dropout_key: Any) -> Any:
     """x after all layers; differentiable in x and in every leaf of `states`.
 
     Args:
-      x: `[batch, seq, d]`.
+      x: `[batch, seq, d]`, or a pytree of what goes from layer to layer.
       states: of each position, the layer's arrays, with a leading axis of `repeats` where stacked.
       shared: what all layers read and nothing is differentiated by.
       dropout_key: None drops nothing.
@@ -109,6 +109,8 @@ def _run_forward(stack, x, states, shared, dropout_key):
 
 
 def _run_backward(stack, residuals, dy):
+    # Keys and values that later layers read go along with x; nothing reads them in the end.
+    dy = jax.tree.map(_as_array, dy, is_leaf=_is_symbolic_zero)
     saved, states, shared, dropout_key, static = residuals
     trained, pullbacks = static.value
     parts = stack.parts()
@@ -147,6 +149,14 @@ def _run_backward(stack, residuals, dy):
 
 
 _run.defvjp(_run_forward, _run_backward, symbolic_zeros=True)
+
+
+def _is_symbolic_zero(leaf: Any) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.SymbolicZero)
+
+
+def _as_array(leaf: Any) -> jax.Array:
+    return jnp.zeros(leaf.shape, leaf.dtype) if _is_symbolic_zero(leaf) else leaf
 
 
 def _loop(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.extras_config import ExtrasConfig
 from pronghorn.pallas_kernels.dora import dora_linear
 from pronghorn.pallas_kernels.layer_norm import layer_norm, layer_norm_reference
 from pronghorn.pallas_kernels.lora_linear import lora_linear
@@ -223,7 +224,8 @@ def _heads_norm(
 
 class Attention(nnx.Module):
     """Parameters of grouped-query attention: `{q,k,v,o}_proj`, and `{q,k}_norm` and `sinks` or None. With
-    `attention_gate` q_proj is twice as wide: of every head the query, then the gate."""
+    `attention_gate` q_proj is twice as wide: of every head the query, then the gate. A layer that reads another's keys
+    and values has no `k_proj`, `v_proj` and `k_norm`, one whose keys are its values no `v_proj`."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         hidden, head_dim = config.hidden_size, config.head_dim
@@ -232,12 +234,21 @@ class Attention(nnx.Module):
         bias = config.qkv_bias
         wide = 2 * query if config.attention_gate else query
         self.q_proj = Linear(hidden, wide, axes=("heads", "hidden"), bias=bias, **common)
-        self.k_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
-        self.v_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
+        extras = config.extras or ExtrasConfig()
+        if extras.key_values == "read":
+            self.k_proj = self.v_proj = nnx.data(None)
+        else:
+            self.k_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
+            self.v_proj = nnx.data(None)
+            if not extras.keys_as_values:
+                self.v_proj = Linear(hidden, key_value, axes=("kv_heads", "hidden"), bias=bias, **common)
         self.o_proj = Linear(query, hidden, axes=("hidden", "heads"), bias=config.output_bias, **common)
         norm: dict[str, Any] = {"dtype": dtype, "leading": leading}
         self.q_norm = nnx.data(_heads_norm(config, config.num_heads, "heads", **norm))
-        self.k_norm = nnx.data(_heads_norm(config, config.num_kv_heads, "kv_heads", **norm))
+        reads = extras.key_values == "read"
+        self.k_norm = nnx.data(
+            None if reads else _heads_norm(config, config.num_kv_heads, "kv_heads", **norm)
+        )
         sinks = jnp.zeros((*leading, config.num_heads), dtype) if config.attention_sinks else None
         self.sinks = nnx.data(None if sinks is None else _param(sinks, ("heads",), leading))
 
@@ -375,6 +386,14 @@ class DecoderLayer(nnx.Module):
     post_attention_layernorm: RMSNorm | LayerNorm
     pre_feedforward_layernorm: RMSNorm | LayerNorm
     post_feedforward_layernorm: RMSNorm | LayerNorm
+
+    # Of layers with extras (`models/extras.py`).
+    per_layer_input_gate: Linear
+    per_layer_projection: Linear
+    post_per_layer_input_norm: RMSNorm | LayerNorm
+    layer_scalar: Constant
+    altup: Any
+    laurel: Any
 
     def __init__(
         self,

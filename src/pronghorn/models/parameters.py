@@ -56,7 +56,8 @@ class Parameter:
 
 
 def named_parameters(model: Decoder) -> dict[str, Parameter]:
-    """Every parameter by name: embedding, layers in order, norm, head; adapters (`...lora_A`) beside their weights."""
+    """Every parameter by name: embedding, layers in order, norm, extras, head; adapters (`...lora_A`) beside their
+    weights."""
     named = {name: Parameter(v) for name, v in _variables(model.embed_tokens, "embed_tokens")}
     for segment in model.segments:
         period = [list(_variables(layer, "")) for layer in segment.layers]
@@ -66,6 +67,8 @@ def named_parameters(model: Decoder) -> dict[str, Parameter]:
                 for name, variable in variables:
                     named[f"layers.{index}.{name}"] = Parameter(variable, repeat if segment.stacked else None)
     named |= {name: Parameter(v) for name, v in _variables(model.norm, "norm")}
+    if model.extras is not None:
+        named |= {name: Parameter(v) for name, v in _variables(model.extras, "")}
     if model.lm_head is not None:
         named |= {name: Parameter(v) for name, v in _variables(model.lm_head, "lm_head")}
     return named

@@ -9,6 +9,8 @@ A scaling changes f, and for yarn and longrope multiplies cos and sin by an atte
               (NTK-aware, bloc97 and emozilla 2023)
     llama3    f / factor for wavelengths over M / low, f under M / high, a blend between   (Llama 3.1, Meta 2024)
     yarn      f / factor for the slow dimensions, f for the fast, a ramp between           (Peng et al. 2023)
+    proportional  f with R = head_dim for the first of its pairs, the partial rotary factor's share, and 0 for the
+              others                                                                     (Gemma 4, Google 2026)
     longrope  f / short[i] up to M tokens and f / long[i] beyond                           (Ding et al. 2024)
 
 The semantics are those of transformers' `modeling_rope_utils`: dynamic and longrope look at the length of the whole
@@ -35,6 +37,8 @@ def rotated_dims(config: DecoderConfig) -> int:
     """R: how many of the first dims of a head are rotated."""
     if config.latent is not None:
         return config.latent.position_dim
+    if config.rope.kind == "proportional":
+        return config.head_dim  # some of them by nothing
     return int(config.head_dim * config.rope.partial_rotary_factor)
 
 
@@ -82,6 +86,9 @@ def inverse_frequencies(
         original = _original_context(config)
         return jnp.where((original if length is None else length) > original, long, short)
     frequencies = np.float32(1.0) / wavelengths
+    if rope.kind == "proportional":
+        rotated = np.arange(dims // 2) < int(rope.partial_rotary_factor * dims // 2)
+        return np.where(rotated, frequencies, np.float32(0.0)) / np.float32(rope.factor)
     if rope.kind == "linear":
         return frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":
@@ -137,7 +144,8 @@ def with_rope(config: DecoderConfig, kind: LayerRope) -> DecoderConfig:
     if kind != "local":
         return config
     assert config.local_rope is not None
-    return dataclasses.replace(config, rope=config.local_rope)
+    head_dim = (config.extras.sliding_head_dim if config.extras else 0) or config.head_dim
+    return dataclasses.replace(config, rope=config.local_rope, head_dim=head_dim)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

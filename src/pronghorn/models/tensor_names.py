@@ -160,6 +160,46 @@ def expert_tensors(
     return found
 
 
+_KEY_VALUE = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
+_ALTUP = (
+    "altup.correct_output_scale",
+    *(
+        f"altup.{p}.weight"
+        for p in ("correction_coefs", "prediction_coefs", "modality_router", "router_norm")
+    ),
+    *(f"laurel.{p}.weight" for p in ("linear_left", "linear_right", "post_laurel_norm")),
+)
+_INPUT = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
+_INPUTS = ("embed_tokens_per_layer", "per_layer_model_projection", "per_layer_projection_norm")
+
+
+def extended_tensor_names(config: DecoderConfig) -> dict[str, str]:
+    """`llama_tensor_names` of a decoder with extras, with what these add and without what they leave out."""
+    extras, names = config.extras, llama_tensor_names(config)
+    assert extras is not None
+    own: list[str] = []
+    for index in range(config.num_layers):
+        prefix, layer = f"layers.{index}.", config.of_layer(index).extras
+        assert layer is not None
+        left_out = _KEY_VALUE if layer.key_values == "read" else _KEY_VALUE[1:2] * layer.keys_as_values
+        for module in left_out:
+            names = {ours: t for ours, t in names.items() if ours.rpartition(".")[0] != prefix + module}
+        own += [f"{prefix}{name}.weight" for name in _INPUT if extras.input_width]
+        own += [f"{prefix}layer_scalar"] * extras.layer_scalar
+        own += [f"{prefix}{name}" for name in _ALTUP if extras.altup is not None]
+    own += [f"{name}.weight" for name in _INPUTS if extras.input_width]
+    for name in ("altup_projections", "altup_unembed_projections"):
+        own += [f"{name}.{i}.weight" for i in range(extras.altup.streams - 1 if extras.altup else 0)]
+    return names | {name: f"model.{name}" for name in own}
+
+
+def shared_key_values(config: DecoderConfig) -> tuple[str, ...]:
+    """How names begin of tensors that files hold for layers that read another's keys and values: nothing reads them."""
+    reading = config.num_layers - (config.extras.shared_kv_layers if config.extras is not None else 0)
+    layers = range(reading, config.num_layers)
+    return tuple(f"model.layers.{index}.{module}." for index in layers for module in _KEY_VALUE)
+
+
 def fused_tensors(config: DecoderConfig, modules: Sequence[str]) -> dict[str, tuple[tuple[str, int], ...]]:
     """{name in the file: ((name in `tensor_names`, rows), ..)} of tensors that the file stores as one.
 

@@ -90,17 +90,19 @@ def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount
     if config.tie_word_embeddings and "lm_head.weight" not in trained | fixed:
         head = config.vocab_size * config.hidden_size
         (trained if "embed_tokens.weight" in _names(trainable) else fixed)["lm_head.weight"] = head
-    per_layer_pair = 6.0 * config.num_heads * (config.head_dim + config.value_dim)
-    full = config.layer_kinds.count("full")
+    pairs = dict.fromkeys(("full", "sliding", "chunked", "conv", "linear"), 0.0)
+    for index, kind in enumerate(config.layer_kinds):
+        layer = config.of_layer(index)
+        pairs[kind] += 6.0 * layer.num_heads * (layer.head_dim + layer.value_dim)
     # Of a delta net's state, a token reads what its key had stored, adds to it, and reads it: 6 dk dv a head, forward.
     state = config.linear_value_heads * config.linear_key_dim * config.linear_value_dim
     recurrent = 18.0 * state * config.layer_kinds.count("linear")
     return FlopCount(
         per_token=4.0 * sum(fixed.values()) + 6.0 * sum(trained.values()) + recurrent,
-        per_pair=per_layer_pair * full,
-        per_window_pair=per_layer_pair * config.layer_kinds.count("sliding"),
+        per_pair=pairs["full"],
+        per_window_pair=pairs["sliding"],
         sliding_window=config.sliding_window,
-        per_chunk_pair=per_layer_pair * config.layer_kinds.count("chunked"),
+        per_chunk_pair=pairs["chunked"],
         attention_chunk=config.attention_chunk,
     )
 
@@ -119,7 +121,9 @@ def _product_weights(tree: Any, config: DecoderConfig) -> dict[str, int]:
     """Elements of the matrices that every token is multiplied by: all but norms, biases and looked-up tables."""
     sizes = {}
     for name, leaf in _names(tree).items():
-        looked_up = name.startswith("embed_tokens.") and not name.endswith("lora_embedding_B")
+        looked_up = "embed_tokens" in name.removeprefix("extras.").split(".")[0] and not name.endswith(
+            "lora_embedding_B"
+        )
         vector = any(part in name for part in ("norm", "bias", "sinks", "magnitude"))
         if not (looked_up or vector) and len(leaf.shape) >= 2:
             sizes[name] = int(np.prod(leaf.shape))

@@ -227,9 +227,9 @@ def _run_transformers(
             with_kwargs=True,
         )
     ]
-    final_norm = next(  # its name differs: LFM 2 says embedding_norm
-        module for name, module in reversed(list(trunk.named_children())) if name.endswith("norm")
-    )
+    # Its name differs: LFM 2 says embedding_norm, and Gemma 4 has another norm behind.
+    norms = {name: module for name, module in trunk.named_children() if name.endswith("norm")}
+    final_norm = norms.get("norm", next(reversed(norms.values())))
     hooks += [
         m.register_forward_hook(lambda _m, _given, output: record(output))
         for m in (*trunk.layers, final_norm)
