@@ -113,10 +113,8 @@ def sites(model: Decoder) -> dict[str, Site]:
     for number in sorted(by_layer):
         found.extend(by_layer[number])
     if model.extras is not None:
-        for path, module in nnx.iter_modules(model.extras):
-            if isinstance(module, Linear):
-                name = ".".join(map(str, path))
-                found.append(Site(name, module))
+        outside = nnx.iter_modules(model.extras)
+        found += [Site(".".join(map(str, p)), linear) for p, linear in outside if isinstance(linear, Linear)]
     head = tied_head(model) if model.lm_head is None else model.lm_head
     rows = (embedding if model.config.tie_word_embeddings else head).lora_new_rows
     found.append(Site(HEAD, head, new_rows=rows, first_new=first))

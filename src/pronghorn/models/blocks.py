@@ -58,7 +58,8 @@ def project_qkv(
     x, projected = normalized_linears(
         norm, attention, names, x, dropout_key, joined=config.block != "parallel"
     )
-    q, k, v = (dict(zip(names, projected, strict=True)).get(name) for name in ("q_proj", "k_proj", "v_proj"))
+    found: dict[str, Any] = dict(zip(names, projected, strict=True))
+    q, k, v = found["q_proj"], found.get("k_proj"), found.get("v_proj")
     if config.qk_norm_over == "width":
         q, k = normalize_heads(attention, q, k)
     batch, seq, _ = x.shape
@@ -74,7 +75,7 @@ def project_qkv(
     if config.qk_norm_over != "width" and not config.qk_norm_after_rope:
         q, k = normalize_heads(attention, q, k)
     if config.rope_interleaved:
-        q, k = _halves(q, config), _halves(k, config)
+        q, k = _halves(q, config), None if k is None else _halves(k, config)
     return x, q, k, v, gate
 
 

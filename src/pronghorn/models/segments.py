@@ -123,14 +123,12 @@ def _run_layer(
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
     cos, sin = angles[layer_rope]
     layer = nnx.merge(graph, state)
+    options: dict[str, Any] = {"config": config, "kind": kind, "dropout_key": key}
     if config.extras is not None:
-        options = {"config": config, "kind": kind, "dropout_key": key, "tile_tokens": tile_tokens}
-        return extended_layer(layer, x, layer_input, cos, sin, seen, **options)
+        return extended_layer(layer, x, layer_input, cos, sin, seen, tile_tokens=tile_tokens, **options)
     if part == "feed_forward":
         return feed_forward(layer, x, x, config=config, dropout_key=key, tile_tokens=tile_tokens)
-    options = {
-        "config": config, "kind": kind, "query_scale": query_scale, "dropout_key": key
-    }  # fmt: skip
+    options["query_scale"] = query_scale
     if part == "attention":
         return attention_part(layer, x, cos, sin, seen, **options)[0]
     return decoder_layer(layer, x, cos, sin, seen, tile_tokens=tile_tokens, **options)
