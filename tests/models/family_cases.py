@@ -31,6 +31,18 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
 }
+# Delta nets, and attention with a gate.
+DELTA_NETS = {
+    "head_dim": 16,
+    "attention_bias": True,
+    # A head that reads next to nothing is normalised, which magnifies rounding: with the 1e-5 of the others
+    # transformers' own two forms of the rule, chunks and recurrence, differ by 1.2e-4 in the logits.
+    "rms_norm_eps": 1e-3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+}
 # family name -> case. Windows of 17 tokens cut in every check.
 CASES = {
     "llama": Case("llama", {"mlp_bias": True}, "scanned"),
@@ -267,21 +279,7 @@ CASES = {
         },
         "scanned",
     ),
-    "qwen3_5": Case(
-        "qwen3_5_text",
-        {
-            "num_hidden_layers": 5,
-            "head_dim": 16,
-            "attention_bias": True,
-            # A head that reads next to nothing is normalised, which magnifies rounding: with the 1e-5 of the others
-            # transformers' own two forms of the rule, chunks and recurrence, differ by 1.2e-4 in the logits.
-            "rms_norm_eps": 1e-3,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 12,
-        },
-    ),
+    "qwen3_5": Case("qwen3_5_text", DELTA_NETS | {"num_hidden_layers": 5}),
     "glm4_moe": Case(
         "glm4_moe",
         {
@@ -369,6 +367,31 @@ CASES = {
                 "high_freq_factor": 1.0,
                 "original_max_position_embeddings": 256,
             },
+        },
+    ),
+    "qwen3_next": Case(
+        "qwen3_next",
+        DELTA_NETS
+        | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rms_norm_eps": 1e-2,  # transformers' two forms differ by 4e-5 with the dense family's
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 64,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_5_moe": Case(
+        "qwen3_5_moe_text",
+        DELTA_NETS
+        | {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "rms_norm_eps": 1e-2,  # transformers' two forms differ by 4e-5 with the dense family's
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 64,
         },
     ),
 }

@@ -110,6 +110,36 @@ LLAMA_4_SCOUT = {
     "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0, "torch_dtype": "bfloat16",
     "use_cache": True, "use_qk_norm": True, "vocab_size": 202048,
 }  # fmt: skip
+QWEN_3_NEXT_80B = {
+    "architectures": ["Qwen3NextForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "full_attention_interval": 4,
+    "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 5120, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_value_head_dim": 128,
+    "max_position_embeddings": 262144, "mlp_only_layers": [], "model_type": "qwen3_next",
+    "moe_intermediate_size": 512, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 512,
+    "num_experts_per_tok": 10, "num_hidden_layers": 48, "num_key_value_heads": 2, "output_router_logits": False,
+    "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+}  # fmt: skip
+QWEN_3_5_35B = {
+    "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
+    "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu",
+    "hidden_size": 2048, "initializer_range": 0.02,
+    "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 10, "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+    "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+    "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+    "num_hidden_layers": 40, "num_key_value_heads": 2, "output_router_logits": False, "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+        "rope_theta": 10000000, "rope_type": "default",
+    },
+    "router_aux_loss_coef": 0.001, "shared_expert_intermediate_size": 512, "tie_word_embeddings": False,
+    "use_cache": True, "vocab_size": 248320,
+}  # fmt: skip
 
 
 def read(hf):
@@ -211,9 +241,29 @@ def test_llama_4_sees_chunks_but_for_every_fourth_layer_which_has_no_rope():
     assert [maverick.is_sparse(i) for i in range(4)] == [False, True, False, True]
 
 
+def test_qwen_3_next_projects_by_key_heads_and_qwen_3_5_does_not():
+    older, newer = read(QWEN_3_NEXT_80B), read(QWEN_3_5_35B)
+    assert older.linear_by_key_head and not newer.linear_by_key_head
+    for config, count, chosen in ((older, 512, 10), (newer, 256, 8)):
+        assert config.layer_kinds[:5] == ("linear", "linear", "linear", "full", "linear")
+        assert config.attention_gate and config.qk_norm and config.norm_weight_offset == 1.0
+        assert (config.experts.num_experts, config.experts.experts_per_token) == (count, chosen)
+        assert config.experts.normalized and config.experts.shared_gate and config.experts.dense_layers == ()
+    assert family_for(QWEN_3_NEXT_80B).left_out(QWEN_3_NEXT_80B) == ("mtp.",)
+
+
 @pytest.mark.parametrize(
     "hf",
-    [GLM_4_5_AIR, ERNIE_4_5_21B, DEEPSEEK_V2_LITE, DEEPSEEK_V3, MINICPM_3_4B, LLAMA_4_SCOUT],
+    [
+        GLM_4_5_AIR,
+        ERNIE_4_5_21B,
+        DEEPSEEK_V2_LITE,
+        DEEPSEEK_V3,
+        MINICPM_3_4B,
+        LLAMA_4_SCOUT,
+        QWEN_3_NEXT_80B,
+        QWEN_3_5_35B,
+    ],
     ids=lambda hf: hf["model_type"],
 )
 def test_published_rewritten_and_written_files_are_read_alike(hf):

@@ -76,6 +76,7 @@ class DecoderConfig:
         convolution), or in its chunk of attention_chunk positions ("chunked": from the last multiple of it on).
         layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
         all alike.
+      linear_by_key_head: a delta net has two projections in front, with the rows of one key head after the other.
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
@@ -137,6 +138,7 @@ class DecoderConfig:
     linear_value_heads: int = 0
     linear_key_dim: int = 0
     linear_value_dim: int = 0
+    linear_by_key_head: bool = False
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
     extras: ExtrasConfig | None = None

@@ -27,7 +27,6 @@ from pronghorn.models.short_convolution import earlier_tokens, weighted_taps
 from pronghorn.pallas_kernels.gated_delta_rule import continue_gated_delta_rule, gated_delta_rule
 
 _LENGTH_EPS = 1e-6  # as in the release of the models: under the root, added to the squared length
-_NAMES = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
 
 class StateCache(NamedTuple):
@@ -63,7 +62,7 @@ def add_delta_net(
     """(x + what the layer's delta net makes of it, x to be read on from), `[batch, seq, d]`; named for memory
     policies."""
     module = layer.linear_attn
-    x, (wide, z, b, a) = normalized_linears(layer.input_layernorm, module, _NAMES, x, dropout_key)
+    x, (wide, z, b, a) = _projected(layer, x, config, dropout_key)
 
     @jax.checkpoint
     def mix(wide, b, a):
@@ -75,6 +74,29 @@ def add_delta_net(
     heads = checkpoint_name(mix(wide, b, a), "attention_out")
     out = x + _output(module, heads, z, dropout_key)
     return checkpoint_name(out, "stream_after_attention"), x
+
+
+def _projected(
+    layer: DecoderLayer, x: jax.Array, config: DecoderConfig, dropout_key: jax.Array | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """(x, (W_qkv n, W_z n, W_b n, W_a n)), x to be read on from."""
+    names = [
+        f"in_proj_{name}"
+        for name in (("qkvz", "ba") if config.linear_by_key_head else ("qkv", "z", "b", "a"))
+    ]
+    norm = layer.input_layernorm
+    x, projected = normalized_linears(norm, layer.linear_attn, tuple(names), x, dropout_key)
+    if not config.linear_by_key_head:
+        return x, tuple(projected)
+    # Of every key head: its q, its k, v and z of its value heads; and b and a of these. Neither array is kept.
+    heads, key_dim = config.linear_key_heads, config.linear_key_dim
+    each = config.linear_value_heads // heads
+    qkvz, ba = (array.reshape(*x.shape[:2], heads, -1) for array in projected)
+    q, k, v, z = jnp.split(
+        qkvz, (key_dim, 2 * key_dim, 2 * key_dim + each * config.linear_value_dim), axis=-1
+    )
+    q, k, v, z, b, a = (part.reshape(*x.shape[:2], -1) for part in (q, k, v, z, *jnp.split(ba, 2, axis=-1)))
+    return x, (jnp.concatenate([q, k, v], axis=-1), z, b, a)
 
 
 def _rule_inputs(
@@ -120,7 +142,7 @@ def cached_delta_net(
 ) -> tuple[jax.Array, StateCache]:
     """`add_delta_net` of tokens `[batch, tokens, d]` that follow those in the cache, and the cache with them in it."""
     module, history = layer.linear_attn, config.conv_width - 1
-    x, (wide, z, b, a) = normalized_linears(layer.input_layernorm, module, _NAMES, x, None)
+    x, (wide, z, b, a) = _projected(layer, x, config, None)
     real = positions >= 0
     count = jnp.sum(real, axis=1)
     # Real tokens move to the front, in their order; what is behind them is padding.

@@ -46,7 +46,9 @@ from pronghorn.models import (
     qwen2_moe,
     qwen3,
     qwen3_5,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     stablelm,
@@ -104,6 +106,8 @@ FAMILIES: tuple[Family, ...] = (
     deepseek_v3.FAMILY,
     minicpm3.FAMILY,
     llama4.FAMILY,
+    qwen3_next.FAMILY,
+    qwen3_5_moe.FAMILY,
 )
 
 

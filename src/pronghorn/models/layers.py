@@ -303,18 +303,20 @@ class ShortConv(nnx.Module):
 
 
 class DeltaNet(nnx.Module):
-    """Parameters of a gated delta net (`models/delta_net.py`): `in_proj_{qkv,z,b,a}`, the convolution `conv1d`, of
-    every value head `A_log` and `dt_bias`, the `norm` of a head, and `out_proj`."""
+    """Parameters of a gated delta net (`models/delta_net.py`): `in_proj_{qkv,z,b,a}` (or, with `linear_by_key_head`,
+    `in_proj_{qkvz,ba}`), the convolution `conv1d`, of every value head `A_log` and `dt_bias`, the `norm` of a head, and
+    `out_proj`."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         hidden, heads = config.hidden_size, config.linear_value_heads
         keys, values = config.linear_key_heads * config.linear_key_dim, heads * config.linear_value_dim
         common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
         self.conv1d = Taps(2 * keys + values, config.conv_width, bias=False, **common)
-        self.in_proj_qkv = Linear(hidden, 2 * keys + values, axes=("heads", "hidden"), **common)
-        self.in_proj_z = Linear(hidden, values, axes=("heads", "hidden"), **common)
-        self.in_proj_b = Linear(hidden, heads, axes=("heads", "hidden"), **common)
-        self.in_proj_a = Linear(hidden, heads, axes=("heads", "hidden"), **common)
+        rows = {"qkv": 2 * keys + values, "z": values, "b": heads, "a": heads}
+        if config.linear_by_key_head:
+            rows = {"qkvz": 2 * keys + 2 * values, "ba": 2 * heads}
+        for name, count in rows.items():
+            setattr(self, f"in_proj_{name}", Linear(hidden, count, axes=("heads", "hidden"), **common))
         # As in Mamba 2: a head forgets at a rate of its own, from 1 to 16 times its step.
         rates = jnp.broadcast_to(jnp.linspace(1.0, 16.0, heads, dtype=jnp.float32), (*leading, heads))
         self.A_log = _param(jnp.log(rates).astype(dtype), ("heads",), leading)

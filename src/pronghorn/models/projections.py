@@ -11,6 +11,7 @@ from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 _DROPOUT_STREAM = {
     "q_proj": 0, "k_proj": 1, "v_proj": 2, "o_proj": 3, "gate_proj": 4, "up_proj": 5, "down_proj": 6, "in_proj": 7,
     "out_proj": 8, "in_proj_qkv": 9, "in_proj_z": 10, "in_proj_b": 11, "in_proj_a": 12,
+    "in_proj_qkvz": 18, "in_proj_ba": 19,
     "shared_expert_gate": 13, "q_a_proj": 14, "q_b_proj": 15, "kv_a_proj_with_mqa": 16, "kv_b_proj": 17,
     "per_layer_input_gate": 18, "per_layer_projection": 19, "per_layer_model_projection": 20, "modality_router": 21,
     "prediction_coefs": 22, "correction_coefs": 23, "linear_left": 24, "linear_right": 25,
