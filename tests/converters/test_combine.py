@@ -1,6 +1,7 @@
 """Adapters combined by weights, against PEFT's `add_weighted_adapter`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -102,6 +103,12 @@ def test_what_cannot_be_combined_is_refused(made, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             combine_adapters(*arguments, tmp_path / "out")
+    shutil.copytree(folders[0], tmp_path / "experts")
+    tiny_models.edit_json(
+        tmp_path / "experts" / "adapter_config.json", target_parameters=["experts.down_proj"]
+    )
+    with pytest.raises(InputError, match="bare parameters"):
+        combine_adapters([tmp_path / "experts", folders[1]], [1.0, 1.0], tmp_path / "out")
     with pytest.raises(InputError, match="linear needs adapters of one rank"):
         combine_adapters(folders, [1.0, 1.0, 1.0], tmp_path / "out", method="linear")
     assert not (tmp_path / "out").exists()

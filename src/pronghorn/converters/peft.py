@@ -43,12 +43,14 @@ from pronghorn.converters.peft_config import (
 )
 from pronghorn.converters.peft_sites import (
     FusedSite,
+    ParameterSite,
     alpha_of,
     bare_parameters,
     cut_factors,
     factors_at,
     join_experts,
     module_names,
+    parameter_paths,
     peft_sites,
 )
 from pronghorn.converters.safetensors_files import (
@@ -100,7 +102,10 @@ def save_adapter(
       RunError: the disk is full or cannot be written.
     """
     out_dir, info = Path(out_dir), model.adapter
-    bare = sorted(name for name in bare_parameters(model) if sites(model)[name].adapted)
+    places = sites(model)
+    bare = sorted(
+        name for name, known in bare_parameters(model).items() if places[name].adapted and not known
+    )
     if bare:
         raise InputError(
             f"{out_dir}: {bare[0]} is part of a bare parameter in transformers, for which no adapter can be saved yet; "
@@ -111,13 +116,15 @@ def save_adapter(
     if info is None or not adapted:
         raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
     modules = module_names(model)
+    paths = modules | parameter_paths({name: site for name, (site, _) in adapted.items()}, modules, adapted)
     arrays: dict[str, tuple[TensorSpec, Any]] = {}
-    for name, (_, factors) in adapted.items():
+    for name, (site, factors) in adapted.items():
         embedding = name == EMBEDDING
-        for letter, array in (("A", factors.a), ("B", factors.b)):
+        a, b = site.to_file(factors.a, factors.b) if isinstance(site, FusedSite) else (factors.a, factors.b)
+        for letter, array in (("A", a), ("B", b)):
             suffix = f".lora_embedding_{letter}" if embedding else f".lora_{letter}.weight"
             spec = TensorSpec(np.dtype(array.dtype), tuple(array.shape))
-            arrays[PREFIX + modules[name] + suffix] = (spec, array)
+            arrays[PREFIX + paths[name] + suffix] = (spec, array)
         if factors.magnitude is not None:
             spec = TensorSpec(np.dtype(np.float32), tuple(factors.magnitude.shape))
             arrays[PREFIX + modules[name] + ".lora_magnitude_vector"] = (spec, factors.magnitude)
@@ -180,11 +187,13 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
     places, modules = peft_sites(model), module_names(model)
-    found = _group(folder, tensors, {tower_name(module): name for name, module in modules.items()})
+    expected = expected_modules(folder, config, modules, places)
+    paths = {name: path for name, path in modules.items() if not isinstance(places[name], ParameterSite)}
+    paths |= parameter_paths(places, modules, expected)
+    found = _group(folder, tensors, {tower_name(path): name for name, path in paths.items()})
     _check_base_copies(folder, places, found, new_token_range(folder, config, modules)[:2])
     rows = {name: parts["rows"] for name, parts in found.items() if "rows" in parts}
     found = {name: parts for name, parts in found.items() if "a" in parts or "b" in parts}
-    expected = expected_modules(folder, config, modules, places)
     if expected != set(found):
         wrong = sorted(expected ^ set(found))
         raise InputError(
@@ -219,7 +228,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             alpha=float(config["lora_alpha"]),
             use_rslora=config["use_rslora"],
             dropout=config["lora_dropout"],
-            targets=targets_of(config["target_modules"]),
+            targets=targets_of(config["target_modules"]) + tuple(config["target_parameters"]),
             layers=None if layers is None else tuple(layers),
             base_hash=here,
             use_dora=config["use_dora"],
@@ -421,7 +430,8 @@ def _factors(
     use_dora: bool,
 ) -> Factors:
     fan_out, fan_in = site.shape
-    shapes: dict[str, tuple[int, ...]] = {"a": (rank, fan_in), "b": (fan_out, rank)}
+    in_file = site.file_shapes(rank) if isinstance(site, FusedSite) else ((rank, fan_in), (fan_out, rank))
+    shapes: dict[str, tuple[int, ...]] = dict(zip("ab", in_file, strict=True))
     if use_dora:
         shapes["magnitude"] = (fan_out,)
     if not shapes.keys() <= parts.keys():

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pronghorn.converters.peft_sites import FusedSite, alpha_of
+from pronghorn.converters.peft_sites import FusedSite, ParameterSite, alpha_of
 from pronghorn.errors import InputError
 from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo
 from pronghorn.lora_sites import Factors, Site, sites
@@ -43,6 +43,7 @@ _KNOWN = frozenset(
         "revision",
         "runtime_config",
         "target_modules",
+        "target_parameters",
         "task_type",
         "trainable_token_indices",
         "use_dora",
@@ -53,7 +54,6 @@ _REFUSED = {
     "modules_to_save": "stores whole modules",
     "lora_bias": "has a bias in B",
     "layer_replication": "repeats layers",
-    "target_parameters": "targets bare parameters",
     "fan_in_fan_out": "is for transposed weights",
     "use_qalora": "is QA-LoRA",
     "alora_invocation_tokens": "is an activated LoRA",
@@ -78,7 +78,7 @@ def config_of(
       modules: {our module name: the module's path in transformers}.
     """
     targets, layers = _shortest_targets(model, adapted, modules)
-    ranks = {name: int(factors.a.shape[0]) for name, (_, factors) in adapted.items()}
+    ranks = {name: int(factors.a.shape[-2]) for name, (_, factors) in adapted.items()}
     alphas = {
         name: alpha_of(factors, dict(info.alpha_pattern).get(name, info.alpha), info.use_rslora)
         for name, (_, factors) in adapted.items()
@@ -94,6 +94,7 @@ def config_of(
         "lora_dropout": info.dropout,
         "use_rslora": info.use_rslora,
         "target_modules": targets,
+        "target_parameters": _target_parameters(model, adapted, modules),
         "layers_to_transform": layers,
         "layers_pattern": None,
         "rank_pattern": _shortest_pattern(ranks, info.rank, modules),
@@ -151,6 +152,9 @@ def _shortest_targets(
     Last names ("q_proj") where each is adapted in every layer, or in one set of layers; else full paths.
     """
     layers: dict[str, set[int]] = {}
+    adapted = {name: at for name, at in adapted.items() if not isinstance(at[0], ParameterSite)}
+    if not adapted:
+        return [], None
     for name, (site, _) in adapted.items():
         if site.layer is not None:
             layers.setdefault(_last(modules[name]), set()).add(site.layer)
@@ -165,6 +169,19 @@ def _shortest_targets(
     if not special and all(where == first for where in layers.values()):
         return sorted(layers), sorted(first)
     return sorted(modules[name] for name in adapted), None
+
+
+def _target_parameters(
+    model: Decoder, adapted: Mapping[str, tuple[Site | FusedSite, Factors]], modules: Mapping[str, str]
+) -> list[str] | None:
+    """The bare parameters, by their last two names where one is adapted in every layer; None without any."""
+    found: dict[str, list[str]] = {}
+    for name, (site, _) in adapted.items():
+        if isinstance(site, ParameterSite):
+            found.setdefault(".".join(modules[name].split(".")[-2:]), []).append(modules[name])
+    every = model.config.num_layers
+    chosen = [[last] if len(full) == every else full for last, full in found.items()]
+    return sorted(name for names in chosen for name in names) or None
 
 
 def _shortest_pattern(
@@ -245,6 +262,8 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,
+        "target_modules": [],
+        "target_parameters": [],
         "trainable_token_indices": None,
     }
     config = defaults | {key: value for key, value in config.items() if value is not None}
@@ -279,7 +298,10 @@ def _typed(path: Path, config: dict[str, Any]) -> dict[str, Any]:
         or (isinstance(layers, list) and all(type(layer) is int for layer in layers)),
         "layers_pattern": config["layers_pattern"] is None or names(config["layers_pattern"]),
         "exclude_modules": config["exclude_modules"] is None or names(config["exclude_modules"]),
-        "target_modules": names(config.get("target_modules")),
+        "target_modules": names(config["target_modules"])
+        and bool(config["target_modules"] or config["target_parameters"]),
+        "target_parameters": isinstance(config["target_parameters"], list)
+        and names(config["target_parameters"]),
         "trainable_token_indices": tokens is None
         or token_ids(tokens)
         or (isinstance(tokens, dict) and all(token_ids(ids) for ids in tokens.values())),
@@ -298,8 +320,19 @@ def expected_modules(
 ) -> set[str]:
     """The modules that PEFT would adapt for this configuration."""
     targets, excluded = config["target_modules"], config["exclude_modules"]
+    parameters = {name: module for name, module in modules.items() if isinstance(places[name], ParameterSite)}
     chosen = set()
+    for target in config["target_parameters"]:
+        matched = {name for name, module in parameters.items() if _chosen_by(folder, [target], module)}
+        if not matched:
+            raise InputError(
+                f"{folder / CONFIG_NAME}: target_parameters has {target[:80]!r}, a bare parameter for which "
+                "there are no adapters in this model; merge the adapter with PEFT."
+            )
+        chosen |= matched
     for name, module in modules.items():
+        if name in parameters:
+            continue
         if excluded is not None and _chosen_by(folder, excluded, module):
             continue
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:

@@ -7,10 +7,13 @@ ways are exact, as long as the parts share a scale. With parts p of `rows_p` row
               keeps only the columns that are its own, and a part without any has no adapter.
     writing   Parts that share one A bit for bit: that A and the B_p, one above the other. Otherwise the A_p lie one
               above the other and B is zero but for its blocks B_p: the rank is the sum of theirs, alpha grows alike.
+
+gpt-oss has the linears of all experts as bare parameters (PEFT's `target_parameters`), gate and up as one whose rows
+lie in turn. The same holds there, with an axis of experts in front of A and B; `ParameterSite` has how a file holds it.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from pronghorn.lora import adapter_scale
 from pronghorn.lora_sites import Factors, Site, sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.families import family_named
+from pronghorn.models.tensor_names import InterleavedTensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,64 @@ class FusedSite:
     def shape(self) -> tuple[int, int]:
         """(fan out, fan in)."""
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
+
+    @property
+    def file_shapes(self) -> Any:
+        """Of A and B in a file, given the rank."""
+        fan_out, fan_in = self.shape
+        return lambda rank: ((rank, fan_in), (fan_out, rank))
+
+    def join(self, blocks: list[np.ndarray]) -> np.ndarray:
+        """B of the whole, from those of the parts."""
+        return np.concatenate(blocks)
+
+    def cut(self, b: np.ndarray) -> list[np.ndarray]:
+        """B of the parts, from that of the whole."""
+        return np.split(b, np.cumsum([part.shape[0] for part in self.parts])[:-1])
+
+    def to_file(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """A and B as PEFT has them."""
+        return a, b
+
+    def from_file(self, a: Any, b: Any) -> tuple[Any, Any]:
+        """The inverse of `to_file`."""
+        return a, b
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSite(FusedSite):
+    """A bare parameter of transformers, `[experts, in, out]`, of one or several linears that all experts have, named
+    "layers.3.mlp.experts.gate_up_proj".
+
+    A is `[experts, r, in]` and B `[experts, out, r]`. PEFT has them as `[experts r, in]` and `[out, r experts]`, in B
+    the columns of one rank side by side.
+    """
+
+    layout: InterleavedTensor
+    experts: int
+
+    @property
+    def file_shapes(self) -> Any:
+        fan_out, fan_in = self.shape
+        return lambda rank: ((rank * self.experts, fan_in), (fan_out, rank * self.experts))
+
+    def join(self, blocks: list[np.ndarray]) -> np.ndarray:
+        return np.swapaxes(self.layout.join(blocks), -1, -2)
+
+    def cut(self, b: np.ndarray) -> list[np.ndarray]:
+        return [self.layout.cut(np.swapaxes(b, -1, -2), place) for place in range(len(self.parts))]
+
+    def to_file(self, a: Any, b: Any) -> tuple[Any, Any]:
+        a, b = np.asarray(a), np.asarray(b)
+        return a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+    def from_file(self, a: Any, b: Any) -> tuple[Any, Any]:
+        a, b = np.asarray(a), np.asarray(b)
+        fan_out, fan_in = self.shape
+        return (
+            a.reshape(self.experts, -1, fan_in),
+            b.reshape(fan_out, -1, self.experts).transpose(2, 0, 1),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +164,11 @@ def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
     """Every place where PEFT can put an adapter, by our name of it."""
     family = family_named(model.config.family)
     found: dict[str, Site | FusedSite] = {}
-    bare = bare_parameters(model)
+    bare: dict[str, Site] = {}
+    parameters = bare_parameters(model)
     for name, site in sites(model).items():
-        if name in bare:
+        if name in parameters:
+            bare[name] = site
             continue
         if not site.experts:
             found[name] = site
@@ -120,15 +184,41 @@ def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
         parts = tuple(found.pop(ours[piece].removesuffix(".weight")) for piece, _ in pieces)
         name = f"{parts[0].name.rpartition('.')[0]}.{_module(tensor).rpartition('.')[2]}"
         found[name] = FusedSite(name, parts)  # type: ignore[arg-type]  # a part is no fused site
+    for tensor, layout in family.interleaved_tensors(model.config).items():
+        if layout.adapters:
+            linears = tuple(bare[ours[part].removesuffix(".weight")] for part in layout.parts)
+            name = f"{linears[0].name.rpartition('.')[0]}.{tensor.rpartition('.')[2]}"
+            found[name] = ParameterSite(name, linears, layout, linears[0].experts[0])
     return found
 
 
-def bare_parameters(model: Decoder) -> set[str]:
-    """Our names of the linears that are parts of a bare parameter of all experts in transformers."""
+def bare_parameters(model: Decoder) -> dict[str, bool]:
+    """{our name of a linear that is part of a bare parameter of all experts in transformers: whether PEFT's adapters of
+    it are known here}."""
     family = family_named(model.config.family)
-    parts = {part for layout in family.interleaved_tensors(model.config).values() for part in layout.parts}
+    layouts = family.interleaved_tensors(model.config).values()
+    known = {part: layout.adapters for layout in layouts for part in layout.parts}
     tensors = family.tensor_names(model.config)
-    return {_module(name) for name, theirs in tensors.items() if theirs in parts and name.endswith(".weight")}
+    return {
+        _module(name): known[theirs]
+        for name, theirs in tensors.items()
+        if theirs in known and name.endswith(".weight")
+    }
+
+
+def parameter_paths(
+    places: Mapping[str, Any], modules: Mapping[str, str], chosen: Collection[str]
+) -> dict[str, str]:
+    """{our name: the path of the adapter in PEFT} of the chosen bare parameters. PEFT wraps a module once for each of
+    its parameters, in their order: the last is outermost, and those before it are in its `base_layer`."""
+    found: dict[str, str] = {}
+    for name in reversed([name for name, site in places.items() if isinstance(site, ParameterSite)]):
+        if name in chosen:
+            path = modules[name].rpartition(".")[0]
+            while path in found.values():
+                path += ".base_layer"
+            found[name] = path
+    return found
 
 
 def module_names(model: Decoder) -> dict[str, str]:
@@ -137,11 +227,16 @@ def module_names(model: Decoder) -> dict[str, str]:
     tensors = family.tensor_names(model.config)
     fused = {pieces[0][0]: name for name, pieces in family.fused_tensors(model.config).items()}
     stacks = family.stacked_tensors(model.config)
+    layouts = [(name, layout.parts) for name, layout in family.interleaved_tensors(model.config).items()]
     modules = tensors if family.module_tensors is None else family.module_tensors(model.config)
     names = {}
     for name, site in peft_sites(model).items():
         if isinstance(site, ExpertSite):
             names[name] = _module(stacks[tensors[f"{site.stack}.weight"]][site.expert])
+            continue
+        if isinstance(site, ParameterSite):
+            first_part = tensors[f"{site.parts[0].name}.weight"]
+            names[name] = next(tensor for tensor, parts in layouts if parts[0] == first_part)
             continue
         first = site.parts[0].name if isinstance(site, FusedSite) else name
         tensor = modules.get(f"{first}.weight", "lm_head.weight")
@@ -195,22 +290,24 @@ def factors_at(site: Site | FusedSite) -> Factors | None:
     magnitude = np.concatenate([np.asarray(part) for part in lengths]) if lengths else None
     arrays = [np.asarray(factors.a) for factors in present]
     if len(present) == len(found) and all(a.tobytes() == arrays[0].tobytes() for a in arrays):
-        b = np.concatenate([np.asarray(factors.b) for factors in present])
+        b = site.join([np.asarray(factors.b) for factors in present])
         return Factors(arrays[0], b, scale, magnitude)
     blocks = [None if factors is None else np.asarray(factors.b) for factors in found]
-    return Factors(np.concatenate(arrays), _block_diagonal(site, blocks), scale, magnitude)
+    return Factors(np.concatenate(arrays, axis=-2), _block_diagonal(site, blocks), scale, magnitude)
 
 
 def _block_diagonal(site: FusedSite, blocks: list[np.ndarray | None]) -> np.ndarray:
     """PEFT's B from those of the parts; a part without one has rows of zeros."""
-    b = np.zeros((site.shape[0], sum(block.shape[1] for block in blocks if block is not None)), np.float32)
-    row = column = 0
+    leading = next(block.shape[:-2] for block in blocks if block is not None)
+    rank = sum(block.shape[-1] for block in blocks if block is not None)
+    padded, column = [], 0
     for part, block in zip(site.parts, blocks, strict=True):
+        b = np.zeros((*leading, part.shape[0], rank), np.float32)
         if block is not None:
-            b[row : row + part.shape[0], column : column + block.shape[1]] = block
-            column += block.shape[1]
-        row += part.shape[0]
-    return b
+            b[..., column : column + block.shape[-1]] = block
+            column += block.shape[-1]
+        padded.append(b)
+    return site.join(padded)
 
 
 def fused_gradients(site: FusedSite, gradients: FusedSite) -> dict[str, np.ndarray]:
@@ -223,36 +320,40 @@ def fused_gradients(site: FusedSite, gradients: FusedSite) -> dict[str, np.ndarr
     if joined is None or moved is None:
         return {}
     if joined.a.shape == moved.a.shape:
-        return {"A": moved.a, "B": moved.b}
-    found = [part.factors for part in gradients.parts if part.factors is not None]  # of one A
-    return {
-        "A": np.sum([factors.a for factors in found], axis=0),
-        "B": np.concatenate([factors.b for factors in found]),
-    }
+        a, b = site.to_file(moved.a, moved.b)
+    else:
+        found = [part.factors for part in gradients.parts if part.factors is not None]  # of one A
+        a_sum = np.sum([factors.a for factors in found], axis=0)
+        a, b = site.to_file(a_sum, site.join([np.asarray(factors.b) for factors in found]))
+    return {"A": a, "B": b}
 
 
 def trained_entries(site: FusedSite) -> np.ndarray | float:
     """1 where an entry of PEFT's B is one of ours, 0 where it is a zero outside of the blocks."""
     joined = factors_at(site)
     ones = [None if part.factors is None else np.ones(part.factors.b.shape) for part in site.parts]
+    if joined is None:
+        return 1.0
     mask = _block_diagonal(site, ones)
-    return mask if joined is not None and mask.shape == joined.b.shape else 1.0
+    in_file: np.ndarray = site.to_file(joined.a, mask)[1]
+    return in_file if mask.shape == joined.b.shape else 1.0
 
 
 def cut_factors(site: FusedSite, factors: Factors) -> dict[str, Factors]:
-    """{our name: factors} of the parts of an adapter on a linear that is several of ours."""
-    a, b = np.asarray(factors.a), np.asarray(factors.b)
-    ends = np.cumsum([part.shape[0] for part in site.parts])[:-1]
-    pieces = np.split(b, ends)
+    """{our name: factors} of the parts of an adapter, as a file has it, on a linear that is several of ours."""
+    a, b = (np.asarray(array) for array in site.from_file(factors.a, factors.b))
+    pieces = site.cut(b)
     lengths: list[Any] = [None] * len(pieces)
     if factors.magnitude is not None:
-        lengths = [jnp.asarray(part) for part in np.split(np.asarray(factors.magnitude), ends)]
-    used = [np.any(piece != 0, axis=0) for piece in pieces]
+        lengths = [jnp.asarray(part) for part in site.cut(np.asarray(factors.magnitude))]
+    used = [np.any(piece != 0, axis=tuple(range(piece.ndim - 1))) for piece in pieces]
     counts = np.sum(used, axis=0)
     if counts.max() != 1 or factors.magnitude is not None:  # one A for all parts, not trained yet, or DoRA
         used = [np.ones_like(columns) for columns in used]
     return {
-        part.name: Factors(jnp.asarray(a[columns]), jnp.asarray(piece[:, columns]), factors.scale, length)
+        part.name: Factors(
+            jnp.asarray(a[..., columns, :]), jnp.asarray(piece[..., columns]), factors.scale, length
+        )
         for part, piece, columns, length in zip(site.parts, pieces, used, lengths, strict=True)
         if columns.any()
     }
@@ -260,7 +361,7 @@ def cut_factors(site: FusedSite, factors: Factors) -> dict[str, Factors]:
 
 def alpha_of(factors: Any, usual: float, use_rslora: bool) -> float:
     """The alpha that gives these factors their scale; the usual one wherever it does."""
-    rank = int(factors.a.shape[0])
+    rank = int(factors.a.shape[-2])
     if adapter_scale(rank, usual, use_rslora) == factors.scale:
         return usual
     return factors.scale * (rank**0.5 if use_rslora else rank)

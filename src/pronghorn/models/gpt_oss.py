@@ -104,7 +104,10 @@ def interleaved_tensors(config: DecoderConfig) -> dict[str, InterleavedTensor]:
         for name, projections in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
             for suffix, leaf in (("", "weight"), ("_bias", "bias")):
                 parts = tuple(f"{experts}{projection}.{leaf}" for projection in projections)
-                found[f"{experts}{name}{suffix}"] = InterleavedTensor(parts, transposed=leaf == "weight")
+                weight = leaf == "weight"
+                found[f"{experts}{name}{suffix}"] = InterleavedTensor(
+                    parts, transposed=weight, adapters=weight
+                )
     return found
 
 

@@ -267,10 +267,19 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
             family.fused_tensors(config),
             family.interleaved_tensors(config),
         )
-    from pronghorn.converters.peft_sites import FusedSite, module_names, peft_sites, trained_entries
+    from pronghorn.converters.peft_sites import (
+        FusedSite,
+        factors_at,
+        module_names,
+        parameter_paths,
+        peft_sites,
+        trained_entries,
+    )
 
-    places = peft_sites(model)
-    ours = {module: name for name, module in module_names(model).items()}
+    places, modules = peft_sites(model), module_names(model)
+    adapted = {name for name, site in places.items() if factors_at(site) is not None}
+    paths = modules | parameter_paths(places, modules, adapted)
+    ours = {path: name for name, path in paths.items()}
     found = {}
     for name, gradient in gradients.items():
         # base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight

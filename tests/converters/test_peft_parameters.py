@@ -1,0 +1,162 @@
+"""Adapters of gpt-oss's experts, bare parameters in transformers (PEFT's `target_parameters`), read and written."""
+
+import copy
+import json
+
+import jax
+import numpy as np
+import pytest
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from pronghorn.converters.huggingface import load_model
+from pronghorn.converters.peft import load_adapter, save_adapter
+from pronghorn.converters.safetensors_files import read_header
+from pronghorn.errors import InputError
+from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
+from pronghorn.lora_sites import sites
+from pronghorn.models import flat_arrays
+from pronghorn.models.families import family_named
+from pronghorn.models.tensor_names import by_our_names
+from pronghorn.verification import verify_model
+from tests.converters import tiny_models
+from tests.models.reference import tiny_torch_model
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ALL = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def torch_model():
+    return tiny_torch_model(
+        "gpt_oss",
+        head_dim=12,
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=20,
+        sliding_window=17,
+        pad_token_id=None,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(torch_model, tmp_path_factory):
+    return tiny_models.save(torch_model, tmp_path_factory.mktemp("gpt_oss"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return load_model(folder)
+
+
+def merged_by_peft(torch_model, model, adapter):
+    """Merged weights by our names, of an adapter that PEFT reads."""
+    built = PeftModel.from_pretrained(copy.deepcopy(torch_model), str(adapter)).merge_and_unload()
+    family, config = family_named("gpt_oss"), model.config
+    state = {name: tensor.numpy() for name, tensor in built.state_dict().items()}
+    ways = family.tensor_names, family.fused_tensors, family.interleaved_tensors
+    return by_our_names(state, *(way(config) for way in ways))
+
+
+def changed(model, merged):
+    """Names of the weights that differ from the base's."""
+    base = flat_arrays(model)
+    return {name.removesuffix(".weight") for name in base if not np.array_equal(base[name], merged[name])}
+
+
+def assert_merged_alike(ours, theirs):
+    found = flat_arrays(merge_lora(ours))
+    assert sorted(found) == sorted(theirs)
+    for name, expected in theirs.items():
+        assert np.max(np.abs(found[name] - expected)) <= 1e-6, name
+
+
+def tensors(adapter):
+    return {
+        name: stored.read() for name, stored in read_header(adapter / "adapter_model.safetensors")[0].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("parameters", "modules"),
+    [
+        (BOTH, ["q_proj"]),
+        (BOTH[:1], []),
+        (BOTH[1:], ["o_proj"]),
+        (["model.layers.1.mlp.experts.gate_up_proj"], []),
+    ],
+    ids=["both", "gate and up", "down", "one layer"],
+)
+def test_what_peft_wrote_is_read_and_written_bit_for_bit(torch_model, model, tmp_path, parameters, modules):
+    options = LoraConfig(
+        r=3, lora_alpha=7, target_modules=modules, target_parameters=parameters, init_lora_weights=False
+    )
+    theirs = get_peft_model(copy.deepcopy(torch_model), options)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    adapted = load_adapter(model, tmp_path / "peft")
+    expected = merged_by_peft(torch_model, model, tmp_path / "peft")
+    parts = [leaf for name in parameters for leaf in (ALL[:2] if "gate_up" in name else ALL[2:])]
+    layers = 1 if "layers" in parameters[0] else 2
+    assert len(changed(model, expected)) == layers * (len(parts) + len(modules))
+    assert_merged_alike(adapted, expected)
+    ids = tiny_models.prompt(40)
+    assert np.max(np.abs(tiny_models.ours(adapted, ids) - tiny_models.logits(theirs, ids))) <= 1e-4
+
+    save_adapter(adapted, tmp_path / "ours")
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "ours")
+    assert sorted(before) == sorted(after)
+    assert all(np.array_equal(array, after[name]) for name, array in before.items())
+    again = merged_by_peft(torch_model, model, tmp_path / "ours")
+    assert all(np.array_equal(array, again[name]) for name, array in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [((*ALL, "q_proj"), None), (("up_proj",), None), (("gate_proj", "down_proj"), (1,))],
+    ids=["all", "up alone", "one layer"],
+)
+@pytest.mark.parametrize("layout", ["unrolled", "scanned"])
+def test_ours_are_read_by_peft_and_by_us(torch_model, folder, tmp_path, targets, layers, layout):
+    model = load_model(folder, layers=layout)
+    adapted = add_lora(model, LoRAConfig(rank=2, alpha=5, targets=targets, layers=layers))
+    graph, lora, frozen = split(adapted)
+    if layout == "scanned" and layers is not None:
+        # A layer of the stack without an adapter has zeros, and keeps them.
+        lora = jax.tree.map(lambda leaf: leaf.at[-1].add(0.05), lora)
+    else:
+        lora = jax.tree.map(lambda leaf: leaf + 0.05, lora)
+    adapted = merge(graph, lora, frozen)
+    save_adapter(adapted, tmp_path / "adapter")
+    assert_merged_alike(adapted, merged_by_peft(torch_model, model, tmp_path / "adapter"))
+    again = load_adapter(model, tmp_path / "adapter")
+    for name, site in sites(adapted).items():
+        one, other = site.factors, sites(again)[name].factors
+        assert (one is None) == (other is None), name
+        if one is not None:
+            assert (
+                one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
+            )
+
+
+def test_gradients_of_the_factors_are_those_of_peft(model, folder, tmp_path):
+    adapted = add_lora(model, LoRAConfig(rank=2, targets=(*ALL, "q_proj")))
+    graph, lora, frozen = split(adapted)
+    adapted = merge(graph, jax.tree.map(lambda leaf: leaf + 0.05, lora), frozen)
+    save_adapter(adapted, tmp_path / "adapter")
+    report = verify_model(str(folder), adapter=str(tmp_path / "adapter"), tokens=40)
+    names = [difference.name for difference in report.gradients]
+    assert "layers.1.mlp.experts.gate_up_proj.lora_B" in names and report.passed
+
+
+def test_a_parameter_without_a_place_is_refused(model, tmp_path):
+    adapted = add_lora(model, LoRAConfig(rank=2, targets=("down_proj",)))
+    save_adapter(adapted, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert config["target_parameters"] == ["experts.down_proj"] and config["target_modules"] == []
+    path.write_text(json.dumps(config | {"target_parameters": ["mlp.router.weight"]}))
+    with pytest.raises(InputError, match=r"target_parameters has 'mlp.router.weight'"):
+        load_adapter(model, tmp_path / "adapter")
+    path.write_text(json.dumps(config | {"target_parameters": None}))
+    with pytest.raises(InputError, match="target_modules"):
+        load_adapter(model, tmp_path / "adapter")
