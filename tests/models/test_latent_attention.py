@@ -47,6 +47,15 @@ def test_training_adapters_saves_latent_vectors_in_the_place_of_heads():
     assert found[BATCH, HEADS, SEQ] == LAYERS  # logsumexp
 
 
+def test_what_leaves_for_the_host_are_latent_vectors_too():
+    found = saved_for_backward(build(), adapters=True, memory_policy="offload_projections")
+    assert (
+        found[BATCH, SEQ, LATENT.query_rank] == found[BATCH, SEQ, LATENT.rank + LATENT.position_dim] == LAYERS
+    )
+    assert found[BATCH, SEQ, HEADS, HEAD_DIM] == LAYERS, "attention's output alone"
+    assert not found[BATCH, SEQ, HEADS, LATENT.value_dim] and not found[BATCH, SEQ, FFN]
+
+
 @pytest.mark.parametrize("layers", ["unrolled", "scanned"])
 def test_gradients_are_the_same_under_every_memory_policy(layers):
     graph, lora, frozen = split(add_lora(build(layers), LoRAConfig(rank=RANK)))

@@ -35,14 +35,14 @@ def build(layers: str, **changes) -> Decoder:
     return tiny_decoder(config, layers=layers)
 
 
-def saved_for_backward(model: Decoder, *, adapters: bool) -> collections.Counter:
+def saved_for_backward(model: Decoder, *, adapters: bool, **options) -> collections.Counter:
     """Shapes of all arrays with one row a token that the backward pass of every parameter trained finds."""
     graph, trained, frozen = split(add_lora(model, LoRAConfig(rank=RANK))) if adapters else split(model)
     ids = np.zeros((BATCH, SEQ), np.int32)
 
     def residuals(trained):
         def hidden(trained):
-            return merge(graph, trained, frozen).hidden_states(ids)
+            return merge(graph, trained, frozen).hidden_states(ids, **options)
 
         return jax.tree.leaves(jax.vjp(hidden, trained)[1])
 

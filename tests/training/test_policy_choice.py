@@ -1,10 +1,14 @@
 """Which memory policy "auto" takes, and what it says of the others."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig
+from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.latent_config import LatentConfig
 from pronghorn.models.memory_policies import POLICIES
 from pronghorn.training import TrainConfig, plan_memory
 from pronghorn.training.policy_choice import cost_lines, estimate_policies, first_that_fits
@@ -52,6 +56,40 @@ def test_keeping_everything_is_fastest_and_products_faster_than_the_bus_make_off
     assert set(fast) == set(POLICIES) and fast["keep"] == 1.0 == min(fast.values())
     assert fast["offload_attention"] == fast["attention"] < fast["offload"] == fast["layer_inputs"] < 1.5
     assert slow["offload_projections"] > slow["attention"]
+
+
+def kept_by(config, policy):
+    found = estimate_policies(
+        config, micro_batches=1, rows=1, length=1, itemsize=1, device_kind="NVIDIA H100"
+    )
+    cost = next(cost for cost in found if cost.policy == policy)
+    return (cost.kept_device_bytes + cost.kept_host_bytes) / config.num_layers, cost
+
+
+def test_latent_vectors_are_counted_in_the_place_of_heads():
+    """A layer of DeepSeek-V3: its input and the stream, both latent vectors, attention's output padded and cut, gate
+    and up; and its heads are expanded again whatever the policy is."""
+    latent = LatentConfig(512, 128, 64, 128, query_rank=1536)
+    config = dataclasses.replace(
+        LLAMA,
+        hidden_size=7168,
+        num_heads=128,
+        num_kv_heads=128,
+        head_dim=192,
+        intermediate_size=18432,
+        latent=latent,
+    )
+    kept, cost = kept_by(config, "keep")
+    assert kept == 2 * 7168 + 1536 + 576 + 128 * (192 + 128) + 2 * 18432
+    assert cost.recomputed_flops == 2 * (1536 * 128 * 192 + 512 * 128 * 256) * 32
+    assert kept_by(config, "offload_projections")[0] == 2 * 7168 + 1536 + 576 + 128 * (192 + 128)
+
+
+def test_a_token_keeps_gate_and_up_of_the_experts_that_it_chose():
+    experts = ExpertsConfig(64, 6, 1408, shared_width=2816, dense_layers=tuple(range(8)))
+    dense, sparse = kept_by(LLAMA, "keep")[0], kept_by(dataclasses.replace(LLAMA, experts=experts), "keep")[0]
+    wide = (8 * 14336 + 24 * (6 * 1408 + 2816)) // 32
+    assert dense - sparse == 2 * (14336 - wide)
 
 
 def test_longer_rows_leave_more_time_to_move_projections():

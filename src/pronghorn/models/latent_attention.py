@@ -16,10 +16,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.layers import DecoderLayer, LatentAttention
-from pronghorn.models.memory_policies import POLICIES
+from pronghorn.models.memory_policies import LATENTS, POLICIES
 from pronghorn.models.projections import normalized_linears
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.rope import apply_rope
@@ -34,7 +35,7 @@ def project_latents(
     assert latent is not None
     names = ("q_a_proj" if latent.query_rank else "q_proj", "kv_a_proj_with_mqa")
     x, (of_q, of_kv) = normalized_linears(layer.input_layernorm, layer.self_attn, names, x, dropout_key)
-    return x, of_q, of_kv
+    return x, checkpoint_name(of_q, LATENTS), checkpoint_name(of_kv, LATENTS)
 
 
 def expand_latents(

@@ -22,7 +22,9 @@ from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES
 # A few numbers a token: always worth more than computing them again.
 _SMALL = ("attention_logsumexp", "lora_linear_rank", "rms_norm_inverse_rms")
 _ATTENTION = ("attention_out", "stream_after_attention", *_SMALL)
-_PROJECTIONS = ("attention_q", "attention_k", "attention_v", *_ATTENTION)
+_HEADS = ("attention_q", "attention_k", "attention_v")
+_PROJECTIONS = (*_HEADS, *_ATTENTION)
+LATENTS = "attention_latents"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,13 @@ class MemoryPolicy:
 
     saved: tuple[str, ...] | None
     offloaded: bool = False
+
+    def of_latents(self) -> "MemoryPolicy":
+        """The same where heads are expanded from latent vectors: these are saved in the place of heads."""
+        if self.saved is None or not set(_HEADS) <= set(self.saved):
+            return self
+        others = (name for name in self.saved if name not in _HEADS)
+        return dataclasses.replace(self, saved=(LATENTS, *others))
 
     def saveable(self, primitive: Any, *_: Any, **parameters: Any) -> bool:
         """A policy for `jax.checkpoint`.

@@ -150,6 +150,7 @@ def run_segment(
     outputs are empty unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
     period, policy = len(split), POLICIES[memory_policy]
+    policy = policy if config.latent is None else policy.of_latents()
     # A feed-forward network that reads the stream after attention is a part of its own: that stream is its input.
     halves = policy.offloaded and bool(policy.saved) and config.block != "parallel" and not return_layers
     halves &= config.extras is None

@@ -13,7 +13,7 @@ compiled program's memory, and a policy is not even compiled if the arrays it ke
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
@@ -73,18 +73,18 @@ def estimate_policies(
       itemsize: bytes of an activation.
       device_kind: as the device calls itself.
     """
-    d, q = config.hidden_size, config.num_heads * config.head_dim
-    kv, f = config.num_kv_heads * config.head_dim, config.intermediate_size
+    d, f = config.hidden_size, _feed_forward_width(config)
     into_mlp = (2 if config.gated_mlp else 1) * f
-    projections, output, wide, down = d * (q + 2 * kv), q * d, d * into_mlp, f * d
-    attention = 4.0 * q * (length + 1) / 2
-    attended = 2 * d + q
+    heads = _attention_counts(config)
+    output, wide, down = config.num_heads * config.value_dim * d, d * into_mlp, f * d
+    attention = 2.0 * config.num_heads * (config.head_dim + config.value_dim) * (length + 1) / 2
+    attended, projections = 2 * d + heads.output, heads.projections + heads.again
     # Of a token and layer: (elements kept, FLOPs computed again).
     counts = {
-        "keep": (2 * d + 2 * q + 2 * kv + into_mlp, 0.0),
+        "keep": (attended + heads.inputs + into_mlp, 2.0 * heads.again),
         "attention": (attended, 2.0 * (projections + wide)),
         "layer_inputs": (d, 2.0 * (projections + output + wide) + attention),
-        "offload_projections": (attended + q + 2 * kv, 2.0 * wide),
+        "offload_projections": (attended + heads.inputs, 2.0 * (heads.again + wide)),
         "offload_attention": (attended, 2.0 * (projections + wide)),
         "offload": (d, 2.0 * (projections + output + wide) + attention),
     }
@@ -111,6 +111,45 @@ def estimate_policies(
             )
         )
     return sorted(found, key=lambda cost: cost.relative_time)
+
+
+class _AttentionCounts(NamedTuple):
+    """Of a token and layer.
+
+    Attributes:
+      inputs, output: elements kept of what attention is computed from, and of what it puts out.
+      projections: elements of the weights in front of it.
+      again: those that every policy multiplies by again in the backward pass: of heads out of latent vectors.
+    """
+
+    inputs: int
+    output: int
+    projections: int
+    again: int
+
+
+def _attention_counts(config: DecoderConfig) -> _AttentionCounts:
+    d, queries, latent = config.hidden_size, config.num_heads * config.head_dim, config.latent
+    if latent is None:
+        keys = config.num_kv_heads * config.head_dim
+        return _AttentionCounts(queries + 2 * keys, queries, d * (queries + 2 * keys), 0)
+    first = (latent.query_rank or queries) + latent.rank + latent.position_dim
+    expanded = (
+        latent.rank * config.num_heads * (latent.content_dim + latent.value_dim) + latent.query_rank * queries
+    )
+    widest = max(config.head_dim, latent.value_dim)  # as it is computed, and again as it is cut
+    cut = config.num_heads * latent.value_dim if latent.value_dim < widest else 0
+    return _AttentionCounts(first, config.num_heads * widest + cut, d * first, expanded)
+
+
+def _feed_forward_width(config: DecoderConfig) -> int:
+    """Elements between the products of a feed-forward network, on average over the layers."""
+    experts = config.experts
+    if experts is None:
+        return config.intermediate_size
+    dense = sum(not config.is_sparse(index) for index in range(config.num_layers))
+    sparse = experts.experts_per_token * experts.width + experts.shared_width
+    return (dense * config.intermediate_size + (config.num_layers - dense) * sparse) // config.num_layers
 
 
 def first_that_fits(
