@@ -113,8 +113,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Scaled]]:
         )
     if config["target_parameters"]:
         raise InputError(
-            f"{folder}: has adapters of experts that are bare parameters, which cannot be combined; merge it into its base "
-            "instead."
+            f"{folder}: has adapters of experts that are bare parameters, which cannot be combined; merge it into its "
+            "base instead."
         )
     tensors, _ = read_header(inside_folder(folder, WEIGHTS_NAME))
     pairs: dict[str, Scaled] = {}
