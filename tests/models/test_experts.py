@@ -9,14 +9,12 @@ import pytest
 from flax import nnx
 
 from pronghorn.converters.peft import load_adapter, save_adapter
-from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
 from pronghorn.models import Decoder, DecoderConfig, flat_arrays
 from pronghorn.models.expert_layers import Router
 from pronghorn.models.experts import order_by_expert, route, rows_by_expert, weighted_sum
 from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.training.flops import count_flops
-from pronghorn.training.losses import loss_sum_and_count
 from tests.models.reference import random_ids, tiny_decoder, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
@@ -246,12 +244,6 @@ def test_peft_reads_adapters_of_experts(tmp_path):
     assert sorted(theirs) == sorted(ours)
     for name, expected in theirs.items():
         assert np.max(np.abs(ours[name] - expected)) <= 1e-6, name
-
-
-def test_a_load_balancing_loss_is_not_left_out_in_silence():
-    model = Decoder.abstract(sparse_config(balance_loss=True))
-    with pytest.raises(InputError, match="output_router_logits"):
-        loss_sum_and_count(model, {})
 
 
 def test_a_token_is_counted_with_the_experts_it_chose_only():

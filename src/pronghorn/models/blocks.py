@@ -200,14 +200,19 @@ def _dense_weights(tree: Any) -> Any:
     return jax.tree.map(dense, tree, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-@jax.named_scope("mlp")
-def _feed_forward(layer, x, residual, *, config, dropout_key):
+def feed_forward_norm(layer: DecoderLayer, config: DecoderConfig) -> Any:
+    """The norm in front of a layer's feed-forward network, or None."""
     norms: dict[str, Any] = {
         "pre": "post_attention_layernorm",
         "sandwich": "pre_feedforward_layernorm",
         "parallel": "input_layernorm",
     }
-    norm = getattr(layer, norms[config.block]) if config.block in norms else None
+    return getattr(layer, norms[config.block]) if config.block in norms else None
+
+
+@jax.named_scope("mlp")
+def _feed_forward(layer, x, residual, *, config, dropout_key):
+    norm = feed_forward_norm(layer, config)
     if isinstance(layer.mlp, SparseMLP):
         linear = functools.partial(one_linear, dropout_key=dropout_key)
         out = sparse_mlp(layer.mlp, x, norm, config=config, linear=linear)

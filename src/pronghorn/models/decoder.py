@@ -15,6 +15,7 @@ from flax import nnx
 from pronghorn.errors import InputError
 from pronghorn.models import cache as kv_cache
 from pronghorn.models import rope
+from pronghorn.models.balance import Balanced, balance_loss, refuse_balance
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.extras import ModelExtras, first_carried, last_stream
 from pronghorn.models.layers import Embedding, Linear, hidden_norm, value_or_none
@@ -153,6 +154,7 @@ class Decoder(nnx.Module):
         dropout_key: jax.Array | None = None,
         neftune_alpha: float = 0.0,
         return_layers: bool = False,
+        balance_over: jax.Array | None = None,
     ) -> Any:
         """Hidden states after the final norm, `[batch, seq, d]` in the model's dtype.
 
@@ -167,9 +169,11 @@ class Decoder(nnx.Module):
           neftune_alpha: with a key, embeddings get noise uniform in ± alpha / sqrt(L d), L the tokens of a segment (of
             a row, without segment ids).
           return_layers: also return the embedding output and each layer's output, a list of num_layers + 1.
+          balance_over: bool `[batch, seq]`, tokens over which the load-balancing loss of the experts is returned as
+            well, an fp32 scalar (`models/balance.py`); not with return_layers.
 
         Raises:
-          InputError: for an unknown memory_policy.
+          InputError: for an unknown memory_policy; for balance_over where there are no experts that it is known for.
         """
         if memory_policy not in MEMORY_POLICIES:
             raise InputError(
@@ -191,13 +195,17 @@ class Decoder(nnx.Module):
             )
         x = self.embed(input_ids, noise)
         carried, layer_inputs = self._first(input_ids, x, dropout_key)
+        counted = None
+        if balance_over is not None:
+            refuse_balance(self.config)
+            counted, carried = balance_over.astype(jnp.float32), Balanced.start(carried, self.config)
         outputs = [stream_of(carried)]
         for segment in self.segments:
             carried, segment_outputs = run_segment(
                 segment,
                 carried,
                 layer_inputs,
-                (angles, (segment_ids, chunks), rope.query_scale(self.config, positions)),
+                (angles, (segment_ids, chunks), rope.query_scale(self.config, positions), counted),
                 dropout_key,
                 config=self.config,
                 memory_policy=memory_policy,
@@ -205,6 +213,9 @@ class Decoder(nnx.Module):
                 return_layers=return_layers,
             )
             outputs.extend(segment_outputs)
+        if isinstance(carried, Balanced):
+            assert counted is not None
+            return self.norm(carried.stream), balance_loss(carried, counted, self.config)
         x = self._last(carried, dropout_key)
         return (x, outputs) if return_layers else x
 

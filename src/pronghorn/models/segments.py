@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models import cache as kv_cache
-from pronghorn.models.blocks import attention_part, decoder_layer, feed_forward
+from pronghorn.models.balance import Balanced, layer_choices
+from pronghorn.models.blocks import attention_part, decoder_layer, feed_forward, feed_forward_norm
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
 from pronghorn.models.expert_layers import SparseMLP
 from pronghorn.models.extras import Carried, add_modules, extended_layer
@@ -82,8 +83,8 @@ def plan_segments(kinds: tuple[Any, ...]) -> tuple[tuple[int, int, int], ...]:
 
 
 def stream_of(carried: Any) -> jax.Array:
-    """The residual stream of what goes from layer to layer: itself, or one with keys and values beside it."""
-    return carried.stream if isinstance(carried, Carried) else carried
+    """The residual stream of what goes from layer to layer: itself, or one with something beside it."""
+    return carried.stream if isinstance(carried, Carried | Balanced) else carried
 
 
 def _inputs_of(segment: Segment, layer_inputs: jax.Array | None, position: int) -> jax.Array | None:
@@ -115,9 +116,17 @@ def _run_layer(
 
     `state` is the layer's, and the input of its own where there are any.
     """
+    if isinstance(x, Balanced):
+        same: dict[str, Any] = {
+            "graph": graph,
+            "config": config,
+            "pattern": pattern,
+            "tile_tokens": tile_tokens,
+        }
+        return _run_balanced_layer(state, x, shared, dropout_key, index, part=part, **same)
     kind, layer_rope = pattern
     state, layer_input = state
-    angles, (segment_ids, chunks), query_scale = shared
+    angles, (segment_ids, chunks), query_scale, _ = shared
     seen = chunks if kind == "chunked" else segment_ids
     query_scale = query_scale if layer_rope in config.query_scale_ropes else None
     key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
@@ -134,11 +143,30 @@ def _run_layer(
     return decoder_layer(layer, x, cos, sin, seen, tile_tokens=tile_tokens, **options)
 
 
+def _run_balanced_layer(state, x, shared, dropout_key, index, *, graph, config, part, **options):
+    """`_run_layer` in its two parts, with the choices of the layer's experts added up between them."""
+    run: Callable[..., jax.Array] = functools.partial(_run_layer, graph=graph, config=config, **options)
+    stream = x.stream
+    if part != "feed_forward":
+        stream = run(state, stream, shared, dropout_key, index, part="attention")
+    if part == "attention":
+        return x._replace(stream=stream)
+    layer = nnx.merge(graph, state[0])
+    chosen, probabilities = x.chosen, x.probabilities
+    if isinstance(layer.mlp, SparseMLP):
+        norm = feed_forward_norm(layer, config)
+        added = layer_choices(layer, norm, stream, shared[-1], config=config)
+        chosen, probabilities = chosen + added[0], probabilities + added[1]
+    return Balanced(
+        run(state, stream, shared, dropout_key, index, part="feed_forward"), chosen, probabilities
+    )
+
+
 def run_segment(
     segment: Segment,
     x: Any,
     layer_inputs: jax.Array | None,
-    shared: tuple[dict[LayerRope, Any], tuple[jax.Array | None, jax.Array | None], jax.Array | None],
+    shared: tuple[Any, ...],
     dropout_key: jax.Array | None,
     *,
     config: DecoderConfig,
@@ -146,8 +174,8 @@ def run_segment(
     mlp_tile_tokens: int | None,
     return_layers: bool,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """All layers of a segment; `shared` is (angles by rope, ids of segments and of chunks, factors of the queries). The
-    outputs are empty unless asked for."""
+    """All layers of a segment; `shared` is (angles by rope, ids of segments and of chunks, factors of the queries,
+    which tokens count where x is `Balanced`). The outputs are empty unless asked for."""
     split = [nnx.split(layer) for layer in segment.layers]
     period, policy = len(split), POLICIES[memory_policy]
     policy = policy if config.latent is None else policy.of_latents()

@@ -56,6 +56,8 @@ class TrainConfig:
         that small gradients are not lost. It doubles after 200 updates in a row and halves when a gradient overflows;
         that step's update is left out and counted as `overflowed`, not as `skipped`.
       label_smoothing: share of the target's probability spread over the vocabulary, in [0, 1).
+      router_aux_loss_coef: of a mixture of experts, the factor of the load-balancing loss, which is added to the loss
+        and reported as `balance_loss`; 0 for none. None does what config.json asks for (`output_router_logits`).
       memory_policy: what the forward pass leaves for the backward pass, and where. On the device: "keep" (what the hand
         gradients need), "attention" (attention's output and the stream after it; q, k, v, gate and up are computed
         again), "layer_inputs" (the layer is computed again). In pinned host memory, moved while the device computes:
@@ -128,6 +130,7 @@ class TrainConfig:
     save_ema: bool = False
     initial_loss_scale: float = 4096.0
     label_smoothing: float = 0.0
+    router_aux_loss_coef: float | None = None
     memory_policy: MemoryPolicy = "auto"
     mlp_tile_tokens: int | None = None
     head_tile_rows: int | None = None
@@ -186,7 +189,10 @@ class TrainConfig:
             *(n for n in ("embedding_learning_rate", "max_grad_value") if getattr(self, n) is not None),
         ):
             self._check(name, getattr(self, name) > 0, "give a number over 0")
-        for name in ("weight_decay", "warmup_steps", "early_stopping_delta", "neftune_alpha"):
+        for name in (
+            *("weight_decay", "warmup_steps", "early_stopping_delta", "neftune_alpha"),
+            *(n for n in ("router_aux_loss_coef",) if getattr(self, n) is not None),
+        ):
             self._check(name, getattr(self, name) >= 0, "give 0 or more")
         for name in ("beta1", "beta2", "label_smoothing"):
             self._check(name, 0 <= getattr(self, name) < 1, "give a number in [0, 1)")

@@ -5,6 +5,9 @@
 and elsewhere w_t is the weight that the batch gives to token t+1, or 1. The count is of the tokens that are not masked,
 whatever their weights: a row of weight 2 pulls twice as hard.
 
+A mixture of experts may add its load-balancing loss (`models/balance.py`), times a coefficient and the count, so that
+over micro-batches it is averaged by their tokens.
+
 Labels are aligned with `input_ids`; the shift is here. Sums and counts, not means, are what micro-batches add up, so
 that k micro-batches equal one large batch whatever their token counts are. The head's product and the cross entropy
 are one op (`linear_cross_entropy`): the logits of a whole batch never exist.
@@ -16,7 +19,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from pronghorn.errors import InputError
 from pronghorn.lora import merge
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
 
@@ -68,33 +70,31 @@ def loss_sum_and_count(
     mlp_tile_tokens: int | None = None,
     head_tile_rows: int | None = None,
     neftune_alpha: float = 0.0,
+    router_aux_loss_coef: float | None = None,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed next-token loss of one micro-batch and how many tokens it is over; differentiable.
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """Summed loss of one micro-batch, how many tokens it is over, and terms of it; differentiable.
 
     Args:
       model: a Decoder.
       batch: `input_ids` and `labels`, int32 `[batch, seq]`; `segment_ids` and `positions` where rows are packed;
         `weights`, fp32 `[batch, seq]` and aligned with the labels, where rows have weights.
       label_smoothing: share of the target's probability spread over the vocabulary.
-      memory_policy, mlp_tile_tokens, head_tile_rows, neftune_alpha: see `TrainConfig`.
+      memory_policy, mlp_tile_tokens, head_tile_rows, neftune_alpha, router_aux_loss_coef: see `TrainConfig`.
       dropout_key: turns the adapters' dropout and the noise on.
 
     Returns:
-      (fp32 scalar, int32 scalar).
+      (fp32 scalar, int32 scalar, {"balance_loss_sum": fp32 scalar} or nothing): the third is of the load-balancing
+      loss, without its coefficient.
 
     Raises:
-      InputError: the checkpoint asks for a load-balancing loss of its experts.
+      InputError: a load-balancing loss is asked for, and the model has none.
     """
-    experts = model.config.experts
-    if experts is not None and experts.balance_loss:
-        raise InputError(
-            "config.json: output_router_logits asks for the load-balancing loss, which training does not add; set it "
-            "to false to train without."
-        )
-    hidden, targets = _hidden_and_targets(
+    coefficient = _balance_coefficient(model.config.experts, router_aux_loss_coef)
+    hidden, targets, balance = _hidden_and_targets(
         model,
         batch,
+        balanced=coefficient > 0,
         memory_policy=memory_policy,
         mlp_tile_tokens=mlp_tile_tokens,
         neftune_alpha=neftune_alpha,
@@ -115,7 +115,18 @@ def loss_sum_and_count(
         logit_scale=model.config.logit_scale,
         tile_rows=head_tile_rows,
     )
-    return loss_sum, jnp.sum(targets != IGNORED, dtype=jnp.int32)
+    count = jnp.sum(targets != IGNORED, dtype=jnp.int32)
+    if balance is None:
+        return loss_sum, count, {}
+    balance_sum = balance * count
+    return loss_sum + coefficient * balance_sum, count, {"balance_loss_sum": balance_sum}
+
+
+def _balance_coefficient(experts: Any, asked: float | None) -> float:
+    """Of the load-balancing loss: what was asked for, else what the checkpoint asks for."""
+    if asked is not None:
+        return asked
+    return experts.balance_coefficient if experts is not None and experts.balance_loss else 0.0
 
 
 def next_token(
@@ -126,6 +137,7 @@ def next_token(
     mlp_tile_tokens: int | None = None,
     head_tile_rows: int | None = None,
     neftune_alpha: float = 0.0,
+    router_aux_loss_coef: float | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> LossFunction:
     """The loss function of a split model, to be differentiated with respect to its first argument.
@@ -137,16 +149,18 @@ def next_token(
 
     Args:
       graph: the static part that `split` returned.
-      label_smoothing, memory_policy, mlp_tile_tokens, head_tile_rows, neftune_alpha: see `loss_sum_and_count`.
+      label_smoothing, memory_policy, mlp_tile_tokens, head_tile_rows, neftune_alpha, router_aux_loss_coef: see
+        `loss_sum_and_count`.
       reduction: "mean" over the trained tokens of the batch, or "sum" (what is added over micro-batches).
 
     Returns:
-      `loss_fn(trainable, frozen, batch, dropout_key=None) -> (loss, aux)`; `aux` has `loss_sum` (fp32 scalar) and
-      `token_count` (int32 scalar). A batch without one trained token has loss 0.
+      `loss_fn(trainable, frozen, batch, dropout_key=None) -> (loss, aux)`; `aux` has `loss_sum` (fp32 scalar),
+      `token_count` (int32 scalar) and what else `loss_sum_and_count` tells. A batch without one trained token has
+      loss 0.
     """
 
     def loss_fn(trainable: Any, frozen: Any, batch: Batch, dropout_key: jax.Array | None = None):
-        loss_sum, count = loss_sum_and_count(
+        loss_sum, count, terms = loss_sum_and_count(
             merge(graph, trainable, frozen),
             batch,
             label_smoothing=label_smoothing,
@@ -154,10 +168,11 @@ def next_token(
             mlp_tile_tokens=mlp_tile_tokens,
             head_tile_rows=head_tile_rows,
             neftune_alpha=neftune_alpha,
+            router_aux_loss_coef=router_aux_loss_coef,
             dropout_key=dropout_key,
         )
         loss = loss_sum / jnp.maximum(count, 1) if reduction == "mean" else loss_sum
-        return loss, {"loss_sum": loss_sum, "token_count": count}
+        return loss, {"loss_sum": loss_sum, "token_count": count, **terms}
 
     return loss_fn
 
@@ -167,7 +182,7 @@ def evaluation_sums(graph: Any) -> Callable[[Any, Any, Batch], tuple[jax.Array, 
 
     def sums(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         model = merge(graph, trainable, frozen)
-        hidden, targets = _hidden_and_targets(model, batch)
+        hidden, targets, _ = _hidden_and_targets(model, batch)
         weight, bias, lora_a, lora_b, lora_scale = model.head()
         losses = linear_token_losses(
             hidden,
@@ -185,9 +200,22 @@ def evaluation_sums(graph: Any) -> Callable[[Any, Any, Batch], tuple[jax.Array, 
     return sums
 
 
-def _hidden_and_targets(model: Any, batch: Batch, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """Hidden states `[batch * seq, d]` and their targets `[batch * seq]`."""
-    segment_ids = batch.get("segment_ids")
+def _hidden_and_targets(
+    model: Any, batch: Batch, *, balanced: bool = False, **options: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Hidden states `[batch * seq, d]`, their targets `[batch * seq]`, and the load-balancing loss if asked for."""
+    segment_ids, labels, balance = batch.get("segment_ids"), jnp.asarray(batch["labels"]), None
+    if balanced:
+        options["balance_over"] = _real_tokens(labels, segment_ids)
     hidden = model.hidden_states(batch["input_ids"], batch.get("positions"), segment_ids, **options)
-    targets = shifted_labels(jnp.asarray(batch["labels"]), segment_ids)
-    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    if balanced:
+        hidden, balance = hidden
+    targets = shifted_labels(labels, segment_ids)
+    return hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1), balance
+
+
+def _real_tokens(labels: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """bool `[batch, seq]`: no padding. Where nothing tells, padding is what follows a row's last label."""
+    if segment_ids is not None:
+        return segment_ids > 0
+    return jax.lax.cummax((labels != IGNORED).astype(jnp.int8), axis=1, reverse=True) > 0

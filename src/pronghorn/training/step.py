@@ -124,13 +124,15 @@ def make_train_step(
       schedule: only to report `learning_rate`; the optimizer applies its own.
       dtypes: from `compute_dtypes`, when the state holds fp32 masters of 16-bit weights.
       loss_fn: `(trainable, frozen, micro_batch, dropout_key) -> (loss sum, {"token_count": ...})`; default next token.
+        What it names `.._sum` beside is reported a token, as `..`.
       dropout: give the loss a dropout key.
 
     Returns:
       The step. `batch` is a pytree of `[micro, batch, seq]` arrays. `metrics`: `loss`, `grad_norm` (before clipping),
-      `learning_rate`, fp32; `token_count` of this step, `skipped` so far, int32; `applied`, bool; `leaf_grad_norms`,
-      fp32 `[leaves]`, one entry for each layer of a stacked leaf (see `guards.leaf_names`). With a loss scale also
-      `loss_scale`, fp32, `overflow` of this step, bool, and `overflowed` so far, int32.
+      `learning_rate`, fp32, and `balance_loss` of a mixture that adds it; `token_count` of this step, `skipped` so
+      far, int32; `applied`, bool; `leaf_grad_norms`, fp32 `[leaves]`, one entry for each layer of a stacked leaf (see
+      `guards.leaf_names`). With a loss scale also `loss_scale`, fp32, `overflow` of this step, bool, and `overflowed`
+      so far, int32.
     """
     summed_loss = loss_fn or next_token(
         graph,
@@ -139,6 +141,7 @@ def make_train_step(
         mlp_tile_tokens=config.mlp_tile_tokens,
         head_tile_rows=config.head_tile_rows,
         neftune_alpha=config.neftune_alpha,
+        router_aux_loss_coef=config.router_aux_loss_coef,
         reduction="sum",
     )
 
@@ -148,7 +151,7 @@ def make_train_step(
             parameters = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), parameters, dtypes)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step) if dropout else None
         loss_scale = None if state.loss_scale is None else state.loss_scale.scale
-        loss_sum, count, gradient = _sum_over_micro_batches(
+        loss_sum, count, terms, gradient = _sum_over_micro_batches(
             summed_loss, parameters, frozen, batch, key, loss_scale
         )
 
@@ -192,6 +195,7 @@ def make_train_step(
             "applied": applied,
             "skipped": state.skipped + ~applied,
             "leaf_grad_norms": leaf_grad_norms,
+            **{name.removesuffix("_sum"): total / tokens for name, total in terms.items()},
         }
         updates_made = state.step - state.skipped
         new_scale = None
@@ -229,8 +233,8 @@ def make_train_step(
 def _sum_over_micro_batches(
     loss_fn: LossFunction, parameters: Any, frozen: Any, batch: Any, key: Any, loss_scale: jax.Array | None
 ):
-    """Loss sum (fp32), token count (int32) and gradient sum over the leading axis of `batch`; the gradient is of the
-    loss times `loss_scale`.
+    """Loss sum (fp32), token count (int32), sums of the loss's terms and gradient sum over the leading axis of `batch`;
+    the gradient is of the loss times `loss_scale`.
 
     More than one micro-batch adds gradients up in fp32; a single one keeps the parameters' dtype and has no scan.
     """
@@ -246,7 +250,8 @@ def _sum_over_micro_batches(
     def one(index: Any, micro_batch: Any):
         micro_key = None if key is None else jax.random.fold_in(key, index)
         (_, (loss_sum, aux)), gradient = value_and_grad(parameters, frozen, micro_batch, micro_key)
-        return loss_sum.astype(jnp.float32), aux["token_count"].astype(jnp.int32), gradient
+        terms = {name: aux[name] for name in aux if name.endswith("_sum") and name != "loss_sum"}
+        return loss_sum.astype(jnp.float32), aux["token_count"].astype(jnp.int32), terms, gradient
 
     if micro_batches == 1:
         return one(0, jax.tree.map(lambda x: x[0], batch))
@@ -254,9 +259,10 @@ def _sum_over_micro_batches(
     def body(total: Any, indexed: Any):
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, one(*indexed)), None
 
+    first = jax.tree.map(lambda x: x[0], batch)
+    *sums, _ = jax.eval_shape(one, 0, first)
     zeros = (
-        jnp.zeros((), jnp.float32),
-        jnp.zeros((), jnp.int32),
+        *jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums),
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), parameters),
     )
     total, _ = jax.lax.scan(body, zeros, (jnp.arange(micro_batches), batch))
