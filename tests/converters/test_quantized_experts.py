@@ -12,10 +12,11 @@ from pronghorn.converters.safetensors_files import TensorSpec, open_weights, rea
 from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig, add_lora, merge, split
 from pronghorn.models.parameters import named_parameters
-from pronghorn.quantization import NF4Array, is_quantized, quantize
+from pronghorn.quantization import FP8Array, NF4Array, is_quantized, quantize
 from pronghorn.quantization.quantize_model import QuantizationConfig
 from pronghorn.training import losses
 from tests.converters import tiny_models
+from tests.converters.test_fp8_checkpoints import TRANSFORMERS, published
 from tests.models.reference import tiny_torch_model
 from tests.quantization import reference
 from tests.tolerances import MODEL_GRADIENT
@@ -158,6 +159,31 @@ def test_adapters_merge_into_what_was_trained_and_transformers_reads_it(base, tm
     reread = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32).eval()
     ids = tiny_models.prompt(40)
     assert np.max(np.abs(tiny_models.logits(reread, ids) - tiny_models.ours(model, ids))) <= 1e-3
+
+
+def test_experts_of_a_published_fp8_folder_stay_in_fp8(base, tmp_path):
+    folder, matrices = published(base, tmp_path / "fp8", "block", TRANSFORMERS, suffix=".weight_scale_inv")
+    model = load_model(folder)
+    for name in LINEARS:
+        value = held(model)[name]
+        assert isinstance(value, FP8Array)
+        for expert, matrix in enumerate(value.dequantize()):
+            assert np.array_equal(matrix, matrices[f"model.{name.replace('experts.', f'experts.{expert}.')}"])
+    graph, lora, frozen = split(adapted(model))
+    ids = jnp.asarray(tiny_models.prompt(24))
+    loss = losses.next_token(graph)
+    gradient = jax.jit(
+        jax.grad(lambda lora, frozen: loss(lora, frozen, {"input_ids": ids, "labels": ids})[0])
+    )
+    # Attention's products round their activations to FP8; those of experts do not.
+    dense = jax.tree.map(
+        lambda leaf: leaf.dequantize() if is_quantized(leaf) and leaf.ndim == 3 else leaf,
+        frozen,
+        is_leaf=is_quantized,
+    )
+    found, expected = gradient(lora, frozen), gradient(lora, dense)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(one - other) <= MODEL_GRADIENT * np.linalg.norm(other)
 
 
 def test_experts_of_one_layer_that_are_not_alike_are_refused(base, tmp_path):

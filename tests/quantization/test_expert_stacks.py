@@ -11,7 +11,7 @@ from pronghorn.pallas_kernels.launch import kernels
 from pronghorn.quantization import NF4Array, QuantizationConfig, quantize
 from pronghorn.quantization.quantize_model import empty_like
 from tests.lowering import lower_for_h100
-from tests.pallas_kernels.comparison import saved_shapes, value_and_gradients
+from tests.pallas_kernels.comparison import gradient, saved_shapes, shapes_computed, value_and_gradients
 from tests.quantization import reference
 from tests.quantization.test_mxfp4 import random_array
 from tests.tolerances import assert_close
@@ -88,6 +88,30 @@ def test_values_and_gradients_are_those_of_the_dequantised_weights(kind, impleme
     found, expected = (value_and_gradients(f, (x, a, b), dy) for f in (ours, oracle))
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_close(one, other)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_fewer_rows_than_experts_dequantise_no_more_matrices_than_rows(implementation):
+    """Five experts, three rows of two of them, the first and one in the middle without any."""
+    sizes = jnp.asarray([0, 2, 0, 1, 0], jnp.int32)
+    draw = np.random.default_rng(1)
+    shapes = (3, IN), (5, 2, IN), (5, OUT, 2), (3, OUT)
+    x, a, b, dy = (jnp.asarray(draw.standard_normal(shape, np.float32)) for shape in shapes)
+    weight = quantize(jnp.asarray(stack(shape=(5, OUT, IN))), KINDS["nf4"])
+    bias = jnp.asarray(draw.standard_normal((5, OUT), np.float32))
+    dense = weight.dequantize()
+
+    def ours(x, a, b):
+        return grouped_linear(x, weight, sizes, a, b, scale=0.5, bias=bias, implementation=implementation)
+
+    def oracle(x, a, b):
+        return grouped_linear_reference(x, dense, sizes, a, b, scale=0.5, bias=bias)
+
+    found, expected = (value_and_gradients(f, (x, a, b), dy) for f in (ours, oracle))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_close(one, other)
+    computed = shapes_computed(gradient(ours), x, a, b)
+    assert (3, OUT, IN) in computed and (5, OUT, IN) not in computed
 
 
 def test_no_matrix_in_16_bits_is_kept_for_the_backward_pass_and_none_is_trained():

@@ -14,8 +14,8 @@ add up in fp32; A and B are cast to it, their gradients leave the products in fp
 added inside of the large product, in fp32, before its one rounding.
 
 Saved: X only where A or W is trained, T (r numbers a row, named "grouped_linear_rank" for `jax.checkpoint` policies)
-where B is. A quantised weight is dequantised again in backward, and only the groups that have rows where it knows how
-(`dequantize_groups`).
+where B is. A quantised weight is dequantised again in backward. Where there are fewer rows than groups, as in decoding,
+no more matrices are dequantised than there are rows: those of the groups that have any, with static shapes.
 
 Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685; Gale et al., MegaBlocks, 2022, section 5,
 https://arxiv.org/abs/2211.15841, for products of experts without padding.
@@ -114,24 +114,33 @@ def grouped_linear_reference(
     return total.astype(x.dtype)
 
 
-def _dense(weight, group_sizes, dtype):
-    """W as an array; where it is quantised, matrices of groups without rows may hold anything."""
-    if hasattr(weight, "dequantize_groups"):
-        return weight.dequantize_groups(group_sizes).astype(dtype)
-    return dense(weight, dtype)
+def _dense_groups(rows, weight, group_sizes, *stacks):
+    """(W as an array, sizes, the other stacks) of the groups that have rows, or of all: what the large product takes.
+
+    The groups that have rows, in order, come first of `rows` many; those after them are group 0 again, without rows.
+    """
+    groups = group_sizes.shape[0]
+    if not is_quantized(weight) or rows >= groups:
+        return dense(weight, weight.dtype), group_sizes, *stacks
+    present = jnp.nonzero(group_sizes > 0, size=rows, fill_value=0)[0]
+    sizes = jnp.where(jnp.arange(rows) < jnp.sum(group_sizes > 0), group_sizes[present], 0)
+    weight, stacks = jax.tree.map(lambda leaf: leaf[present], (weight, stacks))
+    return dense(weight, weight.dtype), sizes, *stacks
 
 
 def _compute(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation):
     """(Y, T); T is None without an adapter."""
-    t = lowrank = None
+    t: Any = None
+    lowrank = None
     if is_quantized(weight):  # dequantised when x is there and not before, see `stacked_linears`
         x, weight = jax.lax.optimization_barrier((x, weight))
     if lora_a is not None:
         t = by_rows(x, lora_a.astype(x.dtype), group_sizes, implementation=implementation)
+    matrices, sizes, lora_b, bias = _dense_groups(x.shape[0], weight, group_sizes, lora_b, bias)
+    if lora_a is not None:
         # The scale goes on the smallest matrix of the product, before the one rounding of B.
         lowrank = LowRank(t, (scale * lora_b).astype(x.dtype))
-    matrices = _dense(weight, group_sizes, x.dtype)
-    return by_rows(x, matrices, group_sizes, lowrank, bias, implementation=implementation), t
+    return by_rows(x, matrices.astype(x.dtype), sizes, lowrank, bias, implementation=implementation), t
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
@@ -169,8 +178,9 @@ def _grouped_linear_backward(scale, implementation, residuals, dy):
     if lora_a is not None and wanted & {"x", "lora_a"}:
         g = columns(dy, (scale * lora_b).astype(dtype), sizes)
     if "x" in wanted:
-        lowrank = None if lora_a is None else LowRank(g, lora_a.astype(dtype))
-        gradients["x"] = columns(dy, _dense(weight, sizes, dtype), sizes, lowrank)
+        matrices, some, some_a = _dense_groups(dy.shape[0], weight, sizes, lora_a)
+        lowrank = None if lora_a is None else LowRank(g, some_a.astype(dtype))
+        gradients["x"] = columns(dy, matrices.astype(dtype), some, lowrank)
     if "lora_a" in wanted:
         gradients["lora_a"] = sums(g, saved["x"], sizes).astype(lora_a.dtype)
     if "lora_b" in wanted:
