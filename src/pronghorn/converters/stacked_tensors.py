@@ -48,7 +48,8 @@ class StackedQuantizedTensor(QuantizedTensor):
 def stack_tensors(
     folder: str | Path, stored: Mapping[str, Any], stacks: Mapping[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-    """The tensors of a folder, those that are parts of a stack as one.
+    """The tensors of a folder, those that are parts of a stack as one. Experts may also lie in the file as transformers
+    holds them, `experts.gate_up_proj` `[experts, 2 width, d]` and `experts.down_proj`; they are written one by one.
 
     Args:
       stored: the folder's, by name.
@@ -57,7 +58,7 @@ def stack_tensors(
     Raises:
       InputError: a part is missing, or of another shape or dtype than the first or quantised in another way.
     """
-    found = dict(stored)
+    found = _one_by_one(stored, stacks)
     for name, names in stacks.items():
         missing = [part for part in names if part not in found]
         if missing:
@@ -84,6 +85,25 @@ def stack_tensors(
         else:
             found[name] = StackedTensor(first.dtype, shape, parts)
     return found
+
+
+def _one_by_one(stored: Mapping[str, Any], stacks: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The same, with every expert's part of what holds all of them by the name that it has by itself: each is one
+    piece of the file."""
+    found, joined = dict(stored), set()
+    for name, parts in stacks.items():
+        holder, _, leaf = name.removesuffix("_proj.weight").rpartition(".")
+        place, halves = {"gate": (0, 2), "up": (1, 2)}.get(leaf, (0, 1))
+        whole_name = f"{holder}.{'gate_up_proj' if halves == 2 else f'{leaf}_proj'}"
+        whole = stored.get(whole_name)
+        if not isinstance(whole, StoredTensor) or len(whole.shape) != 3 or whole.shape[0] != len(parts):
+            continue
+        joined.add(whole_name)
+        shape, each = (whole.shape[1] // halves, whole.shape[2]), whole.nbytes // (len(parts) * halves)
+        for expert, part in enumerate(parts):
+            offset = whole.offset + (expert * halves + place) * each
+            found[part] = dataclasses.replace(whole, shape=shape, offset=offset)
+    return {name: tensor for name, tensor in found.items() if name not in joined}
 
 
 def unstack_quantized(
