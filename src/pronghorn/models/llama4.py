@@ -83,7 +83,7 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
         query_scale_ropes=("none",),
         intermediate_size=positive(hf, "intermediate_size_mlp", 16384),
         experts=read_experts(
-            hf,
+            hf | {"output_router_logits": False},  # which asks for no loss in this family
             count=16,
             chosen=1,
             coefficient=0.001,
