@@ -82,6 +82,24 @@ SPECIAL = {
         {"model_type": "qwen3_5_vision", "out_hidden_size": 48, "num_position_embeddings": 16},
         {"image_token_id": 130, "video_token_id": 129, "vision_start_token_id": 1, "vision_end_token_id": 2},
     ),
+    "qwen3_5_moe": (
+        {
+            "model_type": "qwen3_5_moe_text",
+            "head_dim": 16,
+            "num_hidden_layers": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 32,
+        },
+        {"model_type": "qwen3_5_moe_vision", "out_hidden_size": 48, "num_position_embeddings": 16},
+        {"image_token_id": 130, "video_token_id": 129, "vision_start_token_id": 1, "vision_end_token_id": 2},
+    ),
     "llava": (
         {"model_type": "llama", "num_hidden_layers": 2},
         CLIP,
@@ -167,13 +185,14 @@ def test_adapter_fits_the_wrapper_in_peft_and_comes_back(pair, tmp_path):
     from peft import PeftModel
 
     kind, _, model = pair
-    adapted = randomised(add_lora(model, LoRAConfig(rank=2, targets=("q_proj", "down_proj"))))
+    down = "mlp.down_proj" if model.config.experts is None else "mlp.shared_expert.down_proj"
+    adapted = randomised(add_lora(model, LoRAConfig(rank=2, targets=("q_proj", down))))
     save_adapter(adapted, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(copy.deepcopy(wrapper(kind)), str(tmp_path / "adapter"))
     merged = {k: np.asarray(v) for k, v in flat_arrays(merge_lora(adapted)).items()}
     state = theirs.merge_and_unload().state_dict()
     names = family_named(model.config.family).tensor_names(model.config)
-    for name in ("layers.1.self_attn.q_proj.weight", "layers.0.mlp.down_proj.weight"):
+    for name in ("layers.1.self_attn.q_proj.weight", f"layers.0.{down}.weight"):
         theirs = names[name].replace("model.", "model.language_model.", 1)
         np.testing.assert_allclose(state[theirs].numpy(), merged[name], atol=1e-6)
     again = flat_arrays(merge_lora(load_adapter(model, tmp_path / "adapter")))

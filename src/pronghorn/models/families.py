@@ -118,6 +118,7 @@ WRAPPERS = (
     "gemma4",
     "mistral3",
     "qwen3_5",
+    "qwen3_5_moe",
     "llava",
     "llava_next",
     "llava_onevision",
