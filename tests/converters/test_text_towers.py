@@ -8,7 +8,7 @@ import pytest
 
 from pronghorn.converters.huggingface import load_model, read_config, save_model
 from pronghorn.converters.peft import load_adapter, save_adapter
-from pronghorn.converters.safetensors_files import open_weights
+from pronghorn.converters.safetensors_files import TensorSpec, open_weights, write_weights
 from pronghorn.converters.text_towers import tower_tensors
 from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig, add_lora, merge_lora
@@ -16,7 +16,8 @@ from pronghorn.models import family_for, flat_arrays
 from pronghorn.models.families import family_named
 from pronghorn.verification import verify_model
 from tests.converters.test_peft import randomised
-from tests.models.reference import SIZES, forward, random_ids
+from tests.models.family_cases import CASES
+from tests.models.reference import SIZES, forward, random_ids, tiny_torch_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 VISION = {
@@ -236,3 +237,24 @@ def test_published_text_config_of_gemma_3_4b_is_read_with_its_defaults(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(published | {"text_config": None}))
     with pytest.raises(InputError, match="needs a text_config"):
         read_config(tmp_path)
+
+
+def test_gemma_3n_whose_vision_tower_needs_timm_is_read_by_the_names_of_its_wrapper(tmp_path):
+    """Tensors of the text model under the wrapper's names, and one of its vision tower: the wrapper cannot be built."""
+    import json
+
+    case = CASES["gemma3n"]
+    reference = tiny_torch_model(case.model_type, pad_token_id=None, **case.overrides)
+    reference.save_pretrained(tmp_path / "text")
+    text = json.loads((tmp_path / "text/config.json").read_text())
+    arrays = {name: tensor.read() for name, tensor in open_weights(tmp_path / "text").items()}
+    arrays = {name.replace("model.", "model.language_model.", 1): array for name, array in arrays.items()}
+    arrays["model.vision_tower.timm_model.conv_stem.conv.weight"] = np.zeros((2, 3), np.float32)
+    (tmp_path / "wrapper").mkdir()
+    config = {"model_type": "gemma3n", "text_config": text, "tie_word_embeddings": True}
+    (tmp_path / "wrapper/config.json").write_text(json.dumps(config))
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+    write_weights(tmp_path / "wrapper", specs, arrays.__getitem__)
+    model, ids = load_model(tmp_path / "wrapper"), random_ids(40)
+    assert np.max(np.abs(forward(model, ids) - logits_of(reference, ids))) <= 1e-4
+    assert model.source.wrapped

@@ -82,6 +82,26 @@ CASES = {
             },
         },
     ),
+    # As Gemma 4 below. The second stream is the active one, and the table of inputs is shorter than the vocabulary.
+    "gemma3n": Case(
+        "gemma3n_text",
+        {
+            "num_hidden_layers": 5,
+            "rms_norm_eps": 1e-3,
+            "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+            "head_dim": 6,
+            "sliding_window": 17,
+            "num_kv_shared_layers": 2,
+            "intermediate_size": [80, 64, 80, 64, 80],
+            "activation_sparsity_pattern": [0.7, 0.0, 0.9, 0.0, 0.0],
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 100,
+            "altup_num_inputs": 4,
+            "altup_active_idx": 1,
+            "laurel_rank": 4,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     # Of both kinds a layer with keys and values of its own, one that others read, and one that reads. A head that reads
     # next to nothing is normalised: with an epsilon of 1e-5 transformers' logits in fp32 are 8e-5 from its own in fp64.
     "gemma4": Case(

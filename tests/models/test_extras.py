@@ -13,7 +13,8 @@ from pronghorn.errors import InputError
 from pronghorn.evaluation.sensitivity import Sensitivity
 from pronghorn.lora import merge, split
 from pronghorn.models import Decoder, DecoderConfig, RopeConfig
-from pronghorn.models.extras_config import ExtrasConfig
+from pronghorn.models.altup import cut_off
+from pronghorn.models.extras_config import AltUpConfig, ExtrasConfig
 from pronghorn.new_tokens import with_tokens
 from tests.models.reference import decoder_results, gradient_error, random_ids, tiny_decoder
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
@@ -29,6 +30,15 @@ SHARED = ExtrasConfig(
     input_width=5,
     input_vocab=131,
     layer_scalar=True,
+)
+
+STREAMS = ExtrasConfig(
+    value_norm=True,
+    shared_kv_layers=4,
+    gate_sparsity=(0.5, 0.0, 0.8, 0.8, 0.8, 0.8),
+    input_width=5,
+    input_vocab=100,
+    altup=AltUpConfig(streams=3, active=1, scale_corrected=True, laurel_rank=2),
 )
 
 
@@ -58,9 +68,12 @@ def config_of(extras=SHARED, kinds=KINDS, **changes):
     return DecoderConfig(**(fields | changes), extras=extras)
 
 
-def test_layers_that_are_alike_are_scanned_over_and_compute_what_single_ones_do():
+@pytest.mark.parametrize(
+    "config", [config_of(), config_of(STREAMS, ("full",) * 6)], ids=["gemma 4", "gemma 3n"]
+)
+def test_layers_that_are_alike_are_scanned_over_and_compute_what_single_ones_do(config):
     ids = random_ids(30, batch=2)
-    single, scanned = (tiny_decoder(config_of(), layers=layers) for layers in ("unrolled", "scanned"))
+    single, scanned = (tiny_decoder(config, layers=layers) for layers in ("unrolled", "scanned"))
     assert max(segment.repeats for segment in scanned.segments) > 1
     (logits, gradients), (expected, expected_gradients) = map(decoder_results, (scanned, single), (ids, ids))
     np.testing.assert_allclose(logits, expected, atol=MODEL_LOGITS)
@@ -105,6 +118,14 @@ def test_residuals_that_wait_on_the_host_give_the_same_gradients(layers, kinds, 
     expected = gradients("keep")
     for found, leaf in zip(gradients(policy), expected, strict=True):
         assert gradient_error(found, leaf) <= MODEL_GRADIENT
+
+
+def test_the_cut_of_a_gate_leaves_the_share_of_a_normal_distribution_that_is_over_it():
+    gate = np.random.default_rng(0).standard_normal((3, 100_000)).astype(np.float32) * 2 + 5
+    kept = np.asarray(cut_off(jnp.asarray(gate), 0.95))
+    np.testing.assert_allclose(np.mean(kept > 0, axis=-1), 0.05, atol=0.003)
+    mean, deviation = np.mean(gate, axis=-1, keepdims=True), np.std(gate, axis=-1, keepdims=True)
+    np.testing.assert_allclose(kept, np.maximum(gate - mean - 1.6448536 * deviation, 0), atol=1e-4)
 
 
 def test_keys_and_values_that_a_file_holds_and_nothing_reads_are_left_out(tmp_path):

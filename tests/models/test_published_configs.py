@@ -283,6 +283,20 @@ GEMMA_4_E2B_TEXT = {
     "use_cache": True, "use_double_wide_mlp": True, "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
 
+# The keys and values of google/gemma-3n-E2B's text_config, still to be compared with the published file.
+GEMMA_3N_E2B_TEXT = {
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20, "altup_active_idx": 0, "altup_coef_clip": 120.0,
+    "altup_correct_scale": True, "altup_lr_multiplier": None, "altup_num_inputs": 4, "attention_bias": False,
+    "attention_dropout": 0.0, "final_logit_softcapping": 30.0, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2048, "hidden_size_per_layer_input": 256,
+    "initializer_range": 0.02, "intermediate_size": [8192] * 30, "laurel_rank": 64,
+    "layer_types": [*["sliding_attention"] * 4, "full_attention"] * 6, "max_position_embeddings": 32768,
+    "model_type": "gemma3n_text", "num_attention_heads": 8, "num_hidden_layers": 30, "num_key_value_heads": 2,
+    "num_kv_shared_layers": 10, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0, "rope_scaling": None,
+    "rope_theta": 1000000.0, "sliding_window": 512, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 262400,
+    "vocab_size_per_layer_input": 262144,
+}  # fmt: skip
+
 
 def read(hf):
     return family_for(hf).config_from_hf(hf)
@@ -409,9 +423,29 @@ def test_gemma_4s_that_would_be_other_models_are_refused(change, named):
         read(GEMMA_4_E2B_TEXT | change)
 
 
+def test_gemma_3n_has_four_streams_and_sparse_gates_in_its_first_layers():
+    config = read(GEMMA_3N_E2B_TEXT)
+    assert (config.intermediate_size, config.extras.layer_widths, config.num_kv_heads) == (8192, (), 2)
+    assert [config.of_layer(i).extras.gate_sparsity for i in (9, 10)] == [(0.95,), (0.0,)]
+    assert [config.of_layer(i).extras.key_values for i in (17, 18, 19, 20)] == [
+        "own",
+        "stored",
+        "stored",
+        "read",
+    ]
+    assert config.extras.altup.streams == 4 and config.logit_softcap == 30.0
+    assert (config.rope.base, config.local_rope.base) == (1e6, 1e4)
+    assert read(GEMMA_3N_E2B_TEXT | {"activation_sparsity_pattern": None}) == config
+    with pytest.raises(InputError, match="intermediate_size has to be a list of 30"):
+        read(GEMMA_3N_E2B_TEXT | {"intermediate_size": [8192] * 29})
+    with pytest.raises(InputError, match="stream 4 of 4"):
+        read(GEMMA_3N_E2B_TEXT | {"altup_active_idx": 4})
+
+
 @pytest.mark.parametrize(
     "hf",
     [
+        GEMMA_3N_E2B_TEXT,
         GEMMA_4_E2B_TEXT,
         GEMMA_2_2B,
         GEMMA_3_1B,

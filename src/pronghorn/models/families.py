@@ -19,6 +19,7 @@ from pronghorn.models import (
     gemma,
     gemma2,
     gemma3,
+    gemma3n,
     gemma4,
     glm,
     glm4_moe,
@@ -66,6 +67,7 @@ FAMILIES: tuple[Family, ...] = (
     gemma.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    gemma3n.FAMILY,
     gemma4.FAMILY,
     phi3.FAMILY,
     smollm3.FAMILY,
@@ -115,6 +117,7 @@ FAMILIES: tuple[Family, ...] = (
 # Vision: their wrapper leaves out Cohere's factor on the logits.
 WRAPPERS = (
     "gemma3",
+    "gemma3n",
     "gemma4",
     "mistral3",
     "qwen3_5",
