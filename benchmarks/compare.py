@@ -61,6 +61,7 @@ def kept(model: str, rows: int, tokens: int) -> list[tuple[str, list[str]]]:
 
 PACKED = "alpaca-like"  # its place is taken by a file of packed documents
 BIG, SMALL, FULL, GEMMA = "llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b", "gemma-3-4b"
+SPARSE, FEW, OSS = "qwen3-30b-a3b", "qwen3-30b-a3b-12-layers", "gpt-oss-20b"
 SUITES: dict[str, list[tuple[str, list[str]]]] = {
     BIG: [*kept(BIG, 1, 4096), ours(BIG, 1, 4096, "--weights", "fp8")],
     f"{BIG}-recomputed": [*checkpointed(BIG, 2, 4096), *checkpointed(BIG, 4, 4096)[:2]],
@@ -74,6 +75,26 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
     ],
     SMALL: [*kept(SMALL, 1, 512)[:2], *kept(SMALL, 4, 2048)[:2], *kept(SMALL, 2, 512)[:2]],
     GEMMA: kept(GEMMA, 1, 4096)[:2],
+    SPARSE: [ours(SPARSE, 1, 4096, "--weights", "nf4", "--layers", "scanned")],
+    FEW: [
+        ours(FEW, 1, 4096, "--weights", "nf4", "--layers", "scanned"),
+        peer(UNSLOTH, FEW, 1, 4096, "--weights", "nf4"),
+        peer(TRANSFORMERS, FEW, 1, 4096, "--weights", "nf4"),
+    ],
+    OSS: [
+        ours(
+            OSS,
+            1,
+            4096,
+            "--weights",
+            "mxfp4",
+            "--layers",
+            "scanned",
+            "--memory-policy",
+            "layer_inputs",
+            *("--head-tile-rows", "512"),
+        ),
+    ],
     FULL: [
         ours(FULL, 8, 2048, "--adapter", "full"),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),

@@ -14,6 +14,7 @@ from pronghorn.models.families import family_named
 from pronghorn.models.layers import INITIALIZER_RANGE
 from pronghorn.models.parameters import assign, named_parameters
 from pronghorn.quantization import QuantizationConfig, quantize
+from pronghorn.quantization.mxfp4 import MXFP4Array, empty_like_mxfp4
 from pronghorn.quantization.quantize_model import choose, empty_like, make_abstract
 
 _LARGEST_DRAWN = 1 << 26
@@ -44,18 +45,32 @@ def _normal(seed: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.lax.map(part, jax.random.split(jax.random.key(seed), parts)).reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _mxfp4(seed: Any, shape: tuple[int, ...], dtype: Any) -> MXFP4Array:
+    """Such weights are never made of others: random codes, scaled to a deviation of about INITIALIZER_RANGE."""
+    form = empty_like_mxfp4(shape, dtype)
+    codes = jax.random.bits(jax.random.key(seed), form.codes.shape, jnp.uint8)
+    scales = jnp.full(form.scales.shape, 127 + round(math.log2(INITIALIZER_RANGE / 2.9)), jnp.uint8)
+    return MXFP4Array(codes, scales, form.dtype_name)
+
+
 class _Drawn(Mapping[str, Any]):
-    """Each weight drawn, and quantised, when it is asked for."""
+    """Each weight drawn, and quantised, when it is asked for; norms are ones, biases and sinks zeros."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], how: Mapping[str, QuantizationConfig], dtype: Any):
         self._shapes, self._how, self._dtype = shapes, how, dtype
 
     def __getitem__(self, name: str) -> Any:
         shape = self._shapes[name]
+        if name.endswith(("bias", "sinks")):
+            return jnp.zeros(shape, self._dtype)
         if len(shape) == 1:
             return jnp.ones(shape, self._dtype)
-        weight = _normal(list(self._shapes).index(name), shape, self._dtype)
-        return quantize(weight, self._how[name]) if name in self._how else weight
+        seed, how = list(self._shapes).index(name), self._how.get(name)
+        if how is not None and how.kind == "mxfp4":
+            return _mxfp4(seed, shape, self._dtype)
+        weight = _normal(seed, shape, self._dtype)
+        return weight if how is None else quantize(weight, how)
 
     def __contains__(self, name: object) -> bool:
         return name in self._shapes

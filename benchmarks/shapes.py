@@ -1,5 +1,8 @@
 """The architectures that the step benchmarks use: true shapes, random weights."""
 
+import dataclasses
+
+from pronghorn.models import gpt_oss
 from pronghorn.models.config import DecoderConfig, RopeConfig
 from pronghorn.models.experts_config import ExpertsConfig
 
@@ -106,4 +109,15 @@ MODELS = {
         rope=RopeConfig(base=1000000.0),
         experts=ExpertsConfig(num_experts=128, experts_per_token=8, width=768, normalized=True),
     ),
-}
+    "gpt-oss-20b": gpt_oss.config_from_hf({
+        "head_dim": 64, "hidden_size": 2880, "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
+        "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
+        "num_key_value_heads": 8, "num_local_experts": 32, "rms_norm_eps": 1e-05, "rope_theta": 150000,
+        "sliding_window": 128, "swiglu_limit": 7.0, "vocab_size": 201088,
+    }),
+}  # fmt: skip
+# So many layers of a model too large to be written for the peers in the time of a run.
+MODELS["qwen3-30b-a3b-12-layers"] = dataclasses.replace(
+    MODELS["qwen3-30b-a3b"], num_layers=12, layer_kinds=("full",) * 12
+)
