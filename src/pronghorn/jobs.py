@@ -4,6 +4,7 @@ Order matters to the user: rows are read, tokenised and counted before any weigh
 wrong template costs seconds.
 """
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -127,15 +128,17 @@ def require_free_folder(path: str | Path) -> None:
         require_new(path)
 
 
-def plan_job(job: JobConfig, *, memory_gib: float | None = None) -> "MemoryPlan":
+def plan_job(job: JobConfig, *, memory_gib: float | None = None, device: str | None = None) -> "MemoryPlan":
     """Memory and FLOPs of the job's step, from the compiled program; no weight is read.
 
     Args:
       memory_gib: device memory that memory_policy "auto" has to fit; None asks the device.
+      device: name of a GPU to compile for that need not be here (`target_device.py`); None takes this machine's.
     """
     from pronghorn.converters.huggingface import resolve_model_path
     from pronghorn.converters.quantized_weights import planned_quantization
     from pronghorn.quantization import read_quantization
+    from pronghorn.target_device import compiling_for
     from pronghorn.training import plan_memory
 
     folder = resolve_model_path(job.model)
@@ -143,18 +146,19 @@ def plan_job(job: JobConfig, *, memory_gib: float | None = None) -> "MemoryPlan"
     if job.new_tokens or job.adapter is not None:
         vocab_size = tokenizer_of(job, folder, architecture)[1]
         architecture = dataclasses.replace(architecture, vocab_size=vocab_size)
-    return plan_memory(
-        architecture,
-        job.lora if job.adapter is None else shape_of_adapter(Path(job.adapter), architecture),
-        job.train,
-        jnp.dtype(job.dtype),
-        max_length=job.data.max_length,
-        layers=job.layers,
-        packing=job.data.packing,
-        quantization=planned_quantization(folder) or read_quantization(job.quantization),
-        evaluate=job.data.eval_path is not None or job.data.eval_fraction > 0,
-        memory_limit=None if memory_gib is None else int(memory_gib * 2**30),
-    )
+    with contextlib.nullcontext() if device is None else compiling_for(device):
+        return plan_memory(
+            architecture,
+            job.lora if job.adapter is None else shape_of_adapter(Path(job.adapter), architecture),
+            job.train,
+            jnp.dtype(job.dtype),
+            max_length=job.data.max_length,
+            layers=job.layers,
+            packing=job.data.packing,
+            quantization=planned_quantization(folder) or read_quantization(job.quantization),
+            evaluate=job.data.eval_path is not None or job.data.eval_fraction > 0,
+            memory_limit=None if memory_gib is None else int(memory_gib * 2**30),
+        )
 
 
 def shape_of_adapter(folder: Path, architecture: DecoderConfig) -> LoRAConfig:

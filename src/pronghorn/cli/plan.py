@@ -6,6 +6,7 @@ first that fits the device, or --memory; a table tells what the others would cos
 
 pronghorn plan job.yaml --json plan.json
 pronghorn plan job.yaml --memory 24
+pronghorn plan job.yaml --device h100        # on a machine without one
 """
 
 import argparse
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="device memory to fit; default: the device's own",
     )
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        default=None,
+        help="a GPU that need not be here: h100; default: this machine's",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     use_compile_cache()
     from pronghorn.jobs import plan_job
 
-    plan = plan_job(job, memory_gib=options.memory)
+    plan = plan_job(job, memory_gib=options.memory, device=options.device)
     print(plan)
     write_json_if_asked(options, dataclasses.asdict(plan))
     return 0

@@ -20,6 +20,29 @@ Implementation = Literal["pallas", "xla", "cudnn"]
 # User contexts, not contextvars: their values are part of the key of jax's trace and compile caches.
 _forced = jax.make_user_context(None)
 _interpret = jax.make_user_context(None)
+_target = jax.make_user_context(None)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A GPU that is compiled for and need not be there: name, multiprocessors, memory in bytes, and jax's device."""
+
+    device_kind: str
+    multiprocessors: int
+    memory_bytes: int
+    device: Any
+
+
+@contextlib.contextmanager
+def lowering_for(device: Target) -> Iterator[None]:
+    """What is traced and lowered inside is for this device, whatever the machine has."""
+    with _target(device):
+        yield
+
+
+def target() -> Target | None:
+    """The device of the innermost `lowering_for`; None where programs are for this machine."""
+    return _target.value
 
 
 @contextlib.contextmanager
@@ -82,6 +105,8 @@ def resolve(
 
 def on_gpu() -> bool:
     """Whether arrays land on a GPU by default (`jax.default_device` counts, committed arguments do not)."""
+    if target() is not None:
+        return True
     device = jax.config.jax_default_device  # type: ignore[attr-defined]  # options are attributes made at run time
     platform = getattr(device, "platform", device) or jax.default_backend()
     return platform in ("gpu", "cuda", "rocm")

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.files import write_atomic
-from pronghorn.pallas_kernels.launch import next_power_of_2, on_gpu
+from pronghorn.pallas_kernels.launch import next_power_of_2, on_gpu, target
 
 FOLDER = Path(__file__).parent / "tuning"
 Choice = tuple[int, ...]
@@ -31,6 +31,9 @@ _candidates = jax.make_user_context(None)
 
 def device_kind_and_capability() -> tuple[str, str]:
     """The default device's name and compute capability; an H100's where a kernel is lowered without a GPU."""
+    wanted = target()
+    if wanted is not None:
+        return wanted.device_kind, "9.0"
     if not on_gpu():
         return "NVIDIA H100 80GB HBM3", "9.0"
     device = jax.local_devices()[0]
@@ -39,6 +42,9 @@ def device_kind_and_capability() -> tuple[str, str]:
 
 def multiprocessors() -> int:
     """How many blocks run at once on the default GPU (an H100's 132 where the device does not say)."""
+    wanted = target()
+    if wanted is not None:
+        return wanted.multiprocessors
     return int(getattr(jax.local_devices()[0], "core_count", None) or 132) if on_gpu() else 132
 
 

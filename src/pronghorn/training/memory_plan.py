@@ -25,6 +25,7 @@ from pronghorn.models.decoder import Decoder, LayerLayout
 from pronghorn.models.families import family_named
 from pronghorn.models.memory_policies import POLICIES
 from pronghorn.models.parameters import named_parameters
+from pronghorn.pallas_kernels import launch
 from pronghorn.quantization.quantize_model import QuantizationConfig, choose, empty_like, make_abstract
 from pronghorn.training.checkpoints import state_bytes
 from pronghorn.training.config import MEMORY_POLICIES, TrainConfig
@@ -36,6 +37,7 @@ from pronghorn.training.optimizers_8bit import pages, to_host_memory
 from pronghorn.training.policy_choice import (
     PolicyCost,
     cost_lines,
+    device_kind,
     device_limit,
     estimate_policies,
     first_that_fits,
@@ -45,6 +47,7 @@ from pronghorn.training.schedules import make_schedule
 from pronghorn.training.step import (
     StepFunction,
     TrainState,
+    abstract,
     can_be_flat,
     compile_step,
     compute_dtypes,
@@ -226,7 +229,7 @@ def build_with_policy(
         rows=rows,
         length=length,
         itemsize=jnp.dtype(dtype).itemsize,
-        device_kind=jax.devices()[0].device_kind,
+        device_kind=device_kind(),
     )
     found, costs = first_that_fits(
         costs,
@@ -312,7 +315,7 @@ def plan_from_compiled(
     checkpoint = state_bytes(state)
     # Weights are read one array at a time; a checkpoint is copied whole.
     staged = max(checkpoint, *(state_bytes(leaf) for leaf in jax.tree.leaves((trainable, frozen))))
-    on_cpu = jax.default_backend() == "cpu"
+    on_cpu = not launch.on_gpu()
     micro, rows, tokens = shape
     positions = np.broadcast_to(np.arange(tokens), shape)
     flops = count_flops(config, trainable, frozen)
@@ -401,8 +404,7 @@ def compile_evaluation(graph: Any, trainable: Any, frozen: Any, batch: Any) -> A
     def evaluate(trainable: Any, frozen: Any, batch: Any):
         return sums(trainable, frozen, jax.tree.map(lambda x: x[0], batch))
 
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (trainable, frozen))
-    return jax.jit(evaluate).lower(*shapes, batch).compile()
+    return jax.jit(evaluate).lower(*jax.tree.map(abstract, (trainable, frozen, batch))).compile()
 
 
 def count_parameters(tree: Any) -> int:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.adam_8bit import adam_8bit, zero_moment
 from pronghorn.pallas_kernels.blockwise_8bit import Blockwise
 from pronghorn.pallas_kernels.lion_8bit import lion_8bit
@@ -171,12 +172,15 @@ def layer_sizes(tree: Any) -> list[int]:
 
 def pages(config: TrainConfig) -> bool:
     """Whether moments are in host memory: asked for, and the host's memory is not the device's."""
-    return config.paged_optimizer and jax.default_backend() == "gpu"
+    return config.paged_optimizer and launch.on_gpu()
 
 
 def host_sharding(device: Any = None) -> jax.sharding.SingleDeviceSharding:
     """Pinned memory of the device's host."""
-    return jax.sharding.SingleDeviceSharding(device or jax.local_devices()[0], memory_kind=PINNED_HOST)
+    if device is None:
+        wanted = launch.target()
+        device = jax.local_devices()[0] if wanted is None else wanted.device
+    return jax.sharding.SingleDeviceSharding(device, memory_kind=PINNED_HOST)
 
 
 def to_host_memory(opt_state: Any) -> Any:

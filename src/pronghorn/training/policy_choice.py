@@ -20,6 +20,7 @@ import jax
 from pronghorn.errors import InputError
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.memory_policies import POLICIES
+from pronghorn.pallas_kernels import launch
 from pronghorn.training.flops import device_peak_flops
 
 # Share of the peak that products reach, and of the pool that one program may take: the allocator has gaps.
@@ -204,8 +205,17 @@ def first_that_fits(
     )
 
 
+def device_kind() -> str:
+    """Of the default device, or of the one that is compiled for."""
+    wanted = launch.target()
+    return jax.devices()[0].device_kind if wanted is None else wanted.device_kind
+
+
 def device_limit() -> int | None:
     """Bytes that the default device lets this process have; None where it does not say (a CPU)."""
+    wanted = launch.target()
+    if wanted is not None:
+        return wanted.memory_bytes
     statistics: Any = jax.local_devices()[0].memory_stats()
     limit = (statistics or {}).get("bytes_limit")
     return int(limit) if limit else None

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pronghorn.pallas_kernels.launch import on_gpu
+from pronghorn.pallas_kernels import launch
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flat_tree import FlatLayout, as_tree, is_flat
 from pronghorn.training.loss_scale import LossScale
@@ -338,7 +338,7 @@ def compile_step(
 
     start = time.perf_counter()
     lowered = jax.jit(flat_step, donate_argnums=0).lower(
-        *jax.tree.map(_abstract, (state_leaves, frozen_leaves, batch))
+        *jax.tree.map(abstract, (state_leaves, frozen_leaves, batch))
     )
     executable = lowered.compile(
         compiler_options={
@@ -351,7 +351,7 @@ def compile_step(
 
 def _compiler_options(deterministic: bool, memory_policy: str = "keep") -> dict[str, str | bool] | None:
     """XLA's options for a step; their names are the same in jax 0.10 to 0.12."""
-    if not on_gpu():
+    if not launch.on_gpu():
         return None
     # Products go to cuBLAS, which adds the adapters' rank-r products in its epilogue; XLA's own Triton products would
     # leave the sums to passes of their own (8B, 4,096 tokens on an H200: 279 -> 274 ms) and compile for longer.
@@ -369,7 +369,10 @@ def _compiler_options(deterministic: bool, memory_policy: str = "keep") -> dict[
     return options
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    """The leaf's shape and dtype, and where it lives if that is not the default device's own memory."""
     sharding = getattr(leaf, "sharding", None)
-    in_host_memory = getattr(sharding, "memory_kind", None) == PINNED_HOST
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if in_host_memory else None)
+    if getattr(sharding, "memory_kind", None) != PINNED_HOST:
+        wanted = launch.target()
+        sharding = None if wanted is None else jax.sharding.SingleDeviceSharding(wanted.device)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
