@@ -168,8 +168,9 @@ def shape_of_adapter(folder: Path, architecture: DecoderConfig) -> LoRAConfig:
     from pronghorn.models.decoder import Decoder
 
     config, model = read_config(folder), Decoder.abstract(architecture)
-    places = peft_sites(model)
-    chosen = expected_modules(folder, config, module_names(model), places)
+    joined = bool(config["target_parameters"])
+    places = peft_sites(model, joined_experts=joined)
+    chosen = expected_modules(folder, config, module_names(model, joined_experts=joined), places)
     if not chosen:
         raise InputError(f"{folder}: the adapter fits nothing in the model; it belongs to another model.")
     return LoRAConfig(

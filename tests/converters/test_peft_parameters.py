@@ -1,4 +1,4 @@
-"""Adapters of gpt-oss's experts, bare parameters in transformers (PEFT's `target_parameters`), read and written."""
+"""Adapters of experts that are bare parameters in transformers (PEFT's `target_parameters`), read and written."""
 
 import copy
 import json
@@ -160,3 +160,54 @@ def test_a_parameter_without_a_place_is_refused(model, tmp_path):
     path.write_text(json.dumps(config | {"target_parameters": None}))
     with pytest.raises(InputError, match="target_modules"):
         load_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("qwen3_moe", {"num_experts": 4, "moe_intermediate_size": 20, "mlp_only_layers": [0]}),
+        ("mixtral", {"num_local_experts": 4, "intermediate_size": 20}),
+    ],
+)
+def test_what_peft_wrote_of_experts_that_files_hold_one_by_one_is_read(tmp_path, family, sizes):
+    """Written again they are one an expert, which PEFT reads as well."""
+    torch_model = tiny_torch_model(
+        family, head_dim=12, num_hidden_layers=2, num_experts_per_tok=2, pad_token_id=None, **sizes
+    )
+    options = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["q_proj"], target_parameters=BOTH, init_lora_weights=False
+    )
+    theirs = get_peft_model(copy.deepcopy(torch_model), options)
+    theirs.save_pretrained(str(tmp_path / "peft"))
+    model = load_model(tiny_models.save(torch_model, tmp_path / "base"))
+    adapted = load_adapter(model, tmp_path / "peft")
+    ids = tiny_models.prompt(40)
+    expected = tiny_models.logits(theirs, ids)
+    assert np.max(np.abs(tiny_models.logits(torch_model, ids) - expected)) > 1e-2
+    assert np.max(np.abs(tiny_models.ours(adapted, ids) - expected)) <= 1e-4
+    save_adapter(adapted, tmp_path / "ours")
+    again = PeftModel.from_pretrained(copy.deepcopy(torch_model), str(tmp_path / "ours"))
+    assert np.max(np.abs(tiny_models.logits(again, ids) - expected)) <= 1e-4
+
+
+def test_experts_of_llama_4_are_refused_in_both_directions(tmp_path):
+    """PEFT takes their `[experts, in, out]` for `[experts, out, in]`."""
+    torch_model = tiny_torch_model(
+        "llama4_text",
+        head_dim=12,
+        num_hidden_layers=1,
+        intermediate_size=20,
+        intermediate_size_mlp=32,
+        num_local_experts=2,
+        interleave_moe_layer_step=1,
+        attention_chunk_size=17,
+        pad_token_id=None,
+    )
+    options = LoraConfig(target_modules=["q_proj"], target_parameters=["feed_forward.experts.down_proj"])
+    get_peft_model(copy.deepcopy(torch_model), options).save_pretrained(str(tmp_path / "peft"))
+    model = load_model(tiny_models.save(torch_model, tmp_path / "base"))
+    with pytest.raises(InputError, match=r"target_parameters has 'feed_forward.experts.down_proj'"):
+        load_adapter(model, tmp_path / "peft")
+    adapted = add_lora(model, LoRAConfig(rank=2, targets=("re:.*experts.*",)))
+    with pytest.raises(InputError, match="bare parameter in transformers"):
+        save_adapter(adapted, tmp_path / "ours")

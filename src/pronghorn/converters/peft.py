@@ -186,7 +186,9 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     config = read_config(folder)
     manifest = read_manifest(folder)
     tensors = _read_tensors(folder, manifest)
-    places, modules = peft_sites(model), module_names(model)
+    joined = bool(config["target_parameters"])
+    places = peft_sites(model, joined_experts=joined)
+    modules = module_names(model, joined_experts=joined)
     expected = expected_modules(folder, config, modules, places)
     paths = {name: path for name, path in modules.items() if not isinstance(places[name], ParameterSite)}
     paths |= parameter_paths(places, modules, expected)

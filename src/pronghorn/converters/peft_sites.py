@@ -69,8 +69,8 @@ class FusedSite:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterSite(FusedSite):
-    """A bare parameter of transformers, `[experts, in, out]`, of one or several linears that all experts have, named
-    "layers.3.mlp.experts.gate_up_proj".
+    """A bare parameter of transformers of one or several linears that all experts have, `[experts, in, out]` or
+    `[experts, out, in]`, named "layers.3.mlp.experts.gate_up_proj".
 
     A is `[experts, r, in]` and B `[experts, out, r]`. PEFT has them as `[experts r, in]` and `[out, r experts]`, in B
     the columns of one rank side by side.
@@ -160,11 +160,17 @@ def join_experts(
     return joined
 
 
-def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
-    """Every place where PEFT can put an adapter, by our name of it."""
+def peft_sites(model: Decoder, *, joined_experts: bool = False) -> dict[str, Site | FusedSite]:
+    """Every place where PEFT can put an adapter, by our name of it.
+
+    Args:
+      joined_experts: linears that a file holds expert by expert are two bare parameters of all experts, as they are in
+        the memory of transformers 5, gate's rows above up's. Otherwise they are a place an expert, which PEFT joins.
+    """
     family = family_named(model.config.family)
     found: dict[str, Site | FusedSite] = {}
     bare: dict[str, Site] = {}
+    stacks: dict[str, Site] = {}
     parameters = bare_parameters(model)
     for name, site in sites(model).items():
         if name in parameters:
@@ -172,6 +178,9 @@ def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
             continue
         if not site.experts:
             found[name] = site
+            continue
+        if joined_experts:
+            stacks[name] = site
             continue
         holder, _, leaf = name.rpartition(".")
         for expert in range(site.experts[0]):
@@ -189,6 +198,12 @@ def peft_sites(model: Decoder) -> dict[str, Site | FusedSite]:
             linears = tuple(bare[ours[part].removesuffix(".weight")] for part in layout.parts)
             name = f"{linears[0].name.rpartition('.')[0]}.{tensor.rpartition('.')[2]}"
             found[name] = ParameterSite(name, linears, layout, linears[0].experts[0])
+    for holder in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
+        for name, leaves in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            linears = tuple(stacks[f"{holder}.{leaf}"] for leaf in leaves)
+            layout = InterleavedTensor(tuple(site.name for site in linears), transposed=True, in_turn=False)
+            whole = f"{holder}.{name}"
+            found[whole] = ParameterSite(whole, linears, layout, linears[0].experts[0])
     return found
 
 
@@ -221,7 +236,7 @@ def parameter_paths(
     return found
 
 
-def module_names(model: Decoder) -> dict[str, str]:
+def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, str]:
     """{our name of a place: the module's path in transformers} of all `peft_sites`."""
     family = family_named(model.config.family)
     tensors = family.tensor_names(model.config)
@@ -230,13 +245,15 @@ def module_names(model: Decoder) -> dict[str, str]:
     layouts = [(name, layout.parts) for name, layout in family.interleaved_tensors(model.config).items()]
     modules = tensors if family.module_tensors is None else family.module_tensors(model.config)
     names = {}
-    for name, site in peft_sites(model).items():
+    for name, site in peft_sites(model, joined_experts=joined_experts).items():
         if isinstance(site, ExpertSite):
             names[name] = _module(stacks[tensors[f"{site.stack}.weight"]][site.expert])
             continue
         if isinstance(site, ParameterSite):
             first_part = tensors[f"{site.parts[0].name}.weight"]
-            names[name] = next(tensor for tensor, parts in layouts if parts[0] == first_part)
+            names[name] = next(
+                (tensor for tensor, parts in layouts if parts[0] == first_part), f"model.{name}"
+            )
             continue
         first = site.parts[0].name if isinstance(site, FusedSite) else name
         tensor = modules.get(f"{first}.weight", "lm_head.weight")
