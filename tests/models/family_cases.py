@@ -134,6 +134,7 @@ CASES = {
         "scanned",
     ),
     "smollm3": Case("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),
+    "olmo": Case("olmo", {"clip_qkv": 0.9, "attention_bias": True}, "scanned"),
     "olmo2": Case("olmo2", {}, "scanned"),
     "olmo3": Case(
         "olmo3",

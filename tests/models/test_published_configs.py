@@ -297,6 +297,16 @@ GEMMA_3N_E2B_TEXT = {
     "vocab_size_per_layer_input": 262144,
 }  # fmt: skip
 
+# The keys and values of allenai/OLMo-7B-0424-hf, still to be compared with the published file.
+OLMO_7B_0424 = {
+    "architectures": ["OlmoForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": 8.0,
+    "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "olmo", "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 32, "pad_token_id": 1, "rope_scaling": None, "rope_theta": 10000.0,
+    "tie_word_embeddings": False, "torch_dtype": "float32", "transformers_version": "4.40.2", "use_cache": True,
+    "vocab_size": 50304,
+}  # fmt: skip
+
 
 def read(hf):
     return family_for(hf).config_from_hf(hf)
@@ -442,9 +452,24 @@ def test_gemma_3n_has_four_streams_and_sparse_gates_in_its_first_layers():
         read(GEMMA_3N_E2B_TEXT | {"altup_active_idx": 4})
 
 
+def test_olmo_1_clips_and_has_one_epsilon():
+    config = read(OLMO_7B_0424)
+    assert (config.qkv_clip, config.rms_norm_eps, config.norm_weight, config.norm) == (
+        8.0,
+        1e-5,
+        False,
+        "layer",
+    )
+    with pytest.raises(InputError, match="rms_norm_eps is 1e-06"):
+        read(OLMO_7B_0424 | {"rms_norm_eps": 1e-6})
+    with pytest.raises(InputError, match="clip_qkv"):
+        read(OLMO_7B_0424 | {"clip_qkv": -1.0})
+
+
 @pytest.mark.parametrize(
     "hf",
     [
+        OLMO_7B_0424,
         GEMMA_3N_E2B_TEXT,
         GEMMA_4_E2B_TEXT,
         GEMMA_2_2B,

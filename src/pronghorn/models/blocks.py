@@ -58,6 +58,8 @@ def project_qkv(
     x, projected = normalized_linears(
         norm, attention, names, x, dropout_key, joined=config.block != "parallel"
     )
+    if config.qkv_clip is not None:
+        projected = [jnp.clip(y, -config.qkv_clip, config.qkv_clip) for y in projected]
     found: dict[str, Any] = dict(zip(names, projected, strict=True))
     q, k, v = found["q_proj"], found.get("k_proj"), found.get("v_proj")
     if config.qk_norm_over == "width":

@@ -63,7 +63,8 @@ class DecoderConfig:
         "post"      x + post_attention(a(x)),           then x + post_feedforward(f(x))                 (OLMo 2)
         "sandwich"  x + post_attention(a(input(x))),    then x + post_feedforward(f(pre_feedforward(x)))  (Gemma 2)
         "parallel"  x + a(input(x)) + f(input(x))                                                       (Cohere)
-      norm: "rms", or "layer" (mean and variance), with norm_bias or without; norm_weight_offset is added to the weight;
+      norm: "rms", or "layer" (mean and variance), with norm_bias or without, and that one also without norm_weight
+        (OLMo 1); norm_weight_offset is added to the weight;
         rms_norm_eps is the epsilon of either.
       gated_mlp: down(act(gate(x)) * up(x)), or else down(act(up(x))).
       qk_norm: queries and keys are normalised, one weight for the dims of every head ("head"), each head by itself with
@@ -77,6 +78,7 @@ class DecoderConfig:
         layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
         all alike.
       linear_by_key_head: a delta net has two projections in front, with the rows of one key head after the other.
+      qkv_clip: what the projections of queries, keys and values are clipped to, either sign; None for nothing.
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
@@ -116,6 +118,7 @@ class DecoderConfig:
     block: Block = "pre"
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
+    norm_weight: bool = True
     gated_mlp: bool = True
     qk_norm_over: Literal["head", "heads", "width"] = "head"
     qk_norm_after_rope: bool = False
@@ -133,6 +136,7 @@ class DecoderConfig:
     unit_heads: bool = False
     conv_width: int = 0
     conv_bias: bool = False
+    qkv_clip: float | None = None
     attention_gate: bool = False
     linear_key_heads: int = 0
     linear_value_heads: int = 0
@@ -184,6 +188,8 @@ class DecoderConfig:
             raise ValueError("experts are gated, have no bias, and read the stream after attention")
         if self.latent is not None:
             self._check_latent(self.latent)
+        if not self.norm_weight and (self.norm == "rms" or self.norm_bias or self.qk_norm):
+            raise ValueError("norms without a weight are layer norms without a bias, and not of heads")
         if self.rope_interleaved and self.qk_norm_after_rope:
             raise ValueError("heads that are normalised after rope keep the order of their dims")
         if self.extras is not None:

@@ -172,7 +172,8 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """(x - mean) / sqrt(variance + eps) * (offset + weight) + bias, in fp32 (Ba et al. 2016).
 
-    The weight may have more axes than the last, which is the one that is normalised: `[heads, head_dim]`.
+    The weight may have more axes than the last, which is the one that is normalised: `[heads, head_dim]`. It is None
+    where the configuration has no norm_weight.
     """
 
     def __init__(
@@ -185,15 +186,16 @@ class LayerNorm(nnx.Module):
         axes: tuple[str, ...],
         leading: tuple = (),
     ):
-        self.weight = _param(
-            jnp.full((*leading, *shape), 1.0 - config.norm_weight_offset, dtype), axes, leading
-        )
+        start = jnp.full((*leading, *shape), 1.0 - config.norm_weight_offset, dtype)
+        self.weight = nnx.data(_param(start, axes, leading) if config.norm_weight else None)
         self.bias = nnx.data(_param(jnp.zeros((*leading, *shape), dtype), axes, leading) if bias else None)
         self.eps = config.rms_norm_eps
         self.weight_offset = config.norm_weight_offset
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight, bias = self.weight.get_value(), value_or_none(self.bias)
+        weight, bias = value_or_none(self.weight), value_or_none(self.bias)
+        if weight is None:
+            weight = jnp.full(x.shape[-1:], 1.0 - self.weight_offset, x.dtype)
         if weight.ndim == 1:
             return layer_norm(x, weight, bias, eps=self.eps, weight_offset=self.weight_offset)
         reference = functools.partial(layer_norm_reference, eps=self.eps, weight_offset=self.weight_offset)
