@@ -4,6 +4,7 @@ Usable alone: nothing here knows of models. `kernels("xla")` as a context runs t
 function; its module of the same name is reached with `from pronghorn.pallas_kernels.rms_norm import ...`.
 """
 
+from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
@@ -22,6 +23,7 @@ from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 __all__ = [
     "LinearWeights",
     "apply_rope",
+    "clamped_swiglu",
     "cross_entropy",
     "flash_attention",
     "gated_activation",

@@ -11,6 +11,7 @@ import numpy as np
 from pronghorn.pallas_kernels import (
     LinearWeights,
     apply_rope,
+    clamped_swiglu,
     cross_entropy,
     flash_attention,
     gated_activation,
@@ -109,6 +110,12 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         "rope": (lambda i, q, k: apply_rope(q, k, cos, sin, implementation=i), [q, k], "pallas"),
         "gated_activation": (
             lambda i, g, u: gated_activation(g, u, activation="silu", implementation=i),
+            [normal(length, width), normal(length, width)],
+            "pallas",
+        ),
+        "clamped_swiglu": (
+            # No number of 16 bits is 1.1: at the limit itself the oracle has another gradient.
+            lambda i, g, u: clamped_swiglu(g, u, limit=1.1, implementation=i),
             [normal(length, width), normal(length, width)],
             "pallas",
         ),
