@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pronghorn.converters.text_towers import tower_name
 from pronghorn.errors import InputError
 from pronghorn.lora import merge, split
 from pronghorn.models.families import family_named
@@ -262,7 +263,7 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
         family = family_named(model.config.family)
         config = model.config
         return by_our_names(
-            gradients,
+            {tower_name(name): gradient for name, gradient in gradients.items()},
             family.tensor_names(config),
             family.fused_tensors(config),
             family.interleaved_tensors(config),
