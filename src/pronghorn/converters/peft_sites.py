@@ -259,7 +259,7 @@ def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, s
         tensor = modules.get(f"{first}.weight", "lm_head.weight")
         names[name] = _module(fused.get(tensor, tensor))
     if model.source is not None and model.source.wrapped:
-        return {name: wrapped_name(module) for name, module in names.items()}
+        return {name: wrapped_name(module, family.tower) for name, module in names.items()}
     return names
 
 

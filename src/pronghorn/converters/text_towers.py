@@ -1,10 +1,10 @@
 """The text tower of a model that also sees images, read as the model of its own that it is.
 
-Gemma 3 from 4B on, Gemma 3n and 4, Mistral Small 3.1, Qwen 3.5, LLaVA (1.5, NeXT, OneVision, ViP), InternVL 3 and LFM 2
-VL wrap a text model that we know: `text_config` is its configuration, and its tensors are `language_model.model...` on
-the hub, `model.language_model...` as transformers 5 names its modules. On text alone the wrapper computes what the
-tower computes, so tensors of the other towers are left out, never read. What is saved is a text model; an adapter is
-written for the wrapper, which is what PEFT finds in the base folder.
+Gemma 3 from 4B on, Gemma 3n and 4, Llama 4, Mistral Small 3.1, Qwen 3.5, LLaVA (1.5, NeXT, OneVision, ViP), InternVL 3
+and LFM 2 VL wrap a text model that we know: `text_config` is its configuration, and its tensors are
+`language_model.model...` on the hub, `model.language_model...` as transformers 5 names most modules (`Family.tower`).
+On text alone the wrapper computes what the tower computes, so tensors of the other towers are left out, never read.
+What is saved is a text model; an adapter is written for the wrapper, which is what PEFT finds in the base folder.
 """
 
 from collections.abc import Mapping
@@ -54,6 +54,8 @@ def tower_name(name: str) -> str:
     return f"model.{name.removeprefix(f'model.{_TOWER}')}" if name.startswith(f"model.{_TOWER}") else name
 
 
-def wrapped_name(name: str) -> str:
-    """The other way: a module's name in transformers' wrapper."""
-    return f"model.{_TOWER}{name.removeprefix('model.')}" if name.startswith("model.") else name
+def wrapped_name(name: str, tower: str) -> str:
+    """The other way: a module's name in transformers' wrapper, whose text tower is at `Family.tower`."""
+    if name.startswith("model."):
+        return f"{tower}.{name.removeprefix('model.')}"
+    return tower.removesuffix("model") + name if tower.endswith(".model") else name

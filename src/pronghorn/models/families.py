@@ -130,6 +130,7 @@ WRAPPERS = (
     "vipllava",
     "internvl",
     "lfm2_vl",
+    "llama4",
 )
 
 _KEYS_NAMED, _KEY_LENGTH, _SENTENCE = 6, 40, 680

@@ -138,4 +138,5 @@ FAMILY = Family(
     config_to_hf,
     lambda config: llama_tensor_names(config, _MODULES),
     interleaved_tensors=interleaved_tensors,
+    tower="language_model.model",
 )

@@ -211,7 +211,10 @@ def _run_transformers(
         local_files_only=True,
         trust_remote_code=False,
     ).eval()
-    trunk = getattr(reference.model, "language_model", reference.model)
+    # Llama 4's wrapper holds the text model with its head, which is run by itself: on text alone the wrapper of
+    # transformers 5.17 asks for outputs of images.
+    inner = None if hasattr(reference, "model") else reference.language_model
+    trunk = inner.model if inner is not None else getattr(reference.model, "language_model", reference.model)
     if adapter is not None:
         from peft import PeftModel
 
@@ -237,7 +240,7 @@ def _run_transformers(
     ]
     ids = torch.from_numpy(input_ids.astype(np.int64))
     with torch.set_grad_enabled(canonical is not None):
-        logits = reference(input_ids=ids, use_cache=False).logits[0]
+        logits = (inner or reference)(input_ids=ids, use_cache=False).logits[0]
         # In fp64: PyTorch's fp32 cross entropy on a CPU sums a large vocabulary with an error that all rows share. With
         # 49,152 words it moved the loss by 7e-6 and one gradient by 8e-4, ten times what two models differ by.
         loss = torch.nn.functional.cross_entropy(logits[:-1].double(), ids[0, 1:])
