@@ -29,6 +29,12 @@ VISION = {
     "patch_size": 14,
 }
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
+QWEN_TOKENS = {
+    "image_token_id": 130,
+    "video_token_id": 129,
+    "vision_start_token_id": 1,
+    "vision_end_token_id": 2,
+}
 SPECIAL = {
     "gemma3": (
         {"model_type": "gemma3_text", "head_dim": 12, "sliding_window": 7, "num_hidden_layers": 2},
@@ -69,6 +75,37 @@ SPECIAL = {
         {"model_type": "pixtral", "head_dim": 8},
         {"image_token_index": 130, "tie_word_embeddings": False},
     ),
+    "qwen2_5_vl": (
+        {
+            "model_type": "qwen2_5_vl_text",
+            "num_hidden_layers": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        {"model_type": "qwen2_5_vl_vision", "depth": 1, "num_heads": 2, "out_hidden_size": 48},
+        QWEN_TOKENS,
+    ),
+    "qwen3_vl": (
+        {
+            "model_type": "qwen3_vl_text",
+            "head_dim": 12,
+            "num_hidden_layers": 2,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        {
+            "model_type": "qwen3_vl_vision",
+            "depth": 1,
+            "num_heads": 2,
+            "out_hidden_size": 48,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+        QWEN_TOKENS,
+    ),
     "qwen3_5": (
         {
             "model_type": "qwen3_5_text",
@@ -81,7 +118,7 @@ SPECIAL = {
             "linear_value_head_dim": 12,
         },
         {"model_type": "qwen3_5_vision", "out_hidden_size": 48, "num_position_embeddings": 16},
-        {"image_token_id": 130, "video_token_id": 129, "vision_start_token_id": 1, "vision_end_token_id": 2},
+        QWEN_TOKENS,
     ),
     "qwen3_5_moe": (
         {
@@ -281,3 +318,24 @@ def test_gemma_3n_whose_vision_tower_needs_timm_is_read_by_the_names_of_its_wrap
     model, ids = load_model(tmp_path / "wrapper"), random_ids(40)
     assert np.max(np.abs(forward(model, ids) - logits_of(reference, ids))) <= 1e-4
     assert model.source.wrapped
+
+
+def test_qwen_2_vl_as_it_is_published_is_read_without_a_text_config_and_by_a_text_models_names(tmp_path):
+    """Its keys stand beside those of the wrapper, and only its vision tower's tensors have a name of their own."""
+    import json
+
+    reference = tiny_torch_model("qwen2", pad_token_id=None, num_hidden_layers=2)
+    reference.save_pretrained(tmp_path / "text")
+    text = json.loads((tmp_path / "text/config.json").read_text())
+    sections = {"rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}, "rope_theta": 10000.0}
+    own = QWEN_TOKENS | {"vision_token_id": 3, "vision_config": {"depth": 1}, "model_type": "qwen2_vl"}
+    flat = {key: value for key, value in text.items() if key != "rope_parameters"} | sections | own
+    arrays = {name: tensor.read() for name, tensor in open_weights(tmp_path / "text").items()}
+    arrays["visual.patch_embed.proj.weight"] = np.zeros((2, 3), np.float32)
+    (tmp_path / "wrapper").mkdir()
+    (tmp_path / "wrapper/config.json").write_text(json.dumps(flat))
+    specs = {name: TensorSpec(array.dtype, array.shape) for name, array in arrays.items()}
+    write_weights(tmp_path / "wrapper", specs, arrays.__getitem__)
+    model, ids = load_model(tmp_path / "wrapper"), random_ids(40)
+    assert np.max(np.abs(forward(model, ids) - logits_of(reference, ids))) <= 1e-4
+    assert model.source.wrapped and json.loads(model.source.hf_config)["model_type"] == "qwen2"

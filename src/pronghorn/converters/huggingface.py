@@ -37,7 +37,7 @@ from pronghorn.converters.safetensors_files import (
 )
 from pronghorn.converters.sources import resolve_model_path
 from pronghorn.converters.stacked_tensors import stack_tensors, unstack_quantized, unstacked
-from pronghorn.converters.text_towers import text_config, tower_tensors
+from pronghorn.converters.text_towers import has_tower, text_config, tower_tensors
 from pronghorn.errors import InputError, RunError
 from pronghorn.files import new_folder
 from pronghorn.lora import merged_config, merged_weight
@@ -154,8 +154,7 @@ def load_model(
     with ReadAhead(table, (name for name in reading_order(model) if name in table)) as files:
         assign(model, LazyWeights(files, table, dtype, forms, ways, as_stored))
     check_scales(folder, model, forms)
-    wrapped = any(name not in joined for name in tower)
-    model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=wrapped)
+    model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=has_tower(joined))
     return model
 
 
