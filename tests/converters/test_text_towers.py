@@ -84,6 +84,17 @@ SPECIAL = {
         {"model_type": "qwen2_5_vl_vision", "depth": 1, "num_heads": 2, "out_hidden_size": 48},
         QWEN_TOKENS,
     ),
+    "exaone4_5": (
+        {"model_type": "exaone4", "num_hidden_layers": 2, "sliding_window": 7, "sliding_window_pattern": 2},
+        {
+            "model_type": "exaone4_5_vision",
+            "depth": 1,
+            "num_heads": 2,
+            "num_key_value_heads": 1,
+            "out_hidden_size": 48,
+        },
+        {"image_token_id": 130, "video_token_id": 129},
+    ),
     "qwen3_vl": (
         {
             "model_type": "qwen3_vl_text",

@@ -1,10 +1,11 @@
 """The text tower of a model that also sees images, read as the model of its own that it is.
 
 Gemma 3 from 4B on, Gemma 3n and 4, Llama 4, Mistral Small 3.1, Qwen 2 VL to 3.5, LLaVA (1.5, NeXT, OneVision, ViP),
-InternVL 3 and LFM 2 VL wrap a text model that we know: `text_config` is its configuration, and its tensors are
-`language_model.model...` on the hub, `model.language_model...` as transformers 5 names most modules (`Family.tower`).
-On text alone the wrapper computes what the tower computes, so tensors of the other towers are left out, never read.
-What is saved is a text model; an adapter is written for the wrapper, which is what PEFT finds in the base folder.
+InternVL 3, EXAONE 4.5 and LFM 2 VL wrap a text model that we know: `text_config` is its configuration, and its tensors
+are `language_model.model...` on the hub, `model.language_model...` as transformers 5 names most modules
+(`Family.tower`). On text alone the wrapper computes what the tower computes, so tensors of the other towers are left
+out, never read. What is saved is a text model; an adapter is written for the wrapper, which is what PEFT finds in the
+base folder.
 """
 
 from collections.abc import Mapping
@@ -15,10 +16,12 @@ from pronghorn.models.families import WRAPPERS
 
 _TOWER = "language_model."
 _VISION = "visual."  # as Qwen 2 and 2.5 VL are published, whose text tower has a text model's names
-# Towers that are a text model but for the sections of rope, which belong to images: that model, and their defaults.
+# Towers that are a text model but for their name and the sections of rope, which belong to images: that model, and
+# their defaults.
 _TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_vl_text": ("qwen2", {"rms_norm_eps": 1e-5, "rope_theta": 1e6}),
     "qwen2_5_vl_text": ("qwen2", {"rms_norm_eps": 1e-5, "rope_theta": 1e6}),
+    "exaone4_5_text": ("exaone4", {}),
     "qwen3_vl_text": ("qwen3", {"head_dim": 128, "num_key_value_heads": 32, "rope_theta": 5e5}),
 }
 _SECTIONS = ("mrope_section", "mrope_interleaved")

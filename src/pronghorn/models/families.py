@@ -132,6 +132,7 @@ WRAPPERS = (
     "llava_onevision",
     "vipllava",
     "internvl",
+    "exaone4_5",
     "lfm2_vl",
     "llama4",
 )
