@@ -28,6 +28,7 @@ from pronghorn.pallas_kernels.fp8_quantize import (
     round_to_fp8,
     spread,
 )
+from pronghorn.quantization.coded_matrix import CodedMatrix
 
 Scales = Literal["tensor", "row", "block"]
 Gradients = Literal["e4m3", "e5m2", "unrounded"]
@@ -37,7 +38,7 @@ CODE_DTYPE = jnp.dtype(jnp.float8_e4m3fn)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FP8Array:
+class FP8Array(CodedMatrix):
     """A matrix in FP8: a pytree whose leaves may all carry a leading axis, one matrix an entry.
 
     Attributes:
@@ -58,20 +59,6 @@ class FP8Array:
     @property
     def kind(self) -> str:
         return "fp8"
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what `dequantize` returns."""
-        return tuple(self.codes.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Of what `dequantize` returns."""
-        return jnp.dtype(self.dtype_name)
 
     def dequantize(self) -> jax.Array:
         """The matrix (or the stack of them)."""

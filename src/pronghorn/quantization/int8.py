@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pronghorn.quantization.coded_matrix import CodedMatrix
+
 _OVER_127 = np.float32(7.874015718698502e-3)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Int8Array:
+class Int8Array(CodedMatrix):
     """A matrix in 8 bits: a pytree whose leaves may all carry a leading axis, one matrix an entry.
 
     Attributes:
@@ -34,20 +36,6 @@ class Int8Array:
     codes: Any
     scales: Any
     dtype_name: str = dataclasses.field(default="bfloat16", metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of what `dequantize` returns."""
-        return tuple(self.codes.shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Of what `dequantize` returns."""
-        return jnp.dtype(self.dtype_name)
 
     def dequantize(self) -> jax.Array:
         """The matrix (or the stack of them)."""

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pronghorn.quantization.coded_matrix import CodedMatrix
+
 BLOCK = 32
 NOT_A_NUMBER = 255
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -29,7 +31,7 @@ _LARGEST_FP16_SCALE = 127 + 13
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class MXFP4Array:
+class MXFP4Array(CodedMatrix):
     """A matrix in MXFP4: a pytree whose leaves may all carry leading axes, one matrix an entry.
 
     Attributes:
@@ -50,15 +52,6 @@ class MXFP4Array:
     def shape(self) -> tuple[int, ...]:
         """Of what `dequantize` returns."""
         return (*self.codes.shape[:-1], 2 * self.codes.shape[-1])
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Of what `dequantize` returns."""
-        return jnp.dtype(self.dtype_name)
 
     def dequantize(self) -> jax.Array:
         """The matrix (or the stack of them)."""

@@ -30,6 +30,7 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels.exact_division import SMALLEST_NORMAL, over_scales
 from pronghorn.pallas_kernels.nf4_dequantize import NESTED_BLOCK, NestedScales, nf4_dequantize
 from pronghorn.pallas_kernels.nf4_product import MOST_ROWS, nf4_product
+from pronghorn.quantization.coded_matrix import CodedMatrix
 from pronghorn.quantization.tables import (
     CODE_MIDPOINTS,
     CODE_ORDER,
@@ -44,7 +45,7 @@ DEFAULT_BLOCK = 64
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class NF4Array:
+class NF4Array(CodedMatrix):
     """A matrix in 4 bits: a pytree whose leaves may all carry a leading axis, one matrix an entry, for `lax.scan`.
 
     Attributes:
@@ -73,15 +74,6 @@ class NF4Array:
     def shape(self) -> tuple[int, ...]:
         """Of what `dequantize` returns."""
         return (*self.codes.shape[:-1], *self.matrix_shape)
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """Of what `dequantize` returns."""
-        return jnp.dtype(self.dtype_name)
 
     @property
     def nested(self) -> bool:
