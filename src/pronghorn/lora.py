@@ -132,9 +132,14 @@ def _start(
         return Factors(shapes[0], shapes[1], scale, shapes[2] if config.use_dora else None, start_shapes)
     if site.experts:
         keys = jax.random.split(key, site.experts)
-        a, b, start = jax.vmap(
-            lambda key, one: start_factors(config, site.shape, one, rank, scale, key, None)
-        )(keys, weight)
+        stack = jnp.asarray(original(site.name)) if config.init == "loftq" and original is not None else None
+
+        def start_one(key, one, own):
+            return start_factors(
+                config, site.shape, one, rank, scale, key, None if own is None else lambda: own
+            )
+
+        a, b, start = jax.vmap(start_one)(keys, weight, stack)
         return Factors(a, b, scale, None, start)
     before = None if original is None else lambda: original(site.name)
     a, b, start = start_factors(config, site.shape, weight, rank, scale, key, before)

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pronghorn.converters.huggingface import load_model, save_model
+from pronghorn.converters.huggingface import load_model, original_weights, save_model
 from pronghorn.converters.merged import save_merged
 from pronghorn.converters.quantized_weights import planned_quantization
 from pronghorn.converters.safetensors_files import TensorSpec, open_weights, read_header, write_file
 from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig, add_lora, merge, split
+from pronghorn.lora_sites import sites
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization import FP8Array, NF4Array, is_quantized, quantize
 from pronghorn.quantization.quantize_model import QuantizationConfig
@@ -159,6 +160,23 @@ def test_adapters_merge_into_what_was_trained_and_transformers_reads_it(base, tm
     reread = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"), dtype=torch.float32).eval()
     ids = tiny_models.prompt(40)
     assert np.max(np.abs(tiny_models.logits(reread, ids) - tiny_models.ours(model, ids))) <= 1e-3
+
+
+def test_adapters_of_experts_start_by_what_each_lost(base):
+    """LoftQ: the best of rank 2 of each expert's own error."""
+    model = load_model(base, quantization="nf4")
+    config = LoRAConfig(rank=2, targets=("experts.up_proj",), init="loftq")
+    adapted = add_lora(model, config, original=original_weights(base))
+    stored, values = open_weights(base), held(model)
+    for name, site in sites(adapted).items():
+        if not name.endswith("experts.up_proj"):
+            continue
+        for expert in range(EXPERTS):
+            own = stored[f"model.{name.replace('experts.', f'experts.{expert}.')}.weight"].read()
+            error = own - np.asarray(values[f"{name}.weight"].dequantize()[expert])
+            u, s, v = np.linalg.svd(error, full_matrices=False)
+            found = site.factors.scale * np.asarray(site.factors.b[expert] @ site.factors.a[expert])
+            np.testing.assert_allclose(found, (u[:, :2] * s[:2]) @ v[:2], atol=1e-6)
 
 
 def test_experts_of_a_published_fp8_folder_stay_in_fp8(base, tmp_path):
