@@ -180,6 +180,8 @@ CASES = {
     ),
     "exaone4": Case("exaone4", {"num_hidden_layers": 5, "sliding_window": 17}),
     "nemotron": Case("nemotron", {"mlp_bias": True}, "scanned"),
+    "jais2": Case("jais2", {"layer_norm_eps": 1e-5}, "scanned"),
+    "cwm": Case("cwm", {"head_dim": 10, "num_hidden_layers": 5, "sliding_window": 17}),
     "stablelm": Case("stablelm", {"hidden_size": 96, "use_qkv_bias": True}, "scanned"),
     "hunyuan": Case(
         "hunyuan_v1_dense",

@@ -300,3 +300,25 @@ OLMO_7B_0424 = {
     "tie_word_embeddings": False, "torch_dtype": "float32", "transformers_version": "4.40.2", "use_cache": True,
     "vocab_size": 50304,
 }  # fmt: skip
+
+# The keys and defaults of transformers; the values are still to be compared with the published files.
+JAIS_2_8B = {
+    "architectures": ["Jais2ForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 150024, "head_dim": 128, "hidden_act": "relu2", "hidden_size": 3328, "initializer_range": 0.02,
+    "intermediate_size": 26624, "layer_norm_eps": 1e-05, "max_position_embeddings": 8192, "mlp_bias": True,
+    "model_type": "jais2", "num_attention_heads": 26, "num_hidden_layers": 32, "num_key_value_heads": 26,
+    "rope_theta": 500000, "tie_word_embeddings": False, "use_cache": True, "vocab_size": 150272,
+}  # fmt: skip
+CWM = {
+    "architectures": ["CwmForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009], "head_dim": 128, "hidden_act": "silu", "hidden_size": 6144,
+    "initializer_range": 0.02, "intermediate_size": 21504, "max_position_embeddings": 131072, "mlp_bias": False,
+    "model_type": "cwm", "num_attention_heads": 48, "num_hidden_layers": 64, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 1000000.0, "sliding_window": 8192, "tie_word_embeddings": False, "use_cache": True,
+    "vocab_size": 128256,
+}  # fmt: skip

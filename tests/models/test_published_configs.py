@@ -6,6 +6,7 @@ from transformers import AutoConfig
 from pronghorn.errors import InputError
 from pronghorn.models import family_for
 from tests.models.published_configs import (
+    CWM,
     EXAONE_3_5_2_4B,
     GEMMA_2_2B,
     GEMMA_3_1B,
@@ -13,6 +14,7 @@ from tests.models.published_configs import (
     GEMMA_4_E2B_TEXT,
     GPT_OSS_20B,
     GRANITE_4_MICRO,
+    JAIS_2_8B,
     LFM_2_1_2B,
     MINISTRAL_3_3B,
     OLMO_7B_0424,
@@ -179,9 +181,23 @@ def test_olmo_1_clips_and_has_one_epsilon():
         read(OLMO_7B_0424 | {"clip_qkv": -1.0})
 
 
+def test_cwm_has_windows_and_a_rope_of_llama_3s_kind_where_the_file_is_silent():
+    config = read(CWM)
+    assert config.layer_kinds == ("full", "sliding", "sliding", "sliding") * 16
+    assert (config.rope.kind, config.rope.factor, config.layer_ropes) == ("llama3", 16.0, ())
+    assert read({key: value for key, value in CWM.items() if not key.startswith("rope")}) == config
+
+
+def test_jais_2_has_biases_where_the_file_is_silent():
+    silent = {key: value for key, value in JAIS_2_8B.items() if not key.endswith("_bias")}
+    assert read(silent) == read(JAIS_2_8B) and read(silent).mlp_bias and read(silent).output_bias
+
+
 @pytest.mark.parametrize(
     "hf",
     [
+        CWM,
+        JAIS_2_8B,
         OLMO_7B_0424,
         GEMMA_3N_E2B_TEXT,
         GEMMA_4_E2B_TEXT,
