@@ -7,7 +7,9 @@ import pytest
 
 from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig
+from pronghorn.models.config import RopeConfig
 from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.extras_config import AltUpConfig, ExtrasConfig
 from pronghorn.models.latent_config import LatentConfig
 from pronghorn.models.memory_policies import POLICIES
 from pronghorn.training import TrainConfig, plan_memory
@@ -90,6 +92,27 @@ def test_a_token_keeps_gate_and_up_of_the_experts_that_it_chose():
     dense, sparse = kept_by(LLAMA, "keep")[0], kept_by(dataclasses.replace(LLAMA, experts=experts), "keep")[0]
     wide = (8 * 14336 + 24 * (6 * 1408 + 2816)) // 32
     assert dense - sparse == 2 * (14336 - wide)
+
+
+def test_layers_of_different_sizes_are_counted_as_they_are_and_streams_all_of_them():
+    """Two sliding layers with small heads and two full ones; the last two read the others' keys and values."""
+    extras = ExtrasConfig(
+        sliding_head_dim=64, sliding_kv_heads=4, shared_kv_layers=2, layer_widths=(100, 100, 200, 200)
+    )
+    config = dataclasses.replace(
+        LLAMA,
+        num_layers=4,
+        layer_kinds=("sliding", "full") * 2,
+        layer_ropes=("local", "global") * 2,
+        local_rope=RopeConfig(),
+        sliding_window=8,
+        block="sandwich",
+        extras=extras,
+    )
+    queries, keys = 32 * (64 + 128) // 2, (4 * 64 + 8 * 128) // 4
+    assert kept_by(config, "keep")[0] == 2 * 4096 + 2 * queries + 2 * keys + 2 * 150
+    streams = dataclasses.replace(extras, altup=AltUpConfig(4, 0, True, 64))
+    assert kept_by(dataclasses.replace(config, extras=streams), "layer_inputs")[0] == 4 * 4096
 
 
 def test_longer_rows_leave_more_time_to_move_projections():

@@ -76,18 +76,21 @@ def estimate_policies(
     """
     d, f = config.hidden_size, _feed_forward_width(config)
     into_mlp = (2 if config.gated_mlp else 1) * f
-    heads = _attention_counts(config)
-    output, wide, down = config.num_heads * config.value_dim * d, d * into_mlp, f * d
-    attention = 2.0 * config.num_heads * (config.head_dim + config.value_dim) * (length + 1) / 2
-    attended, projections = 2 * d + heads.output, heads.projections + heads.again
+    layers = [config.of_layer(index) for index in range(config.num_layers)]
+    heads = _AttentionCounts(*(_mean(column) for column in zip(*map(_attention_counts, layers), strict=True)))
+    output, wide, down = config.num_heads * _mean([c.value_dim for c in layers]) * d, d * into_mlp, f * d
+    attention = config.num_heads * _mean([c.head_dim + c.value_dim for c in layers]) * (length + 1.0)
+    altup = None if config.extras is None else config.extras.altup
+    stream = d * (1 if altup is None else altup.streams)
+    attended, projections = stream + d + heads.output, heads.projections + heads.again
     # Of a token and layer: (elements kept, FLOPs computed again).
     counts = {
         "keep": (attended + heads.inputs + into_mlp, 2.0 * heads.again),
         "attention": (attended, 2.0 * (projections + wide)),
-        "layer_inputs": (d, 2.0 * (projections + output + wide) + attention),
+        "layer_inputs": (stream, 2.0 * (projections + output + wide) + attention),
         "offload_projections": (attended + heads.inputs, 2.0 * (heads.again + wide)),
         "offload_attention": (attended, 2.0 * (projections + wide)),
-        "offload": (d, 2.0 * (projections + output + wide) + attention),
+        "offload": (stream, 2.0 * (projections + output + wide) + attention),
     }
     rate = _REACHED * (device_peak_flops(device_kind) or _UNKNOWN_PEAK)
     names = [name for name in _BUS if device_kind.startswith(name)]
@@ -132,7 +135,8 @@ class _AttentionCounts(NamedTuple):
 def _attention_counts(config: DecoderConfig) -> _AttentionCounts:
     d, queries, latent = config.hidden_size, config.num_heads * config.head_dim, config.latent
     if latent is None:
-        keys = config.num_kv_heads * config.head_dim
+        reads = config.extras is not None and config.extras.key_values == "read"  # what another layer keeps
+        keys = 0 if reads else config.num_kv_heads * config.head_dim
         return _AttentionCounts(queries + 2 * keys, queries, d * (queries + 2 * keys), 0)
     first = (latent.query_rank or queries) + latent.rank + latent.position_dim
     expanded = (
@@ -143,11 +147,15 @@ def _attention_counts(config: DecoderConfig) -> _AttentionCounts:
     return _AttentionCounts(first, config.num_heads * widest + cut, d * first, expanded)
 
 
+def _mean(counts: Sequence[int]) -> int:
+    return sum(counts) // len(counts)
+
+
 def _feed_forward_width(config: DecoderConfig) -> int:
     """Elements between the products of a feed-forward network, on average over the layers."""
     experts = config.experts
     if experts is None:
-        return config.intermediate_size
+        return _mean([config.of_layer(index).intermediate_size for index in range(config.num_layers)])
     dense = sum(not config.is_sparse(index) for index in range(config.num_layers))
     sparse = experts.experts_per_token * experts.width + experts.shared_width
     return (dense * config.intermediate_size + (config.num_layers - dense) * sparse) // config.num_layers
