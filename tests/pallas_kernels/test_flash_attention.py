@@ -107,6 +107,9 @@ CASES = {
     "window, odd head dim": Case(window=20, head_dim=80, dtype="float16", softcap=5.0),
     "softcap and scale": Case(softcap=1.5, scale=0.7, heads=2),
     "sinks, head dim 128, blocks by rule": Case(sinks=True, head_dim=128, dtype="bfloat16", blocks=None),
+    "largest heads, blocks by rule": Case(
+        segments=True, heads=2, kv_heads=1, head_dim=320, dtype="bfloat16", blocks=None
+    ),
     "rows fill the blocks": Case(seq_len=64, batch=1, window=24),
     "one token": Case(seq_len=1, sinks=True, blocks=None),
     "three tokens": Case(seq_len=3, head_dim=16, window=2),
@@ -239,7 +242,7 @@ def test_small_problems_cut_a_group_and_large_ones_sum_it_in_the_kernel():
     assert dk_shapes(enough)[0] == (enough, 64, 1, 32)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 512])
 def test_forward_and_backward_lower_for_an_h100(head_dim):
     case = Case(
         seq_len=577, head_dim=head_dim, dtype="bfloat16", blocks=None, segments=True, softcap=30.0, sinks=True
@@ -258,8 +261,11 @@ def test_vmapped_attention_of_any_dtype_lowers_for_an_h100(dtype):
 
 def test_blocks_by_rule_fit_every_listed_device():
     for capability, kib in attention_blocks._SHARED_KIB.items():
-        for padded in (16, 32, 64, 128, 256):
-            for itemsize in (2, 4):
+        for padded in (16, 32, 64, 128, 256, 512):
+            for itemsize, dtype in ((2, "bfloat16"), (4, "float32")):
+                if not attention_blocks.smallest_fits(padded, dtype, capability):
+                    assert (padded, dtype) == (512, "float32") and kib < 227  # these are XLA's
+                    continue
                 blocks = attention_blocks._rule(padded, itemsize, capability)
                 for b, kept, streamed, tiles in (
                     (blocks.forward, blocks.forward.block_q, blocks.forward.block_k, 1),
@@ -298,8 +304,8 @@ BAD = {
     "implementation='cudnn'.*softcap|implementation='cudnn': there is no": {
         "implementation": "cudnn", "softcap": 1.0, "dtype": "bfloat16",
     },
-    "head dim 288 is over 256": {
-        "implementation": "pallas", "q": (1, 2, 1, 288), "k": (1, 2, 1, 288), "v": (1, 2, 1, 288),
+    "head dim 528 is over 512": {
+        "implementation": "pallas", "q": (1, 2, 1, 528), "k": (1, 2, 1, 528), "v": (1, 2, 1, 528),
     },
 }  # fmt: skip
 
@@ -325,7 +331,9 @@ LARGE = {
             Case(1000, 4, 4, 64, "float32", blocks=None, segments=True, window=300, softcap=20.0, sinks=True),
             Case(1000, 2, 1, 128, "float32", blocks=None, window=100),
             Case(577, 2, 1, 256, "float32", blocks=None, sinks=True),
+            Case(577, 2, 1, 320, "float32", blocks=None, window=100),
             Case(4097, 4, 1, 64, "bfloat16", batch=1, blocks=None),
+            Case(2049, 4, 1, 512, "bfloat16", batch=1, blocks=None, segments=True),
             Case(4097, 6, 2, 128, "bfloat16", batch=1, blocks=None, segments=True),
             Case(4096, 8, 2, 128, "bfloat16", batch=1, blocks=None, window=1024, sinks=True),
             Case(4097, 4, 2, 256, "bfloat16", batch=1, blocks=None, softcap=50.0, window=511),

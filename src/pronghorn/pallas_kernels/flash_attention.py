@@ -16,13 +16,13 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import flash_attention_kernels as kernels
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks
+from pronghorn.pallas_kernels.attention_blocks import AttentionBlocks, attention_blocks, smallest_fits
 from pronghorn.pallas_kernels.attention_bounds import interval_bounds
 from pronghorn.pallas_kernels.attention_tiles import LOG2_E, AttentionSpec
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES, cudnn_attention, unsupported_reason
 from pronghorn.pallas_kernels.tuned import device_kind_and_capability
 
-MAX_KERNEL_HEAD_DIM = 256
+MAX_KERNEL_HEAD_DIM = 512
 # What the gradient saves, by the name a memory policy knows it under.
 RESIDUAL_NAMES = ("attention_q", "attention_k", "attention_v", "attention_out", "attention_logsumexp")
 
@@ -119,6 +119,8 @@ def _kernels_unsupported_reason(q: jax.Array) -> str | None:
         return f"XLA compiles Triton kernels from compute capability 8.0 on, and this GPU has {capability}"
     if q.shape[3] > MAX_KERNEL_HEAD_DIM:
         return f"head dim {q.shape[3]} is over {MAX_KERNEL_HEAD_DIM}"
+    if not smallest_fits(q.shape[3], q.dtype, capability):
+        return f"head dim {q.shape[3]} in {q.dtype} takes more shared memory than this GPU has"
     return None
 
 
