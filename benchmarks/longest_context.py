@@ -107,6 +107,23 @@ def longest(pool: int, known: dict[int, tuple[int, int]], options: argparse.Name
     return max((t for t in known if known[t][0] <= limit), default=best)
 
 
+def compacted(leaves: list[Any]) -> list[Any]:
+    """The same arrays side by side, the largest first, by way of the host: no holes of loading are left between them.
+
+    Whether such holes are why a step fails in a pool that its plan fits is what --compact is there to find out.
+    """
+    import jax
+    import numpy as np
+
+    kept = [np.array(leaf) for leaf in leaves]
+    for leaf in leaves:
+        leaf.delete()
+    moved: dict[int, Any] = {}
+    for place in sorted(range(len(kept)), key=lambda place: -kept[place].nbytes):
+        moved[place] = jax.block_until_ready(jax.device_put(kept[place]))
+    return [moved[place] for place in range(len(kept))]
+
+
 def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """One optimizer step on random weights and tokens, in this process."""
     import jax
@@ -144,6 +161,10 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     del trainable
     frozen_leaves = jax.tree.leaves(frozen)
     jax.block_until_ready((leaves, frozen_leaves))
+    if options.compact:
+        del frozen
+        together = compacted([*leaves, *frozen_leaves])
+        leaves, frozen_leaves = together[: len(leaves)], together[len(leaves) :]
     start = time.perf_counter()
     leaves, metrics = compiled(leaves, frozen_leaves, batch)
     loss = float(metrics["loss"])
@@ -198,6 +219,7 @@ def main() -> None:
     parser.add_argument("--at-once", action="store_true", help="pools side by side; times then say little")
     parser.add_argument("--device-bytes", type=float, default=84978434048, help="what a fraction of 1 means")
     parser.add_argument("--host-gb", type=int, default=110, help="pinned host memory that a step may have")
+    parser.add_argument("--compact", action="store_true", help="put weights and state side by side first")
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -234,6 +256,7 @@ def main() -> None:
             "head_tile_rows",
             "optimizer",
             "layers",
+            "compact",
         )
     }
     common.write(
