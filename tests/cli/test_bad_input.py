@@ -83,7 +83,7 @@ def test_missing_model_folder(train, tmp_path):
 def test_unknown_architecture_names_the_supported_ones(train, broken):
     edit_config(broken, model_type="sphinx")
     sentence = train(model=str(broken))
-    assert "'sphinx'" in sentence and "llama" in sentence and "qwen3" in sentence
+    assert "'sphinx'" in sentence and " llama" in sentence and "qwen{" in sentence  # stems together
 
 
 @pytest.mark.parametrize("model_type", ["llama", "sphinx"])
