@@ -257,16 +257,16 @@ def _sum_over_micro_batches(
         return one(0, jax.tree.map(lambda x: x[0], batch))
 
     def body(total: Any, indexed: Any):
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, one(*indexed)), None
+        loss_sum, count, terms, gradient = one(*indexed)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, (loss_sum, count, gradient)), terms
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    *sums, _ = jax.eval_shape(one, 0, first)
     zeros = (
-        *jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums),
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((), jnp.int32),
         jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), parameters),
     )
-    total, _ = jax.lax.scan(body, zeros, (jnp.arange(micro_batches), batch))
-    return total
+    (loss_sum, count, gradient), terms = jax.lax.scan(body, zeros, (jnp.arange(micro_batches), batch))
+    return loss_sum, count, jax.tree.map(lambda stacked: jnp.sum(stacked, axis=0), terms), gradient
 
 
 def can_be_flat(trainable: Any) -> bool:
