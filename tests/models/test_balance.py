@@ -126,7 +126,8 @@ def test_a_step_reports_it_and_averages_it_by_tokens():
 
 
 def test_what_has_nothing_to_balance_is_refused():
-    for config in (dataclasses.replace(CONFIG, experts=None), with_router("sigmoid")):
+    routers = (with_router("sigmoid"), with_router("sigmoid_after_top_k"))
+    for config in (dataclasses.replace(CONFIG, experts=None), *routers):
         graph, trained, frozen = split(Decoder.abstract(config))
         with pytest.raises(InputError, match="router_aux_loss_coef"):
             jax.eval_shape(balanced(graph), trained, frozen, {"input_ids": IDS, "labels": IDS})

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from pronghorn.errors import InputError
 from pronghorn.models.config import DecoderConfig
-from pronghorn.models.experts import route
+from pronghorn.models.experts import router_logits
 from pronghorn.models.layers import DecoderLayer
 
 
@@ -54,7 +54,7 @@ def layer_choices(
     @jax.checkpoint
     def sums(read):
         n = read if norm is None else norm(read)
-        logits = route(layer.mlp.gate, n.reshape(-1, n.shape[-1]), experts).logits.astype(jnp.float32)
+        logits = router_logits(layer.mlp.gate, n.reshape(-1, n.shape[-1]), experts).astype(jnp.float32)
         weights = counted.reshape(-1, 1)
         chosen = jax.lax.top_k(jax.lax.stop_gradient(logits), experts.experts_per_token)[1]
         ones = jnp.sum(jax.nn.one_hot(chosen, experts.num_experts, dtype=jnp.float32), axis=1)
@@ -83,7 +83,7 @@ def refuse_balance(config: DecoderConfig) -> None:
         raise InputError(
             "router_aux_loss_coef: the model has no experts to balance; remove it from the train section."
         )
-    if config.experts.router == "sigmoid" or config.extras is not None:
+    if config.experts.router not in ("softmax", "softmax_after_top_k") or config.extras is not None:
         raise InputError(
             f"router_aux_loss_coef: {config.family} balances its experts without a loss; remove it from the train "
             "section, or output_router_logits from config.json."

@@ -9,8 +9,8 @@ none is padded, whatever the router chooses; an expert without a token is a grou
     back     y_t = Σ_j w_tj y_s(t, j)       in fp32, rounded once
 
 A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. Both gathers here know their
-inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = w_s dy_t(s), dw_tj = dy_t · y_s(t,
-j).
+inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = w_s dy_t(s), and
+dw_tj = dy_t · y_s(t, j).
 """
 
 from typing import Any, NamedTuple
@@ -54,8 +54,8 @@ class Order(NamedTuple):
     group_sizes: jax.Array
 
 
-def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
-    """The experts of each token of n `[tokens, d]`, as transformers chooses them; see `ExpertsConfig`."""
+def router_logits(router: Router, n: jax.Array, config: ExpertsConfig) -> jax.Array:
+    """`Routing.logits` of n `[tokens, d]`."""
     wide_type = jnp.float32 if config.wide_logits else None
     contract = (((1,), (1,)), ((), ()))
     weight = router.weight.get_value()
@@ -63,8 +63,12 @@ def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
     weight = weight.dequantize() if hasattr(weight, "dequantize") else weight
     logits = jax.lax.dot_general(n, weight, contract, preferred_element_type=wide_type)
     bias = value_or_none(router.bias)
-    if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
+    return logits if bias is None else logits + bias.astype(logits.dtype)
+
+
+def route(router: Router, n: jax.Array, config: ExpertsConfig) -> Routing:
+    """The experts of each token of n `[tokens, d]`, as transformers chooses them; see `ExpertsConfig`."""
+    logits = router_logits(router, n, config)
     k, wide = config.experts_per_token, logits.astype(jnp.float32)
     if config.router in ("softmax_after_top_k", "sigmoid_after_top_k"):
         best, experts = jax.lax.top_k(wide, k)
@@ -140,7 +144,7 @@ def _sum_backward(residuals, dout):
     y, weights, order = residuals
     wide = dout.astype(jnp.float32)
     of_rows = jnp.take(wide, order.choice // order.place.shape[1], axis=0)
-    dy = (jnp.take(weights.reshape(-1), order.choice)[:, None] * of_rows).astype(y.dtype)
+    dy = (weights_by_expert(weights, order) * of_rows).astype(y.dtype)
     chosen = jnp.take(y, order.place, axis=0).astype(jnp.float32)
     return dy, jnp.sum(wide[:, None] * chosen, axis=-1), None
 
