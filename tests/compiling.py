@@ -5,12 +5,12 @@ missing.
 """
 
 import contextlib
-import importlib
 from collections.abc import Iterator
 
 import jax
 import pytest
 
+from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.target_device import compiling_for
 
@@ -18,12 +18,11 @@ from pronghorn.target_device import compiling_for
 @contextlib.contextmanager
 def h100() -> Iterator[launch.Target]:
     """`compiling_for("h100")`; the test is skipped without jax's CUDA plugin, or with a jax that cannot do it."""
-    try:
-        importlib.import_module("jax_plugins.xla_cuda13")
-        from jax.sharding import AbstractDevice  # noqa: F401  (not in jax 0.10)
-    except ImportError:
-        pytest.skip("jax's CUDA plugin is not installed, or jax is older than 0.11")
-    with compiling_for("h100") as target:
+    with contextlib.ExitStack() as stack:
+        try:
+            target = stack.enter_context(compiling_for("h100"))
+        except InputError as error:
+            pytest.skip(str(error))
         yield target
 
 

@@ -28,7 +28,9 @@ def test_an_unknown_device_is_refused_with_those_that_are_known():
 
 def test_everything_asks_for_the_target_inside_of_the_block_alone():
     found = TARGETS["h100"]
-    target = launch.Target(found.device_kind, found.multiprocessors, found.memory_bytes, None)
+    target = launch.Target(
+        found.device_kind, found.compute_capability, found.multiprocessors, found.memory_bytes, None
+    )
     before = launch.on_gpu(), device_kind(), launch.resolve(None)
     with launch.lowering_for(target):
         assert launch.on_gpu() and not launch.interpreting() and launch.resolve(None) == "pallas"

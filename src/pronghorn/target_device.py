@@ -41,11 +41,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 class _Description:
     text: str
     device_kind: str
+    compute_capability: str
     multiprocessors: int
     memory_bytes: int  # what a process may have by default: three quarters of the device
 
 
-TARGETS = {"h100": _Description(_H100, "NVIDIA H100 80GB HBM3", 132, int(0.75 * 84942979072))}
+TARGETS = {"h100": _Description(_H100, "NVIDIA H100 80GB HBM3", "9.0", 132, int(0.75 * 84942979072))}
 
 
 @contextlib.contextmanager
@@ -76,6 +77,12 @@ def compiling_for(name: str) -> Iterator[launch.Target]:
         )
     device = AbstractDevice(device_kind=found.device_kind, num_cores=found.multiprocessors, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-    target = launch.Target(found.device_kind, found.multiprocessors, found.memory_bytes, topology.devices[0])
+    target = launch.Target(
+        found.device_kind,
+        found.compute_capability,
+        found.multiprocessors,
+        found.memory_bytes,
+        topology.devices[0],
+    )
     with launch.lowering_for(target), jax.sharding.use_abstract_mesh(mesh):
         yield target

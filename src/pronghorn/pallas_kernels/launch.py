@@ -25,9 +25,11 @@ _target = jax.make_user_context(None)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """A GPU that is compiled for and need not be there: name, multiprocessors, memory in bytes, and jax's device."""
+    """A GPU that is compiled for and need not be there: name, compute capability, multiprocessors, memory in bytes, and
+    jax's device."""
 
     device_kind: str
+    compute_capability: str
     multiprocessors: int
     memory_bytes: int
     device: Any

@@ -33,7 +33,7 @@ def device_kind_and_capability() -> tuple[str, str]:
     """The default device's name and compute capability; an H100's where a kernel is lowered without a GPU."""
     wanted = target()
     if wanted is not None:
-        return wanted.device_kind, "9.0"
+        return wanted.device_kind, wanted.compute_capability
     if not on_gpu():
         return "NVIDIA H100 80GB HBM3", "9.0"
     device = jax.local_devices()[0]
