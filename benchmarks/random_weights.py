@@ -21,15 +21,16 @@ _LARGEST_DRAWN = 1 << 26
 
 
 def random_model(config: DecoderConfig, kind: str | None, *, dtype: Any, layers: LayerLayout) -> Decoder:
-    """Linears inside of layers of one kind ("nf4", None for `dtype`), everything else in `dtype`; norms are ones."""
+    """Linears inside of layers of one kind ("nf4", None for `dtype`), the rest in `dtype`; norms multiply by one."""
     model = Decoder.abstract(config, dtype=dtype, layers=layers)
     parameters = named_parameters(model)
+    sizes, norm = {name: p.shape for name, p in parameters.items()}, 1.0 - config.norm_weight_offset
     if kind is None:
-        assign(model, _Drawn({name: p.shape for name, p in parameters.items()}, {}, dtype))
+        assign(model, _Drawn(sizes, {}, dtype, norm))
         return model
     how = choose(parameters, family_named(config.family).tensor_names(config), QuantizationConfig(kind))  # type: ignore[arg-type]
     make_abstract(parameters, {name: empty_like(parameters[name].shape, dtype, how[name]) for name in how})
-    assign(model, _Drawn({name: p.shape for name, p in parameters.items()}, how, dtype))
+    assign(model, _Drawn(sizes, how, dtype, norm))
     return model
 
 
@@ -55,17 +56,23 @@ def _mxfp4(seed: Any, shape: tuple[int, ...], dtype: Any) -> MXFP4Array:
 
 
 class _Drawn(Mapping[str, Any]):
-    """Each weight drawn, and quantised, when it is asked for; norms are ones, biases and sinks zeros."""
+    """Each weight drawn, and quantised, when it is asked for; norms are `norm`, biases and sinks zeros."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], how: Mapping[str, QuantizationConfig], dtype: Any):
-        self._shapes, self._how, self._dtype = shapes, how, dtype
+    def __init__(
+        self,
+        shapes: dict[str, tuple[int, ...]],
+        how: Mapping[str, QuantizationConfig],
+        dtype: Any,
+        norm: float,
+    ):
+        self._shapes, self._how, self._dtype, self._norm = shapes, how, dtype, norm
 
     def __getitem__(self, name: str) -> Any:
         shape = self._shapes[name]
         if name.endswith(("bias", "sinks")):
             return jnp.zeros(shape, self._dtype)
         if len(shape) == 1:
-            return jnp.ones(shape, self._dtype)
+            return jnp.full(shape, self._norm, self._dtype)
         seed, how = list(self._shapes).index(name), self._how.get(name)
         if how is not None and how.kind == "mxfp4":
             return _mxfp4(seed, shape, self._dtype)
