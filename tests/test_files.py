@@ -8,7 +8,7 @@ import pytest
 
 from pronghorn import files
 from pronghorn.errors import InputError, RunError
-from pronghorn.files import new_folder, require_new, write_atomic, write_json
+from pronghorn.files import made_once, new_folder, require_new, write_atomic, write_json
 
 
 @pytest.fixture
@@ -104,6 +104,32 @@ def test_file_in_the_place_of_the_folder_is_refused(tmp_path):
 def test_absent_and_empty_folders_are_new(tmp_path, out):
     (tmp_path / "empty").mkdir()
     require_new(tmp_path / out)
+
+
+def test_folder_made_by_two_at_once_is_that_of_the_first(tmp_path):
+    path = tmp_path / "cache" / "model"
+
+    def make(content, meanwhile=lambda: None):
+        def fill(folder):
+            folder.mkdir()
+            (folder / "config.json").write_text(content)
+            meanwhile()
+
+        return fill
+
+    made_once(path, make("slow", meanwhile=lambda: made_once(path, make("fast"))))
+    assert (path / "config.json").read_text() == "fast"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_folder_that_could_not_be_made_once_leaves_nothing(tmp_path):
+    def fail(folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match="No space left"):
+        made_once(tmp_path / "model", fail)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_replaced_folder_holds_the_new_files_only(tmp_path):

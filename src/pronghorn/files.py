@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,31 @@ def require_new(path: str | Path) -> None:
         raise _cannot_write(path, error) from None
     if taken:
         raise InputError(f"{path}: exists and is not empty; choose another folder or remove it first.")
+
+
+def made_once(path: Path, make: Callable[[Path], Any]) -> None:
+    """A folder of a cache that any number of processes make at once: the first to end wins, and what it made stays.
+
+    Args:
+      path: the folder, which is not there yet.
+      make: fills a folder that is given to it and does not exist.
+
+    Raises:
+      RunError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as place:
+            made = Path(place) / "made"
+            make(made)
+            try:
+                made.rename(path)
+            except OSError:
+                # Another process was faster. Its folder holds the same, and somebody may be reading it by now.
+                if not path.is_dir() or not any(path.iterdir()):
+                    raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pronghorn.errors import InputError
+from pronghorn.files import made_once
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # What a model folder needs, and never code or pickles. Some repositories hold the weights a second time.
@@ -53,7 +54,7 @@ def _converted_gguf(path: Path, dtype: str) -> Path:
     key = f"{path.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{dtype}"
     folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not (folder / "config.json").is_file():
-        convert_gguf(path, folder, dtype=dtype)
+        made_once(folder, lambda new: convert_gguf(path, new, dtype=dtype))
     return folder
 
 
