@@ -295,21 +295,23 @@ def ropes() -> Iterator[Case]:
 def delta_rules() -> Iterator[Case]:
     """Qwen3.5-9B's layers. Work is that of the recurrence, which reads, corrects and reads a state a token and head."""
     seq, heads, value_heads, dim = 4096, 16, 32, 128
+    for batch in (1, 2):
 
-    def arguments():
-        q, k = (normal(i, (1, seq, heads, dim), jnp.float32) for i in range(2))
-        q, k = ((x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(BF16) for x in (q, k))
-        g, beta = (jax.nn.sigmoid(normal(i, (1, seq, value_heads), jnp.float32)) for i in (3, 4))
-        return q, k, normal(2, (1, seq, value_heads, dim)), -g, beta
+        def arguments(batch=batch):
+            q, k = (normal(i, (batch, seq, heads, dim), jnp.float32) for i in range(2))
+            q, k = ((x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(BF16) for x in (q, k))
+            g, beta = (jax.nn.sigmoid(normal(i, (batch, seq, value_heads), jnp.float32)) for i in (3, 4))
+            return q, k, normal(2, (batch, seq, value_heads, dim)), -g, beta
 
-    work = 6.0 * seq * value_heads * dim * dim
-    for implementation in ("pallas", "xla"):
-        function = functools.partial(gated_delta_rule, implementation=implementation)
-        for direction, times in (("forward", 1), ("backward", 2)):
-            yield Case(
-                "gated_delta_rule", f"{seq} tokens, {heads}/{value_heads} heads, D{dim}", direction, implementation,
-                function, arguments, times * work, "TFLOP/s", gradient=direction == "backward", wrt=5,
-            )  # fmt: skip
+        work = 6.0 * batch * seq * value_heads * dim * dim
+        for implementation in ("pallas", "xla"):
+            function = functools.partial(gated_delta_rule, implementation=implementation)
+            for direction, times in (("forward", 1), ("backward", 2)):
+                yield Case(
+                    "gated_delta_rule", f"{batch} x {seq} tokens, {heads}/{value_heads} heads, D{dim}", direction,
+                    implementation, function, arguments, times * work, "TFLOP/s", gradient=direction == "backward",
+                    wrt=5,
+                )  # fmt: skip
 
 
 def grouped_linears() -> Iterator[Case]:
