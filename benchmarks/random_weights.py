@@ -56,7 +56,8 @@ def _mxfp4(seed: Any, shape: tuple[int, ...], dtype: Any) -> MXFP4Array:
 
 
 class _Drawn(Mapping[str, Any]):
-    """Each weight drawn, and quantised, when it is asked for; norms are `norm`, biases and sinks zeros."""
+    """Each weight drawn, and quantised, when it is asked for; norms are `norm`, biases and sinks zeros, and a delta net
+    starts as `layers.DeltaNet` does."""
 
     def __init__(
         self,
@@ -69,6 +70,11 @@ class _Drawn(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         shape = self._shapes[name]
+        if name.endswith(".A_log"):
+            rates = jnp.linspace(1.0, 16.0, shape[-1], dtype=jnp.float32)
+            return jnp.broadcast_to(jnp.log(rates), shape).astype(self._dtype)
+        if name.endswith((".dt_bias", ".linear_attn.norm.weight")):  # this norm's weight is the scale itself
+            return jnp.ones(shape, self._dtype)
         if name.endswith(("bias", "sinks")):
             return jnp.zeros(shape, self._dtype)
         if len(shape) == 1:
