@@ -59,8 +59,10 @@ def kept(model: str, rows: int, tokens: int) -> list[tuple[str, list[str]]]:
     ]
 
 
+NEWER = "newer-packages"  # its place is taken by the folder of --packages; without one the job is left out
 PACKED = "alpaca-like"  # its place is taken by a file of packed documents
 BIG, SMALL, FULL, GEMMA = "llama-3.1-8b", "llama-3.2-1b", "qwen3-0.6b", "gemma-3-4b"
+HYBRID = "qwen3.5-9b"
 SPARSE, FEW, OSS = "qwen3-30b-a3b", "qwen3-30b-a3b-12-layers", "gpt-oss-20b"
 SUITES: dict[str, list[tuple[str, list[str]]]] = {
     BIG: [*kept(BIG, 1, 4096), ours(BIG, 1, 4096, "--weights", "fp8")],
@@ -95,6 +97,15 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
             *("--head-tile-rows", "512"),
         ),
     ],
+    # flash-linear-attention refuses its backward pass on Hopper with Triton 3.4 to 3.7.0, whose code for it is wrong
+    # (its issue 640); Unsloth then takes another tile. So each peer runs with a newer Triton, Unsloth without it too.
+    HYBRID: [
+        ours(HYBRID, 1, 4096),
+        peer(UNSLOTH, HYBRID, 1, 4096),
+        peer(UNSLOTH, HYBRID, 1, 4096, "--packages", NEWER),
+        peer(LIGER, HYBRID, 1, 4096, "--packages", NEWER),
+        peer(TRANSFORMERS, HYBRID, 1, 4096, "--checkpointing", "full", "--packages", NEWER),
+    ],
     FULL: [
         ours(FULL, 8, 2048, "--adapter", "full"),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),
@@ -103,12 +114,22 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
 }
 
 
-def run_job(framework: str, arguments: list[str], folder: Path, run: str, commit: str, limit: float) -> dict:
-    """The row of one job, or its error."""
+def run_job(
+    framework: str,
+    arguments: list[str],
+    folder: Path,
+    run: str,
+    commit: str,
+    limit: float,
+    packages: Path | None = None,
+) -> dict:
+    """The row of one job, or its error; `packages` takes the place of NEWER."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "row.json"
         script = "step.py" if framework == PRONGHORN else "peers.py"
         command = [sys.executable, str(HERE / script), *arguments, "--run", run, "--out", str(out)]
+        if NEWER in command:
+            command[command.index(NEWER)] = str(packages)
         if PACKED in command:
             command[command.index(PACKED)] = _packed_batch(arguments, Path(scratch))
         command += ["--commit", commit] if framework == PRONGHORN else ["--folder", str(folder)]
@@ -159,6 +180,9 @@ def main() -> None:
     parser.add_argument(
         "--budget", type=float, default=3600.0, help="seconds after which nothing new is started"
     )
+    parser.add_argument(
+        "--packages", type=Path, help="folder of packages that take precedence in jobs that ask for it"
+    )
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder of the result files")
     parser.add_argument("--commit", default=None, help="commit to record where the tree has no .git")
     options = parser.parse_args()
@@ -169,6 +193,9 @@ def main() -> None:
         for framework, arguments in SUITES[suite][: options.first]:
             if options.only and framework not in options.only:
                 continue
+            if NEWER in arguments and options.packages is None:
+                print(f"{suite}: {framework} with --packages is left out", flush=True)
+                continue
             if time.monotonic() - begin > options.budget:
                 print(f"{suite}: out of time before {framework} {' '.join(arguments)}", flush=True)
                 continue
@@ -177,7 +204,8 @@ def main() -> None:
             if framework != PRONGHORN and not (folder / "config.json").is_file():
                 script = [sys.executable, str(HERE / "random_llama.py"), "--model", model, str(folder)]
                 subprocess.run(script, check=True, capture_output=True)
-            row = run_job(framework, arguments, folder, run, commit, options.limit)
+            packages = options.packages and options.packages.resolve()
+            row = run_job(framework, arguments, folder, run, commit, options.limit, packages)
             rows.append(row)
             print(_line(row, time.monotonic() - begin), flush=True)
             common.write(options.out / f"step-{suite}.json", with_mfu(rows))

@@ -10,10 +10,52 @@ import argparse
 import contextlib
 import json
 import resource
+import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DELTA_NET_TARGETS = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+
+
+def has_delta_nets(folder: str) -> bool:
+    """Whether some layers of the model have a gated delta net in place of attention."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    return "linear_attention" in (settings.get("layer_types") or ())
+
+
+def targets(folder: str) -> list[str]:
+    """Every linear inside of the layers, as pronghorn's "all-linear"."""
+    return TARGETS + (DELTA_NET_TARGETS if has_delta_nets(folder) else [])
+
+
+def use_fla_convolution() -> None:
+    """flash-linear-attention's Triton kernel for Qwen 3.5's short convolutions.
+
+    transformers takes it from causal-conv1d, which needs nvcc to be installed, and else from PyTorch, which is slow.
+    The delta rule itself it takes from flash-linear-attention wherever that can be imported.
+    """
+    if find_spec("fla") is None or find_spec("causal_conv1d") is not None:
+        return
+    from fla.modules.causal_conv1d import causal_conv1d
+    from transformers.models.qwen3_5 import modeling_qwen3_5
+
+    def convolution(hidden_states, weight, bias=None, activation=None, **_):
+        """hidden_states [batch, features, seq], weight [features, width]; fla has tokens in front of features."""
+        out, _ = causal_conv1d(hidden_states.transpose(1, 2), weight, bias, activation=activation)
+        return out.transpose(1, 2)
+
+    modeling_qwen3_5.causal_conv1d_fn = convolution
+
+
+def delta_rule_source(folder: str) -> str | None:
+    """Where the delta rule came from, asked after a step: "fla 0.6.0" or "torch"; None for a model without."""
+    if not has_delta_nets(folder):
+        return None
+    fla = sys.modules.get("fla")
+    used = fla is not None and any(name.startswith("fla.ops.gated_delta_rule") for name in sys.modules)
+    return f"fla {getattr(fla, '__version__', 'of unknown version')}" if used else "torch"
 
 
 def load_unsloth(options):
@@ -36,7 +78,7 @@ def load_unsloth(options):
         lora_alpha=options.rank,
         lora_dropout=0,
         bias="none",
-        target_modules=TARGETS,
+        target_modules=targets(options.folder),
         use_gradient_checkpointing={"none": False, "full": True, "offload": "unsloth"}[options.checkpointing],
         random_state=0,
     )
@@ -47,6 +89,8 @@ def load_transformers(options):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    if has_delta_nets(options.folder):
+        use_fla_convolution()
     # Fully trained weights are fp32 masters, as ours are; products run in bf16 under autocast.
     dtype = torch.float32 if options.adapter == "full" else torch.bfloat16
     arguments = {"dtype": dtype, "attn_implementation": "sdpa", "device_map": {"": 0}}
@@ -67,7 +111,10 @@ def load_transformers(options):
         model = AutoModelForCausalLM.from_pretrained(options.folder, **arguments)
     if options.adapter == "lora":
         lora = LoraConfig(
-            r=options.rank, lora_alpha=options.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+            r=options.rank,
+            lora_alpha=options.rank,
+            target_modules=targets(options.folder),
+            task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
     if options.checkpointing != "none":
@@ -113,10 +160,15 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="none", choices=("none", "full", "offload"))
     parser.add_argument("--attention", default="default", choices=("default", "cudnn", "flash"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--packages", default=None, help="folder of packages that take precedence, such as another Triton"
+    )
     parser.add_argument("--steps", type=int, default=13)
     parser.add_argument("--run", default="single")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.packages:
+        sys.path.insert(0, options.packages)
 
     model = load_unsloth(options) if options.framework == "unsloth" else load_transformers(options)
     import torch
@@ -171,6 +223,8 @@ def main() -> None:
         "weights": options.weights,
         "adapter": options.adapter,
         "rank": options.rank,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "delta_rule": delta_rule_source(options.folder),
         "batch": options.batch,
         "seq": options.seq,
         "memory_policy": options.checkpointing,

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from pronghorn.models import gpt_oss
+from pronghorn.models import gpt_oss, qwen3_5
 from pronghorn.models.config import DecoderConfig, RopeConfig
 from pronghorn.models.experts_config import ExpertsConfig
 
@@ -115,6 +115,27 @@ MODELS = {
         "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
         "num_key_value_heads": 8, "num_local_experts": 32, "rms_norm_eps": 1e-05, "rope_theta": 150000,
         "sliding_window": 128, "swiglu_limit": 7.0, "vocab_size": 201088,
+    }),
+    # The text tower of Qwen3.5 9B: three gated delta nets to one gated attention. Sizes are the defaults of
+    # Qwen3_5TextConfig in transformers ("Qwen3.5-9B style"); rope_theta, the context length and the dtype of the state
+    # are from memory, since the published file was not at hand.
+    "qwen3.5-9b": qwen3_5.config_from_hf({
+        "attention_bias": False, "attn_output_gate": True, "full_attention_interval": 4, "head_dim": 256,
+        "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288, "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+        "model_type": "qwen3_5_text", "num_attention_heads": 16, "num_hidden_layers": 32, "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 10000000, "rope_type": "default"},
+        "tie_word_embeddings": False, "vocab_size": 248320,
+    }),
+    # The same in small, to try scripts out on a machine without a GPU.
+    "qwen3.5-tiny": qwen3_5.config_from_hf({
+        "head_dim": 32, "hidden_size": 64, "intermediate_size": 96, "linear_key_head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_value_head_dim": 16,
+        "model_type": "qwen3_5_text", "num_attention_heads": 4, "num_hidden_layers": 4, "num_key_value_heads": 2,
+        "rope_parameters": {"partial_rotary_factor": 0.25, "rope_theta": 10000000, "rope_type": "default"},
+        "vocab_size": 512,
     }),
 }  # fmt: skip
 # So many layers of a model too large to be written for the peers in the time of a run.

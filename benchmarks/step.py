@@ -92,6 +92,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     state = start_state(trainable, optimizer, train)
     dtypes = compute_dtypes(trainable)
     del model
+    trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     flops = count_flops(config, trainable, frozen)
     loader = None
     if options.stream:
@@ -166,6 +167,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         or {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype],
         "adapter": options.adapter,
         "rank": options.rank,
+        "trained_parameters": trained,
         "batch": options.batch,
         "seq": options.seq,
         "documents_per_row": "alpaca-like" if real_documents else options.documents,
