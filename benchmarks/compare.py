@@ -109,6 +109,7 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
     FULL: [
         ours(FULL, 8, 2048, "--adapter", "full"),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),
+        peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full", "--checkpointing", "offload"),
         peer(LIGER, FULL, 8, 2048, "--adapter", "full", "--attention", "cudnn"),
     ],
 }

@@ -62,6 +62,7 @@ def load_unsloth(options):
     from unsloth import FastLanguageModel
 
     full = options.adapter == "full"
+    checkpointing = {"none": False, "full": True, "offload": "unsloth"}[options.checkpointing]
     model, _ = FastLanguageModel.from_pretrained(
         options.folder,
         max_seq_length=options.seq,
@@ -69,6 +70,8 @@ def load_unsloth(options):
         load_in_4bit=options.weights == "nf4",
         full_finetuning=full,
         local_files_only=True,
+        # Without an adapter nothing else is told, and the default is to recompute.
+        **({"use_gradient_checkpointing": checkpointing} if full else {}),
     )
     if full:
         return model
@@ -79,7 +82,7 @@ def load_unsloth(options):
         lora_dropout=0,
         bias="none",
         target_modules=targets(options.folder),
-        use_gradient_checkpointing={"none": False, "full": True, "offload": "unsloth"}[options.checkpointing],
+        use_gradient_checkpointing=checkpointing,
         random_state=0,
     )
 
