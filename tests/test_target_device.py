@@ -11,12 +11,13 @@ from pronghorn.errors import InputError
 from pronghorn.lora import LoRAConfig
 from pronghorn.models.config import DecoderConfig
 from pronghorn.pallas_kernels import launch, tuned
+from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.target_device import TARGETS, compiling_for
 from pronghorn.training import plan_memory
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.policy_choice import device_kind, device_limit
 from tests import tiny
-from tests.compiling import h100
+from tests.compiling import compile_for_h100, h100
 
 CONFIG = DecoderConfig("llama", 512, 256, 512, 2, 4, 2, 64, 1024)
 
@@ -53,6 +54,13 @@ def test_a_step_is_compiled_for_it_with_kernels_and_memory_in_its_host():
         }
     assert plans["offload"].pinned_host >= 2 * 8 * 1024 * 256 * 2 > plans["keep"].pinned_host == 0
     assert plans["offload"].peak_device_bytes < plans["keep"].peak_device_bytes
+
+
+def test_cudnn_is_asked_about_the_target_and_not_about_this_machine():
+    head_dim = 256  # cuDNN has it from Hopper on
+    heads = jax.ShapeDtypeStruct((1, 256, 2, head_dim), jnp.bfloat16)
+    text = compile_for_h100(lambda q: jax.grad(lambda q: jnp.sum(flash_attention(q, q, q)))(q), heads)
+    assert "cudnn$fmha" in text
 
 
 def test_a_plan_for_a_device_that_cannot_be_compiled_for_says_what_it_takes(tmp_path, capsys):
