@@ -7,9 +7,11 @@ an allocation past it fails as it would on a smaller card; host memory is stated
 
     python benchmarks/longest_context.py                      # all pools, by the compiled program
     python benchmarks/longest_context.py --pools 24 --run     # and a real step
+    JAX_PLATFORMS=cpu python benchmarks/longest_context.py --target h100   # compiled for a GPU that is not there
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--at-once", action="store_true", help="pools side by side; times then say little")
     parser.add_argument("--device-bytes", type=float, default=84978434048, help="what a fraction of 1 means")
     parser.add_argument("--host-gb", type=int, default=110, help="pinned host memory that a step may have")
+    parser.add_argument("--target", default=None, help="compile for this device instead of the machine's own")
     parser.add_argument("--compact", action="store_true", help="put weights and state side by side first")
     parser.add_argument("--layers", default="unrolled", choices=("unrolled", "scanned"))
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
@@ -227,8 +230,12 @@ def main() -> None:
         print(json.dumps(real_step(options.child, options)), flush=True)
         return
     os.environ[PREALLOCATE] = "false"  # this process only compiles: the device is for the steps it starts
+    from pronghorn.target_device import compiling_for
+
     known: dict[int, tuple[int, int]] = {}
     given = options.tokens or [None] * len(options.pools)
+    if options.target and (options.run or options.at_once):
+        parser.error("--target compiles alone: without --run and --at-once")
 
     def measure(pool: int, tokens: int | None) -> dict[str, Any]:
         tokens = tokens or longest(pool, known, options)
@@ -244,8 +251,12 @@ def main() -> None:
         print(f"{pool} GB: longest row {tokens:,} tokens{ratio}, {row}", flush=True)
         return row
 
-    with ThreadPoolExecutor(len(given) if options.at_once else 1) as pool:
-        rows = list(pool.map(measure, options.pools, given))
+    if options.at_once:
+        with ThreadPoolExecutor(len(given)) as pool:
+            rows = list(pool.map(measure, options.pools, given))
+    else:
+        with compiling_for(options.target) if options.target else contextlib.nullcontext():
+            rows = list(map(measure, options.pools, given))
     settings = {
         name: getattr(options, name)
         for name in (
