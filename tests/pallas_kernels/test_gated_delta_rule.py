@@ -14,7 +14,7 @@ from pronghorn.pallas_kernels.gated_delta_rule import (
     gated_delta_rule_reference,
     unit_lower_inverse,
 )
-from tests.lowering import lower_for_h100
+from tests.lowering import lower_defaults_for_h100, lower_for_h100
 from tests.pallas_kernels.comparison import DTYPES, assert_matches_oracle, gradient, normal, saved_shapes
 from tests.tolerances import assert_close
 
@@ -85,6 +85,9 @@ def test_lowers_for_an_h100():
     given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (q, q, v)]
     given += [jax.ShapeDtypeStruct(v[:3], jnp.float32)] * 2
     text = lower_for_h100(gradient(functools.partial(gated_delta_rule, implementation="pallas")), *given)
+    assert "gated_delta_states" in text and "gated_delta_gradients" in text
+    # The same where nothing is asked for: the kernels are faster.
+    text = lower_defaults_for_h100(gradient(gated_delta_rule), *given)
     assert "gated_delta_states" in text and "gated_delta_gradients" in text
 
 

@@ -7,7 +7,7 @@ from pronghorn.pallas_kernels import shapes, tuned
 from pronghorn.pallas_kernels.grouped_kernels import row_tiles
 from pronghorn.pallas_kernels.grouped_linear import grouped_linear, grouped_linear_reference
 from tests.compiling import compile_for_h100
-from tests.lowering import lower_for_h100
+from tests.lowering import lower_defaults_for_h100, lower_for_h100
 from tests.pallas_kernels.comparison import (
     assert_matches_oracle,
     gradient,
@@ -147,6 +147,13 @@ def test_lowers_for_an_h100(dtype):
     function, arguments = whole_gradient(dtype)
     text = lower_for_h100(function, *arguments)
     # Both directions and the sums over rows: the values of a pullback alone are not computed, T is.
+    assert all(name in text for name in ("grouped_by_rows", "grouped_by_columns", "grouped_over_rows"))
+
+
+def test_a_gpu_takes_the_kernels_where_nothing_is_asked_for():
+    shape = shapes.SMALL_GROUPED[-1]
+    op, _ = ops(shape, None)
+    text = lower_defaults_for_h100(gradient(op), *inputs(shape))
     assert all(name in text for name in ("grouped_by_rows", "grouped_by_columns", "grouped_over_rows"))
 
 

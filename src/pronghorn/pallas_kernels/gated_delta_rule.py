@@ -61,7 +61,8 @@ def gated_delta_rule(
       segment_ids: int [batch, seq]; the state starts anew wherever the id changes. None: each row is one segment.
       scale: factor of the output; default 1 / sqrt(dk).
       implementation: "pallas" walks over the chunks in kernels of `gated_delta_scan`, "xla" in loops of XLA's; the rest
-        is XLA's in both. None is "xla", until the kernels have been measured.
+        is XLA's in both. None is "pallas" on a GPU: 1.63 against 2.68 ms forward and 4.45 against 7.38 ms with
+        gradients on an H100, at Qwen3.5-9B's shape and 4,096 tokens.
 
     Returns:
       [batch, seq, value_heads, dv] in the dtype of v.
@@ -71,7 +72,7 @@ def gated_delta_rule(
     """
     _check_shapes(q, k, v, g, beta, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with_kernel = launch.resolve(implementation, default_gpu="xla") == "pallas"
+    with_kernel = launch.resolve(implementation) == "pallas"
     if v.size == 0:
         return jnp.zeros_like(v)
     g, beta = g.astype(jnp.float32), beta.astype(jnp.float32)

@@ -55,8 +55,8 @@ def grouped_linear(
       lora_a, lora_b: [groups, r, in] and [groups, out, r], fp32 masters; both or neither.
       scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
       bias: [groups, out].
-      implementation: "pallas" (kernels), "xla" (`jax.lax.ragged_dot_general`), or None: XLA, until the kernels have
-        been measured on a GPU. Both have the gradient by hand.
+      implementation: "pallas" (kernels), "xla" (`jax.lax.ragged_dot_general`), or None: the kernels on a GPU, where
+        XLA multiplies every row with every group's matrix. Both have the gradient by hand.
 
     Returns:
       [rows, out] in the dtype of x.
@@ -84,7 +84,7 @@ def grouped_linear(
             )
     if bias is not None and bias.shape != (groups, outputs):
         raise InputError(f"grouped_linear: bias {bias.shape} must be {(groups, outputs)}.")
-    chosen = launch.resolve(implementation, default_gpu="xla")
+    chosen = launch.resolve(implementation)
     sizes = group_sizes.astype(jnp.int32)
     return _grouped_linear(x, weight, sizes, lora_a, lora_b, bias, float(scale), chosen)
 
