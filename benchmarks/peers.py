@@ -30,6 +30,12 @@ def targets(folder: str) -> list[str]:
     return TARGETS + (DELTA_NET_TARGETS if has_delta_nets(folder) else [])
 
 
+def expert_parameters(folder: str) -> list[str] | None:
+    """Where experts are stacked in one parameter, PEFT has to be told its name; Unsloth finds them by itself."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    return ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if settings.get("num_experts") else None
+
+
 def use_fla_convolution() -> None:
     """flash-linear-attention's Triton kernel for Qwen 3.5's short convolutions.
 
@@ -117,6 +123,7 @@ def load_transformers(options):
             r=options.rank,
             lora_alpha=options.rank,
             target_modules=targets(options.folder),
+            target_parameters=expert_parameters(options.folder),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
