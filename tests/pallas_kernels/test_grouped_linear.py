@@ -115,7 +115,7 @@ def test_a_group_of_many_tiles_equals_the_oracle():
     shape = shapes.GroupedShape("many tiles", (0, 150, 1, 37), 200, 40, 35, 3)
     op, oracle = ops(shape, "pallas")
     cotangent = normal(9, (shape.rows, shape.outputs))
-    small = (16, 16, 16, 1, 1)
+    small = (16, 16, 16, 1, 1, 2)
     with (
         tuned.candidate("grouped_by_rows", small),
         tuned.candidate("grouped_by_columns", small),

@@ -8,11 +8,11 @@ Which rows of which group a tile takes is worked out in front of the kernel, thr
 The last tile of a group reads rows of the next one, and keeps what came of them to itself: each row of a product
 depends on its own row alone. Over rows it would not, so there rows past the group's end are loaded as zeros.
 
-Tiles run eight tiles of rows at a time across all columns, so that a matrix and the rows are found in the L2 cache.
+Tiles run some tiles of rows at a time across all columns, so that a matrix and the rows are found in the L2 cache.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,22 @@ from pronghorn.pallas_kernels.tile_operations import (
     tile_product,
 )
 
-# What `tuned` may replace: rows, columns and summed elements of a tile, warps, stages; in 16 bits and in 32.
-BLOCK = {2: (128, 256, 64, 8, 4), 4: (64, 64, 32, 4, 2)}
-TILES_TOGETHER = 8
+# What `tuned` may replace: rows, columns and summed elements of a tile, warps, stages, and how many tiles of rows run
+# beside each other; in 16 bits and in 32.
+BLOCK = {2: (128, 256, 64, 8, 4, 8), 4: (64, 64, 32, 4, 2, 8)}
+# Over rows all tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
+OVER_ROWS_TOGETHER = 1024
+
+
+class Blocks(NamedTuple):
+    """Rows, columns and summed elements of a tile, warps, stages, and tiles of rows beside each other."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    together: int
 
 
 def tile_bound(rows: int, groups: int, block: int) -> int:
@@ -38,42 +51,57 @@ def tile_bound(rows: int, groups: int, block: int) -> int:
     return (rows + min(groups + 1, rows) * (block - 1)) // block
 
 
+def _running_sums(sizes: jax.Array) -> jax.Array:
+    """cumsum of a few integers as one reduction, where XLA's own on a GPU is several launches."""
+    place = jnp.arange(sizes.shape[0])
+    return jnp.sum(jnp.where(place[None, :] <= place[:, None], sizes[None, :], 0), axis=1, dtype=jnp.int32)
+
+
 def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> jax.Array:
     """int32 [tile_bound, 3]: group, first row and end of the group's rows; it is `groups` for rows of none."""
     groups = group_sizes.shape[0]
     sizes = jnp.append(group_sizes, rows - jnp.sum(group_sizes))
-    ends = jnp.cumsum(sizes)
-    last_tiles = jnp.cumsum(launch.cdiv(sizes, block))
+    ends = _running_sums(sizes)
+    last_tiles = _running_sums(launch.cdiv(sizes, block))
     tile = jnp.arange(tile_bound(rows, groups, block))
-    group = jnp.minimum(jnp.searchsorted(last_tiles, tile, side="right"), groups)
+    # One pass over tiles x groups: XLA fuses it with what follows, which it does not with a binary search.
+    group = jnp.minimum(jnp.sum(last_tiles[None, :] <= tile[:, None], axis=1, dtype=jnp.int32), groups)
     # Counted back from the group's last tile; past the last tile of all this lies past the end, and nothing is stored.
     first_tile = last_tiles[group] - launch.cdiv(sizes, block)[group]
     first = (ends - sizes)[group] + (tile - first_tile) * block
     return jnp.stack([group, first, ends[group]], axis=-1).astype(jnp.int32)
 
 
-def blocks(op: str, dtype, rows: int, columns: int, inner: int) -> tuple[int, int, int, int, int]:
-    """(rows, columns, summed elements, warps, stages) of a tile, no larger than the product, within shared memory."""
+def blocks(op: str, dtype, rows: int, columns: int, inner: int) -> Blocks:
+    """A tile no larger than the product, within shared memory."""
     width = jnp.dtype(dtype).itemsize
-    most = tuned.choice(op, dtype, columns) or BLOCK[width]
+    usual = BLOCK[width]
+    if op == "grouped_over_rows":
+        usual = (*usual[:5], OVER_ROWS_TOGETHER)
+    most = Blocks(*(tuned.choice(op, dtype, columns) or usual))
     m, n, k = (
         min(block, max(16, launch.next_power_of_2(size)))
         for block, size in zip(most[:3], (rows, columns, inner), strict=True)
     )
-    warps = min(most[3], max(1, m * n // 2048))
-    stages = most[4]
-    while stages > 1 and stages * (m + n) * k * width > shared_memory_limit():
+    stages = most.stages
+    while stages > 1 and shared_memory_bytes(most._replace(m=m, n=n, k=k, stages=stages), dtype) > (
+        shared_memory_limit()
+    ):
         stages -= 1
-    return m, n, k, warps, stages
+    return Blocks(m, n, k, min(most.warps, max(1, m * n // 2048)), stages, most.together)
 
 
-def _tile_of_program(row_tile_count, column_tile_count):
-    """(tile of rows, tile of columns) of a program, `TILES_TOGETHER` tiles of rows beside each other."""
-    program = pl.program_id(0)
-    together = TILES_TOGETHER * column_tile_count
-    first = program // together * TILES_TOGETHER
-    here = jnp.minimum(row_tile_count - first, TILES_TOGETHER)
-    return first + program % together % here, program % together // here
+def shared_memory_bytes(block: Blocks, dtype) -> int:
+    """What the tiles that are loaded ahead take."""
+    return block.stages * (block.m + block.n) * block.k * jnp.dtype(dtype).itemsize
+
+
+def _tile_of_program(program, row_tile_count, column_tile_count, together):
+    """(tile of rows, tile of columns) of a program, `together` tiles of rows beside each other."""
+    side_by_side = together * column_tile_count
+    first = program // side_by_side * together
+    here = jnp.minimum(row_tile_count - first, together)
+    return first + program % side_by_side % here, program % side_by_side // here
 
 
 def _load(ref, *indices, mask):
@@ -87,14 +115,15 @@ def _both(a, b):
     return b if a is None else a if b is None else a & b
 
 
-def _product_kernel(
-    tiles_ref, x_ref, w_ref, *rest, block_m, block_n, block_k, rank, padded_rank, biased, transposed, native
-):
+def _product_kernel(tiles_ref, x_ref, w_ref, *rest, blocks, rank, padded_rank, biased, transposed, native):
     """One tile of Y: the product, then the low-rank part and the bias on top of it."""
     *others, y_ref = rest
+    block_m, block_n, block_k = blocks[:3]
     rows_of_x, inner = x_ref.shape
     width, groups = y_ref.shape[1], w_ref.shape[0]
-    row_tile, column_tile = _tile_of_program(tiles_ref.shape[0], launch.cdiv(width, block_n))
+    row_tile, column_tile = _tile_of_program(
+        pl.program_id(0), tiles_ref.shape[0], launch.cdiv(width, block_n), blocks.together
+    )
     group, first, end = (tiles_ref[row_tile, field] for field in range(3))
     real = group < groups
     group = jnp.minimum(group, groups - 1)
@@ -143,8 +172,8 @@ def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
     rows, inner = x.shape
     width = weight.shape[1 if transposed else 2]
     op = "grouped_by_rows" if transposed else "grouped_by_columns"
-    block_m, block_n, block_k, warps, stages = blocks(op, x.dtype, rows, width, inner)
-    tiles = row_tiles(group_sizes, rows, block_m)
+    block = blocks(op, x.dtype, rows, width, inner)
+    tiles = row_tiles(group_sizes, rows, block.m)
     operands, rank = [tiles, x, weight], 0
     if lowrank is not None:
         operands += lowrank
@@ -153,9 +182,7 @@ def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
         operands.append(bias)
     kernel = functools.partial(
         _product_kernel,
-        block_m=block_m,
-        block_n=block_n,
-        block_k=block_k,
+        blocks=block,
         rank=rank,
         padded_rank=max(16, launch.next_power_of_2(rank)),
         biased=bias is not None,
@@ -165,39 +192,45 @@ def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
     return launch.pallas_call(
         kernel,
         name=op,
-        grid=(tiles.shape[0] * launch.cdiv(width, block_n),),
+        grid=(tiles.shape[0] * launch.cdiv(width, block.n),),
         out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=block.warps,
+        num_stages=block.stages,
     )(*operands)
 
 
-def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, block_m, block_n, block_k, native):
+def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
     """One tile of D of one group."""
+    block_m, block_n, block_k = blocks[:3]
     _, a_width, b_width = d_ref.shape
     a_tiles = launch.cdiv(a_width, block_m)
     b_tiles = launch.cdiv(b_width, block_n)
     group = pl.program_id(0) // (a_tiles * b_tiles)
-    place = pl.program_id(0) % (a_tiles * b_tiles)
     first, end = bounds_ref[group, 0], bounds_ref[group, 1]
-    # Tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
-    a_columns = place % a_tiles * block_m + jnp.arange(block_m)
-    b_columns = place // a_tiles * block_n + jnp.arange(block_n)
+    a_tile, b_tile = _tile_of_program(
+        pl.program_id(0) % (a_tiles * b_tiles), a_tiles, b_tiles, blocks.together
+    )
+    a_columns = a_tile * block_m + jnp.arange(block_m)
+    b_columns = b_tile * block_n + jnp.arange(block_n)
 
-    def load(ref, rows, columns, width, block):
-        exists = (rows < end)[:, None]
+    def load(ref, rows, columns, width, block, whole):
+        exists: Any = None if whole else (rows < end)[:, None]
         if width % block:
-            exists = exists & (columns < width)[None, :]
+            exists = _both(exists, (columns < width)[None, :])
         return _load(ref, rows[:, None], columns[None, :], mask=exists)
 
-    def step(i, total):
+    def step(i, total, whole):
         rows = first + i * block_k + jnp.arange(block_k)
-        a = load(a_ref, rows, a_columns, a_width, block_m)
-        b = load(b_ref, rows, b_columns, b_width, block_n)
+        a = load(a_ref, rows, a_columns, a_width, block_m, whole)
+        b = load(b_ref, rows, b_columns, b_width, block_n, whole)
         return total + tile_product(a, b, COLUMNS_BY_COLUMNS, native=native)
 
-    zeros = jnp.zeros((block_m, block_n), jnp.float32)
-    total = jax.lax.fori_loop(0, launch.cdiv(end - first, block_k), step, zeros)
+    # Only the last step of a group holds rows of the next one: the others load without a mask.
+    whole_steps = (end - first) // block_k
+    total = jnp.zeros((block_m, block_n), jnp.float32)
+    total = jax.lax.fori_loop(0, whole_steps, functools.partial(step, whole=True), total)
+    steps = launch.cdiv(end - first, block_k)
+    total = jax.lax.fori_loop(whole_steps, steps, functools.partial(step, whole=False), total)
     inside = (a_columns < a_width)[:, None] & (b_columns < b_width)[None, :]
     triton.store(
         d_ref.at[group, a_columns[:, None], b_columns[None, :]], total.astype(d_ref.dtype), mask=inside
@@ -207,21 +240,13 @@ def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, block_m, block_n, bloc
 def over_rows(a, b, group_sizes, dtype):
     """`grouped_products.over_rows`."""
     shape = (group_sizes.shape[0], a.shape[1], b.shape[1])
-    block_m, block_n, block_k, warps, stages = blocks(
-        "grouped_over_rows", a.dtype, shape[1], shape[2], a.shape[0]
-    )
-    ends = jnp.cumsum(group_sizes)
+    block = blocks("grouped_over_rows", a.dtype, shape[1], shape[2], a.shape[0])
+    ends = _running_sums(group_sizes)
     return launch.pallas_call(
-        functools.partial(
-            _over_rows_kernel,
-            block_m=block_m,
-            block_n=block_n,
-            block_k=block_k,
-            native=not launch.interpreting(),
-        ),
+        functools.partial(_over_rows_kernel, blocks=block, native=not launch.interpreting()),
         name="grouped_over_rows",
-        grid=(shape[0] * launch.cdiv(shape[1], block_m) * launch.cdiv(shape[2], block_n),),
+        grid=(shape[0] * launch.cdiv(shape[1], block.m) * launch.cdiv(shape[2], block.n),),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=block.warps,
+        num_stages=block.stages,
     )(jnp.stack([ends - group_sizes, ends], axis=-1), a, b)
