@@ -17,6 +17,7 @@ SMALL = {
     shapes.RopeShape: {"batch": 1, "seq": 5, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "rotated": 8},
     shapes.HeadShape: {"rows": 3, "vocab": 300},
     shapes.WeightShape: {"outputs": 6, "inputs": 64},
+    shapes.RoutedShape: {"rows": 70, "groups": 3, "inputs": 40, "outputs": 24},
 }
 
 
@@ -80,7 +81,7 @@ def test_oracle_and_kernel_of_every_job_give_the_same_shapes(group):
         assert shapes_of(found) == shapes_of(expected), one.op
 
 
-@pytest.mark.parametrize("group", ["attention", "rms_norm"])
+@pytest.mark.parametrize("group", ["attention", "rms_norm", "grouped_linear"])
 def test_kernels_of_the_tuner_pass_its_check_and_wrong_ones_do_not(group):
     jobs = autotune_jobs.jobs([group], largest=small, head_dims=[64] if group == "attention" else ())
     for op, one in {one.op: one for one in jobs}.items():

@@ -22,6 +22,7 @@ from pronghorn.pallas_kernels.attention_blocks import (
 )
 from pronghorn.pallas_kernels.attention_tiles import AttentionSpec
 from pronghorn.pallas_kernels.autotune import Job
+from pronghorn.pallas_kernels.autotune_grouped import grouped_linear_jobs
 from pronghorn.pallas_kernels.flash_attention import flash_attention_reference
 from pronghorn.pallas_kernels.gated_activation import gated_activation_backward, gated_activation_forward
 from pronghorn.pallas_kernels.launch import next_power_of_2
@@ -348,6 +349,7 @@ GROUPS: dict[str, tuple[Callable[..., list[Job]], tuple[Any, ...]]] = {
     "rope": (rope_jobs, shapes.TUNED_ROPE),
     "cross_entropy": (cross_entropy_jobs, shapes.TUNED_CROSS_ENTROPY),
     "nf4": (nf4_jobs, shapes.TUNED_NF4),
+    "grouped_linear": (grouped_linear_jobs, shapes.TUNED_GROUPED),
 }
 
 

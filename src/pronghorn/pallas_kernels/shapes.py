@@ -208,3 +208,19 @@ LARGE_GROUPED = (
     ),
     GroupedShape("odd", (1, 0, 577, 3), 600, 1023, 577, 5),
 )
+
+
+class RoutedShape(NamedTuple):
+    """grouped_linear as a router leaves it: `rows` in unequal shares for `groups` matrices [outputs, inputs]."""
+
+    name: str
+    rows: int
+    groups: int
+    inputs: int
+    outputs: int
+
+
+TUNED_GROUPED = (
+    RoutedShape("Mixtral 8x7B w1", 8192, 8, 4096, 14336),
+    RoutedShape("Qwen3-30B-A3B gate_proj", 32768, 128, 2048, 768),
+)

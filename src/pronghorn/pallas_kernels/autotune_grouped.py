@@ -1,0 +1,98 @@
+"""What the tuner measures of the products of rows sorted by group: the three kernels, at the sizes of two mixtures.
+
+Groups get unequal shares of the rows, as a router's choices do: tiles that are not full cost what they cost.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pronghorn.pallas_kernels import grouped_kernels, grouped_products, shapes, tuned
+from pronghorn.pallas_kernels.attention_blocks import shared_memory_limit
+from pronghorn.pallas_kernels.autotune import Job
+
+# Rows, columns and summed elements of a tile, warps, stages, tiles of rows beside each other. One program of eight
+# warps a multiprocessor with three or four tiles ahead, or two of four, of which one multiplies while the other stores;
+# 64 rows waste less of a small group's last tile.
+PRODUCT = (
+    (128, 256, 64, 8, 4, 8), (128, 256, 64, 8, 3, 8), (128, 256, 64, 8, 4, 16), (128, 256, 64, 8, 4, 4),
+    (128, 256, 64, 8, 4, 1024), (256, 128, 64, 8, 4, 8), (128, 128, 64, 4, 3, 8), (64, 256, 64, 4, 4, 16),
+    (64, 256, 64, 4, 2, 16), (64, 128, 64, 4, 4, 16), (128, 128, 128, 8, 3, 8),
+)  # fmt: skip
+OVER_ROWS = (
+    (128, 256, 64, 8, 4, 1024), (128, 256, 64, 8, 3, 1024), (128, 256, 64, 8, 4, 8), (256, 128, 64, 8, 4, 8),
+    (256, 128, 64, 8, 3, 1024), (128, 128, 64, 4, 3, 1024), (128, 128, 64, 4, 3, 8), (128, 128, 32, 4, 4, 8),
+    (64, 256, 64, 4, 2, 16), (128, 128, 64, 8, 4, 8),
+)  # fmt: skip
+
+
+def grouped_linear_jobs(shape: shapes.RoutedShape, dtype) -> list[Job]:
+    """Y = X W_gᵀ, dX = dY W_g and dW_g = Σ dYᵀ X. The oracle is XLA, of every row with every group in fp32 sums.
+
+    What is compared are the first rows of the first groups' product, and the first group's gradient, so that the
+    oracle's time stays small.
+    """
+    rows, groups, inputs, outputs = shape[1:]
+    shares = np.random.default_rng(0).dirichlet(np.full(groups, 4.0))
+    sizes = np.diff(np.rint(np.cumsum(shares) * rows).astype(np.int32), prepend=0).astype(np.int32)
+    some = min(2, groups)
+    compared = int(sizes[:some].sum())
+
+    def normal(seed, size, factor=1.0):
+        return (factor * jax.random.normal(jax.random.key(seed), size, jnp.float32)).astype(dtype)
+
+    def arguments():
+        weight = normal(1, (groups, outputs, inputs), inputs**-0.5)
+        return normal(0, (rows, inputs)), weight, normal(2, (rows, outputs)), jnp.asarray(sizes)
+
+    def first_groups():
+        x, weight, dy, group_sizes = arguments()
+        return x[:compared], weight[:some], dy[:compared], group_sizes[:some]
+
+    def by_rows(implementation, x, weight, dy, group_sizes):
+        return grouped_products.by_rows(x, weight, group_sizes, implementation=implementation)
+
+    def by_columns(implementation, x, weight, dy, group_sizes):
+        return grouped_products.by_columns(dy, weight, group_sizes, implementation=implementation)
+
+    def over_rows(implementation, x, weight, dy, group_sizes):
+        return grouped_products.over_rows(dy, x, group_sizes, dtype=dtype, implementation=implementation)
+
+    products = {
+        "grouped_by_rows": by_rows,
+        "grouped_by_columns": by_columns,
+        "grouped_over_rows": over_rows,
+    }
+
+    def expected(op):
+        return products[op]("xla", *first_groups())
+
+    widths = {"grouped_by_rows": outputs, "grouped_by_columns": inputs, "grouped_over_rows": inputs}
+    return [
+        Job(
+            op=op,
+            key=tuned.key(dtype, widths[op]),
+            label=f"{shape.name}, {rows} rows x [{groups}, {outputs}, {inputs}]",
+            arguments=arguments,
+            run=functools.partial(product, "pallas"),
+            expected=functools.partial(expected, op),
+            part=functools.partial(_first, some if op == "grouped_over_rows" else compared),
+            candidates=OVER_ROWS if op == "grouped_over_rows" else PRODUCT,
+            work=(2.0 * rows * inputs * outputs / 1e12, "FLOP"),
+            too_large=functools.partial(_too_large, dtype),
+        )
+        for op, product in products.items()
+    ]
+
+
+def _first(count: int, found: jax.Array) -> jax.Array:
+    return found[:count]
+
+
+def _too_large(dtype, choice: tuned.Choice) -> str | None:
+    needed = grouped_kernels.shared_memory_bytes(grouped_kernels.Blocks(*choice), dtype)
+    if needed <= shared_memory_limit():
+        return None
+    return f"its tiles take {needed >> 10} KiB of shared memory, and a program gets {shared_memory_limit() >> 10}"
