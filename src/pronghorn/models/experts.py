@@ -111,10 +111,15 @@ def order_by_expert(experts: jax.Array, num_experts: int) -> Order:
     return Order(choice, place, sizes)
 
 
+def _gather(array: jax.Array, places: jax.Array) -> jax.Array:
+    """array[places] for places that an `Order` holds: they exist, and no launch of its own asks whether they do."""
+    return array.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
 @jax.custom_vjp
 def rows_by_expert(n: jax.Array, order: Order) -> jax.Array:
     """n `[tokens, d]` -> its rows by expert, `[tokens k, d]`."""
-    return jnp.take(n, order.choice // order.place.shape[1], axis=0)
+    return _gather(n, order.choice // order.place.shape[1])
 
 
 def _rows_forward(n, order):
@@ -122,7 +127,7 @@ def _rows_forward(n, order):
 
 
 def _rows_backward(order, dx):
-    chosen = jnp.take(dx, order.place, axis=0).astype(jnp.float32)
+    chosen = _gather(dx, order.place).astype(jnp.float32)
     return jnp.sum(chosen, axis=1).astype(dx.dtype), None
 
 
@@ -132,7 +137,7 @@ rows_by_expert.defvjp(_rows_forward, _rows_backward)
 @jax.custom_vjp
 def weighted_sum(y: jax.Array, weights: jax.Array, order: Order) -> jax.Array:
     """Rows by expert `[tokens k, d]` and fp32 weights `[tokens, k]` -> `[tokens, d]` in the dtype of y."""
-    chosen = jnp.take(y, order.place, axis=0).astype(jnp.float32)
+    chosen = _gather(y, order.place).astype(jnp.float32)
     return jnp.sum(weights[..., None] * chosen, axis=1).astype(y.dtype)
 
 
@@ -143,9 +148,9 @@ def _sum_forward(y, weights, order):
 def _sum_backward(residuals, dout):
     y, weights, order = residuals
     wide = dout.astype(jnp.float32)
-    of_rows = jnp.take(wide, order.choice // order.place.shape[1], axis=0)
+    of_rows = _gather(wide, order.choice // order.place.shape[1])
     dy = (weights_by_expert(weights, order) * of_rows).astype(y.dtype)
-    chosen = jnp.take(y, order.place, axis=0).astype(jnp.float32)
+    chosen = _gather(y, order.place).astype(jnp.float32)
     return dy, jnp.sum(wide[:, None] * chosen, axis=-1), None
 
 
@@ -155,7 +160,7 @@ weighted_sum.defvjp(_sum_forward, _sum_backward)
 @jax.custom_vjp
 def weights_by_expert(weights: jax.Array, order: Order) -> jax.Array:
     """fp32 `[tokens, k]` -> the weight of every row by expert, `[tokens k, 1]`."""
-    return jnp.take(weights.reshape(-1), order.choice)[:, None]
+    return _gather(weights.reshape(-1), order.choice)[:, None]
 
 
 def _weights_forward(weights, order):
@@ -163,7 +168,7 @@ def _weights_forward(weights, order):
 
 
 def _weights_backward(order, dw):
-    return jnp.take(dw[:, 0], order.place), None
+    return _gather(dw[:, 0], order.place), None
 
 
 weights_by_expert.defvjp(_weights_forward, _weights_backward)
