@@ -76,11 +76,18 @@ def kernel_table(record: dict) -> str:
     return "\n".join(lines)
 
 
+def _what_is_trained(rows: list[dict]) -> str:
+    lora = f"LoRA r={rows[0]['rank']} on every linear of the layers"
+    if all(row["adapter"] == "full" for row in rows):
+        return "Full fine-tuning"
+    return lora if all(row["adapter"] == "lora" for row in rows) else f"{lora}, or full fine-tuning"
+
+
 def step_table(rows: list[dict]) -> str:
     """One run on one device as a table."""
     first = rows[0]
     lines = [
-        f"LoRA r={first['rank']} on all seven linears, one after the other on one {first['device']}, random weights of "
+        f"{_what_is_trained(rows)}, one after the other on one {first['device']}, random weights of "
         "true shape, no padding (each framework draws its own weights and tokens, hence the losses; packed rows hold "
         "the same documents of an instruction set's lengths, and real tokens count):",
         "",
@@ -90,16 +97,24 @@ def step_table(rows: list[dict]) -> str:
     ]
     for row in rows:
         mfu = f"{row['mfu']:.1%}" if row.get("mfu") else ""
+        weights = row["weights"] + (", full" if row["adapter"] == "full" else "")
         policy = row["memory_policy"] + (", scanned" if row.get("layers") == "scanned" else "")
         shape = f"{row['batch']}x{row['seq']}"
         if row.get("documents_per_row") == "alpaca-like":
             shape += ", packed"
         note = f", {row['attention']} attention" if row.get("attention", "default") != "default" else ""
         lines.append(
-            f"| {row['framework']}{note} | {row['model']} | {row['weights']} | {shape} | "
+            f"| {row['framework']}{note} | {row['model']} | {weights} | {shape} | "
             f"{policy} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_device_gib']:.1f} | "
             f"{row['compile_seconds']:.0f} | {row['loss']:.3f} | {row['grad_norm']:.3f} |"
         )
+    notes = [
+        f"{row['framework']}, {row['model']}, {row['memory_policy']}: {row['note']}."
+        for row in rows
+        if "note" in row
+    ]
+    if notes:
+        lines += ["", "\\* " + " ".join(notes)]
     ours = next((row for row in rows if row["framework"] == "pronghorn"), None)
     if ours is not None:
         lines += ["", f"Commit {ours['commit'][:8]}, jax {ours['versions']['jax']}: `{ours['command']}`"]
