@@ -142,3 +142,11 @@ MODELS = {
 MODELS["qwen3-30b-a3b-6-layers"] = dataclasses.replace(
     MODELS["qwen3-30b-a3b"], num_layers=6, layer_kinds=("full",) * 6
 )
+
+
+def lora_targets(name: str) -> str | tuple[str, ...]:
+    """Every linear inside the layers: of a mixture those of its experts too, which "all-linear" leaves out."""
+    if MODELS[name].experts is None:
+        return "all-linear"
+    of_experts = tuple(f"experts.{part}_proj" for part in ("gate", "up", "down"))
+    return ("q_proj", "k_proj", "v_proj", "o_proj", *of_experts)

@@ -77,7 +77,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     dtype = jnp.dtype(options.dtype)
     model = random_weights.random_model(config, options.weights, dtype=dtype, layers=options.layers)
     if options.adapter == "lora":
-        model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank))
+        targets = shapes.lora_targets(options.model)
+        model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank, targets=targets))
     train = TrainConfig(
         learning_rate=1e-4,
         max_steps=1000,
