@@ -14,7 +14,7 @@ def jobs(rows: list[dict]) -> dict[str, list[dict]]:
     """Rows by job: model, adapter, batch x seq. Weights are marked on the point."""
     found: dict[str, list[dict]] = {}
     for row in rows:
-        if "error" not in row:
+        if "error" not in row and row.get("comparable", True):
             packed = ", packed" * (row.get("documents_per_row") == "alpaca-like")
             name = f"{row['model']}, {row['adapter']}, {row['batch']}x{row['seq']}{packed}"
             found.setdefault(name, []).append(row)
