@@ -15,6 +15,7 @@ LLAMA3_ROPE = RopeConfig(
     high_freq_factor=4.0,
 )
 
+OSS = "gpt-oss-20b"  # its job is a LoRA within 16 GiB: adapters of attention, experts stay as they are published
 MODELS = {
     "llama-3.1-8b": DecoderConfig(
         family="llama",
@@ -109,7 +110,7 @@ MODELS = {
         rope=RopeConfig(base=1000000.0),
         experts=ExpertsConfig(num_experts=128, experts_per_token=8, width=768, normalized=True),
     ),
-    "gpt-oss-20b": gpt_oss.config_from_hf({
+    OSS: gpt_oss.config_from_hf({
         "head_dim": 64, "hidden_size": 2880, "intermediate_size": 2880,
         "layer_types": ["sliding_attention", "full_attention"] * 12, "max_position_embeddings": 131072,
         "model_type": "gpt_oss", "num_attention_heads": 64, "num_experts_per_tok": 4, "num_hidden_layers": 24,
@@ -145,8 +146,8 @@ MODELS["qwen3-30b-a3b-6-layers"] = dataclasses.replace(
 
 
 def lora_targets(name: str) -> str | tuple[str, ...]:
-    """Every linear inside the layers: of a mixture those of its experts too, which "all-linear" leaves out."""
-    if MODELS[name].experts is None:
+    """Every linear inside the layers: of Qwen's mixtures those of the experts too, which "all-linear" leaves out."""
+    if MODELS[name].experts is None or name == OSS:
         return "all-linear"
     of_experts = tuple(f"experts.{part}_proj" for part in ("gate", "up", "down"))
     return ("q_proj", "k_proj", "v_proj", "o_proj", *of_experts)
