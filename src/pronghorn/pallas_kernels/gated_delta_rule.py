@@ -20,7 +20,10 @@ later one has started. Backward, from dO and the gradient R of the state behind 
 
 and by the product rule to q, k, v, β and c; dg is the sum of dc over what follows in the chunk.
 
-Saved: q, k, v, g, β. T, U, W and the chunks' states are computed again in the backward pass. fp32 inside.
+Saved: q, k, v, g, β. T, U, W and the chunks' states are computed again in the backward pass.
+
+XLA computes all of it in fp32. With kernels, 16-bit arguments stay as they are: `gated_delta_chunks` has what is inside
+of a chunk, `gated_delta_scan` the walks from one to the next; for fp32 arguments the walks alone are kernels.
 
 Sources: Yang, Kautz and Hatamizadeh, Gated Delta Networks, 2024, arXiv:2412.06464, section 3; the chunks are those of
 Yang et al., Parallelizing Linear Transformers with the Delta Rule, 2024, arXiv:2406.06484, section 3.
@@ -33,10 +36,12 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import gated_delta_chunks, launch
+from pronghorn.pallas_kernels.gated_delta_chunks import Rows
 from pronghorn.pallas_kernels.gated_delta_scan import chunk_state_gradients, chunk_states
 
 CHUNK = 64
+_SMALLEST = 16  # of a side of a product on tensor cores
 
 
 def gated_delta_rule(
@@ -60,9 +65,9 @@ def gated_delta_rule(
       beta: [batch, seq, value_heads], how much of what the key had stored is replaced; computed with in fp32.
       segment_ids: int [batch, seq]; the state starts anew wherever the id changes. None: each row is one segment.
       scale: factor of the output; default 1 / sqrt(dk).
-      implementation: "pallas" walks over the chunks in kernels of `gated_delta_scan`, "xla" in loops of XLA's; the rest
-        is XLA's in both. None is "pallas" on a GPU: 1.63 against 2.68 ms forward and 4.45 against 7.38 ms with
-        gradients on an H100, at Qwen3.5-9B's shape and 4,096 tokens.
+      implementation: "pallas" or "xla", see above. None is "xla" until these kernels have run on a GPU. Those before
+        them, which walked over chunks of fp32 alone, took 1.6 and 4.4 ms, forward and with gradients, at Qwen3.5-9B's
+        shape and 4,096 tokens on an H100, where XLA takes 2.7 and 6.6.
 
     Returns:
       [batch, seq, value_heads, dv] in the dtype of v.
@@ -72,7 +77,7 @@ def gated_delta_rule(
     """
     _check_shapes(q, k, v, g, beta, segment_ids)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    with_kernel = launch.resolve(implementation) == "pallas"
+    with_kernel = launch.resolve(implementation, default_gpu="xla") == "pallas"
     if v.size == 0:
         return jnp.zeros_like(v)
     g, beta = g.astype(jnp.float32), beta.astype(jnp.float32)
@@ -185,29 +190,35 @@ def _joined(x: jax.Array, seq: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :seq]
 
 
-def _chunks(q, k, v, g, beta, runs, size: int, *, carried: bool = False) -> _Chunks:
+def _rows(g: jax.Array, beta: jax.Array, runs: jax.Array, size: int, *, carried: bool = False) -> Rows:
     """`carried`: the first segment continues the state that the first chunk is given."""
-    group = v.shape[2] // k.shape[2]
-    q, k = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (q, k))
     decay = jnp.cumsum(_cut(g, size), axis=-1)
     runs = jnp.pad(runs, ((0, 0), (0, -runs.shape[1] % size)), mode="edge")
-    runs = jnp.moveaxis(runs.reshape(runs.shape[0], -1, size), 1, 0)[:, :, None]  # [chunks, batch, 1, size]
-    last = runs[..., -1:]
+    runs = jnp.moveaxis(runs.reshape(runs.shape[0], -1, size), 1, 0)
+    here = runs[:, :, None]  # [chunks, batch, 1, size]
+    last = here[..., -1:]
     before = jnp.pad(last[:-1], ((1, 0), *((0, 0),) * 3), constant_values=0 if carried else -1)
-    lower = jnp.tril(jnp.ones((size, size), bool))
-    same = (runs[..., :, None] == runs[..., None, :]) & lower
     end = decay[..., -1:]
-    q, k, v, beta = (_cut(x, size) for x in (q, k, v.astype(jnp.float32), beta))
-    return _Chunks(
-        q,
-        k,
-        v,
-        beta,
-        pairs=jnp.exp(jnp.where(same, decay[..., :, None] - decay[..., None, :], -jnp.inf)),
-        into=jnp.where(runs == before, jnp.exp(decay), 0.0),
-        out_of=jnp.where(runs == last, jnp.exp(end - decay), 0.0),
+    return Rows(
+        beta=_cut(beta, size),
+        decay=decay,
+        into=jnp.where(here == before, jnp.exp(decay), 0.0),
+        out_of=jnp.where(here == last, jnp.exp(end - decay), 0.0),
         through=jnp.where(last == before, jnp.exp(end), 0.0)[..., 0],
+        runs=runs,
     )
+
+
+def _chunks(q, k, v, g, beta, runs, size: int, *, carried: bool = False) -> _Chunks:
+    """`carried` as in `_rows`."""
+    group = v.shape[2] // k.shape[2]
+    rows = _rows(g, beta, runs, size, carried=carried)
+    q, k = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (q, k))
+    here = rows.runs[:, :, None]
+    same = (here[..., :, None] == here[..., None, :]) & jnp.tril(jnp.ones((size, size), bool))
+    q, k, v = (_cut(x, size) for x in (q, k, v.astype(jnp.float32)))
+    pairs = jnp.exp(jnp.where(same, rows.decay[..., :, None] - rows.decay[..., None, :], -jnp.inf))
+    return _Chunks(q, k, v, rows.beta, pairs, rows.into, rows.out_of, rows.through)
 
 
 def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -276,12 +287,76 @@ def _forward(
     _, _, u, w = _solved(c)
     after = None
     if with_kernel:
-        states, written = chunk_states(u, w, c.out_of[..., None] * c.k, c.through)
+        states, written = _walked(chunk_states, (u, w, c.k), (c.out_of, c.through), ())
     else:
         after, (states, written) = _states(c, u, w, state)
     inside = _product("nbhik,nbhjk->nbhij", c.q, c.k) * c.pairs
     out = _product("nbhik,nbhkv->nbhiv", c.into[..., None] * c.q, states)
     return scale * (out + _product("nbhij,nbhjv->nbhiv", inside, written)), after
+
+
+def _walked(kernel, before, numbers, behind) -> tuple[jax.Array, jax.Array]:
+    """A walk of `gated_delta_scan` on arrays by chunk: its arguments in three parts, of tokens, numbers, and tokens."""
+    key_dim = before[-1].shape[-1]
+    value_dim = (behind or before)[0].shape[-1]
+    size = before[0].shape[-2]
+    joined = [[_padded(_joined(x, x.shape[0] * size)) for x in part] for part in (before, behind)]
+    states, tokens = kernel(*joined[0], *numbers, *joined[1])
+    return states[..., :key_dim, :value_dim], _cut(tokens, size)[..., :value_dim]
+
+
+def _padded(x: jax.Array) -> jax.Array:
+    """Zeros behind the last axis up to a size that a kernel's tile may have, which add nothing to a product."""
+    wanted = max(_SMALLEST, launch.next_power_of_2(x.shape[-1]))
+    return jnp.pad(x, (*((0, 0),) * (x.ndim - 1), (0, wanted - x.shape[-1])))
+
+
+def _has_chunk_kernels(dtype: Any) -> bool:
+    """fp32 tiles of whole heads are more than a multiprocessor's shared memory holds."""
+    return jnp.dtype(dtype).itemsize == 2
+
+
+def _for_kernels(*arrays: jax.Array) -> list[jax.Array]:
+    """[batch, seq, heads, dim] with zeros up to whole chunks and to sizes of tiles."""
+    ends = -arrays[0].shape[1] % CHUNK
+    return [_padded(jnp.pad(x, ((0, 0), (0, ends), (0, 0), (0, 0)))) for x in arrays]
+
+
+def _forward_in_kernels(scale, q, k, v, g, beta, runs) -> jax.Array:
+    """O of 16-bit arguments, [batch, seq, value_heads, dv]."""
+    _, seq, _, value_dim = v.shape
+    rows = _rows(g, beta, runs, CHUNK)
+    q, k, v = _for_kernels(q, k, v)
+    _, u, w = gated_delta_chunks.prepare(k, v, rows)
+    states, written = chunk_states(u, w, k, rows.out_of, rows.through)
+    return gated_delta_chunks.output(q, k, written, states, rows, scale)[:, :seq, :, :value_dim]
+
+
+def _backward_in_kernels(scale, q, k, v, g, beta, runs, dout) -> dict[str, jax.Array]:
+    """Gradients of 16-bit q, k and v, [batch, seq, value_heads, dim]; of beta and decay by chunk."""
+    (_, seq, _, key_dim), value_dim = q.shape, v.shape[-1]
+    rows = _rows(g, beta, runs, CHUNK)
+    q, k, v, dout = _for_kernels(q, k, v, dout)
+    inverse, u, w = gated_delta_chunks.prepare(k, v, rows)
+    states, written = chunk_states(u, w, k, rows.out_of, rows.through)
+    local = gated_delta_chunks.local_gradient(q, k, dout, rows, scale)
+    after, d_written = chunk_state_gradients(
+        w, q, k, scale * rows.into, rows.out_of, rows.through, dout, local
+    )
+    dq, d_w, dk, d_decay = gated_delta_chunks.read_gradients(
+        q, k, written, d_written, dout, states, after, rows, scale
+    )
+    dv, more_dk, d_beta, more_d_decay = gated_delta_chunks.write_gradients(
+        k, v, inverse, u, w, d_written, d_w, rows
+    )
+    dk = dk.astype(jnp.float32) + more_dk.astype(jnp.float32)
+    return {
+        "q": dq[:, :seq, :, :key_dim].astype(jnp.float32),
+        "k": dk[:, :seq, :, :key_dim],
+        "v": dv[:, :seq, :, :value_dim],
+        "beta": d_beta,
+        "decay": d_decay + more_d_decay,
+    }
 
 
 def _no_state(c: _Chunks) -> jax.Array:
@@ -296,8 +371,9 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -
     inside = scale * scores * c.pairs
     local = _product("nbhij,nbhiv->nbhjv", inside, dout)
     if with_kernel:
-        states, written = chunk_states(u, w, leaving, c.through)
-        after, d_written = chunk_state_gradients(w, arriving, leaving, c.through, dout, local)
+        states, written = _walked(chunk_states, (u, w, c.k), (c.out_of, c.through), ())
+        numbers = (scale * c.into, c.out_of, c.through)
+        after, d_written = _walked(chunk_state_gradients, (w, c.q, c.k), numbers, (dout, local))
     else:
         _, (states, written) = _states(c, u, w, _no_state(c))
         after, d_written = _state_gradients(w, arriving, leaving, c.through, dout, local, _no_state(c))
@@ -333,6 +409,8 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated_delta_rule(scale, with_kernel, q, k, v, g, beta, runs):
+    if with_kernel and _has_chunk_kernels(v.dtype):
+        return _forward_in_kernels(scale, q, k, v, g, beta, runs)
     c = _chunks(q, k, v, g, beta, runs, CHUNK)
     out, _ = _forward(c, scale, _no_state(c), with_kernel=with_kernel)
     return _joined(out, q.shape[1]).astype(v.dtype)
@@ -344,13 +422,16 @@ def _gated_delta_rule_forward(scale, with_kernel, *inputs):
 
 def _gated_delta_rule_backward(scale, with_kernel, inputs, dout):
     q, k, v, g, beta, runs = inputs
-    c = _chunks(q, k, v, g, beta, runs, CHUNK)
-    found = _backward(c, scale, _cut(dout.astype(jnp.float32), CHUNK), with_kernel=with_kernel)
+    seq = q.shape[1]
+    if with_kernel and _has_chunk_kernels(v.dtype):
+        found = _backward_in_kernels(scale, q, k, v, g, beta, runs, dout)
+    else:
+        c = _chunks(q, k, v, g, beta, runs, CHUNK)
+        found = _backward(c, scale, _cut(dout.astype(jnp.float32), CHUNK), with_kernel=with_kernel)
+        found |= {name: _joined(found[name], seq) for name in ("q", "k", "v")}
     dg = jnp.cumsum(found["decay"][..., ::-1], axis=-1)[..., ::-1]
-    dq, dk, dv, d_beta, dg = (
-        _joined(x, q.shape[1]) for x in (found["q"], found["k"], found["v"], found["beta"], dg)
-    )
-    return _group_sum(dq, q), _group_sum(dk, k), dv.astype(v.dtype), dg, d_beta, None
+    dg, d_beta = _joined(dg, seq), _joined(found["beta"], seq)
+    return _group_sum(found["q"], q), _group_sum(found["k"], k), found["v"].astype(v.dtype), dg, d_beta, None
 
 
 def _group_sum(gradient: jax.Array, of: Any) -> jax.Array:

@@ -2,11 +2,12 @@
 
 With the notation of `gated_delta_rule`, for a head and from the first chunk to the last, S starting at zero,
 
-    V = U − W S,    S ← γ S + (w k)ᵀ V                    and back, R starting at zero:
-    dV = Pᵀ dO + (w k) R,    R ← γ R + scale (e q)ᵀ dO − Wᵀ dV
+    V = U − W S,    S ← γ S + kᵀ (w V)                        and back, R starting at zero:
+    dV = Pᵀ dO + w (k R),    R ← γ R + qᵀ (scale e dO) − Wᵀ dV
 
-A program has some columns of the values of one head: columns do not meet in any of these products. Every operand is
-fp32 and keeps fp32's precision (three tf32 products). Sizes are padded with zeros to powers of two, which adds nothing.
+where w and e multiply rows. A program has some columns of the values of one head: columns do not meet in any of these
+products. The state is fp32; products have operands of the arguments' dtype, bf16 and fp16 ones as they are, fp32 ones
+with fp32's precision (three tf32 products), and are accumulated in fp32.
 
 Source: Yang et al., Parallelizing Linear Transformers with the Delta Rule, 2024, arXiv:2406.06484, section 3.
 """
@@ -17,120 +18,132 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels import launch, tuned
 from pronghorn.pallas_kernels.tile_operations import COLUMNS_BY_COLUMNS, ROWS_BY_COLUMNS, tile_product
 
-# Columns of the values a program: 4 programs a head of 128, so that 32 heads fill an H100's 132 multiprocessors.
-COLUMNS = 32
-WARPS, STAGES = 4, 1
-_SMALLEST = 16  # of a side of a product on tensor cores
+STATES, GRADIENTS = "gated_delta_states", "gated_delta_gradients"
+# [columns, warps, stages] by the size of an element where nothing was measured; what `tuned` holds means the same.
+DEFAULTS = {
+    (STATES, 2): (32, 4, 2),
+    (STATES, 4): (16, 4, 1),
+    (GRADIENTS, 2): (32, 4, 2),
+    (GRADIENTS, 4): (16, 4, 1),
+}
 
 
 def chunk_states(
-    u: jax.Array, w: jax.Array, leaving: jax.Array, through: jax.Array
+    u: jax.Array, w: jax.Array, k: jax.Array, out_of: jax.Array, through: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(S in front of every chunk, V of every chunk).
+    """(S in front of every chunk, V of every token).
 
     Args:
-      u: fp32 [chunks, batch, heads, C, dv].
-      w, leaving: fp32 [chunks, batch, heads, C, dk], W and w k.
-      through: fp32 [chunks, batch, heads], γ.
+      u: [batch, seq, value_heads, dv], one dtype with w and k; seq is a whole number of chunks, dv and dk are powers of
+        two from 16 on.
+      w: [batch, seq, value_heads, dk].
+      k: [batch, seq, heads, dk].
+      out_of: fp32 [chunks, batch, value_heads, C], w of the formulas.
+      through: fp32 [chunks, batch, value_heads], γ.
 
     Returns:
-      fp32 [chunks, batch, heads, dk, dv] and [chunks, batch, heads, C, dv].
+      [chunks, batch, value_heads, dk, dv] and [batch, seq, value_heads, dv], in the dtype of u.
     """
-    return _walk(_states_kernel, "gated_delta_states", (w, leaving), through, (u,))
+    return _walk(_states_kernel, STATES, (w, k), (out_of,), through, (u,))
 
 
 def chunk_state_gradients(
     w: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
     arriving: jax.Array,
-    leaving: jax.Array,
+    out_of: jax.Array,
     through: jax.Array,
     dout: jax.Array,
     local: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(R behind every chunk, dV of every chunk).
+    """(R behind every chunk, dV of every token).
 
     Args:
-      w, arriving, leaving: fp32 [chunks, batch, heads, C, dk], W, scale e q and w k.
-      through: fp32 [chunks, batch, heads], γ.
-      dout, local: fp32 [chunks, batch, heads, C, dv], dO and Pᵀ dO.
+      w, k, out_of, through: as for `chunk_states`.
+      q: [batch, seq, heads, dk].
+      arriving: fp32 [chunks, batch, value_heads, C], scale e.
+      dout, local: [batch, seq, value_heads, dv], dO and Pᵀ dO.
 
     Returns:
-      fp32 [chunks, batch, heads, dk, dv] and [chunks, batch, heads, C, dv].
+      [chunks, batch, value_heads, dk, dv] and [batch, seq, value_heads, dv], in the dtype of dout.
     """
-    return _walk(_gradients_kernel, "gated_delta_gradients", (w, arriving, leaving), through, (dout, local))
+    return _walk(_gradients_kernel, GRADIENTS, (w, q, k), (arriving, out_of), through, (dout, local))
 
 
-def _walk(kernel, name, keys, through, values):
-    """Launch a kernel with one program for some columns of `values` [.., C, dv] of a head; `keys` are [.., C, dk]."""
-    (chunks, batch, heads, size, key_dim), value_dim = keys[0].shape, values[0].shape[-1]
-    keys = [_padded(x) for x in keys]
-    values = [_padded(x) for x in values]
-    rows, wide_keys, wide_values = keys[0].shape[-2], keys[0].shape[-1], values[0].shape[-1]
-    columns = min(COLUMNS, wide_values)
+def _walk(kernel, name, keys, rows, through, values):
+    """Launch a kernel with one program for some columns of `values` of a head."""
+    (batch, seq, heads, value_dim), key_dim, dtype = values[0].shape, keys[0].shape[-1], values[0].dtype
+    chunks, size = rows[0].shape[0], rows[0].shape[-1]
+    default = DEFAULTS[name, dtype.itemsize]
+    columns, warps, stages = tuned.choice(name, dtype, max(key_dim, value_dim)) or default
+    columns = min(columns, value_dim)
 
-    def spec(tile):
-        return pl.BlockSpec((chunks, None, None, *tile), lambda j, h, b: (0, b, h, 0, j))
+    def whole(x):
+        group = heads // x.shape[2]
+        return pl.BlockSpec((None, seq, None, key_dim), lambda j, h, b: (b, 0, h // group, 0))
 
-    def whole(tile):
-        return pl.BlockSpec((chunks, None, None, *tile), lambda j, h, b: (0, b, h, 0, 0))
-
-    shapes = ((wide_keys, wide_values), (rows, wide_values))
-    states, written = launch.pallas_call(
+    some = pl.BlockSpec((None, seq, None, columns), lambda j, h, b: (b, 0, h, j))
+    state = pl.BlockSpec((chunks, None, None, key_dim, columns), lambda j, h, b: (0, b, h, 0, j))
+    states = jax.ShapeDtypeStruct((chunks, batch, heads, key_dim, value_dim), dtype)
+    return launch.pallas_call(
         functools.partial(kernel, native=not launch.interpreting()),
         name=name,
-        grid=(wide_values // columns, heads, batch),
+        grid=(value_dim // columns, heads, batch),
         in_specs=[
-            *(whole((rows, wide_keys)) for _ in keys),
+            *map(whole, keys),
+            *(pl.BlockSpec((chunks, None, None, size), lambda j, h, b: (0, b, h, 0)) for _ in rows),
             pl.BlockSpec((chunks, None, None), lambda j, h, b: (0, b, h)),
-            *(spec((rows, columns)) for _ in values),
+            *(some for _ in values),
         ],
-        out_specs=[spec((wide_keys, columns)), spec((rows, columns))],
-        out_shape=[jax.ShapeDtypeStruct((chunks, batch, heads, *tile), jnp.float32) for tile in shapes],
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )(*keys, through, *values)
-    return states[..., :key_dim, :value_dim], written[..., :size, :value_dim]
+        out_specs=[state, some],
+        out_shape=[states, jax.ShapeDtypeStruct((batch, seq, heads, value_dim), dtype)],
+        num_warps=warps,
+        num_stages=stages,
+    )(*keys, *rows, through, *values)
 
 
-def _padded(x: jax.Array) -> jax.Array:
-    pads = [max(_SMALLEST, launch.next_power_of_2(extent)) - extent for extent in x.shape[-2:]]
-    return jnp.pad(x, (*((0, 0),) * (x.ndim - 2), *((0, pad) for pad in pads)))
-
-
-def _states_kernel(w_ref, leaving_ref, through_ref, u_ref, states_ref, written_ref, *, native):
-    """Refs: [chunks, C, dk] of keys, [chunks, C, columns] of values, [chunks, dk, columns] of states, [chunks] γ."""
+def _states_kernel(w_ref, k_ref, out_of_ref, through_ref, u_ref, states_ref, written_ref, *, native):
+    """Refs: [seq, dk] of keys, [chunks, C] of rows, [chunks] γ, [seq, columns] of values, [chunks, dk, columns]."""
+    chunks, size = out_of_ref.shape
+    dtype = u_ref.dtype
 
     def body(chunk, state):
-        states_ref[chunk, :, :] = state
-        read = tile_product(w_ref[chunk, :, :], state, ROWS_BY_COLUMNS, native=native)
-        written = u_ref[chunk, :, :] - read
-        written_ref[chunk, :, :] = written
-        added = tile_product(leaving_ref[chunk, :, :], written, COLUMNS_BY_COLUMNS, native=native)
+        rows = pl.ds(chunk * size, size)
+        narrow = state.astype(dtype)
+        states_ref[chunk, :, :] = narrow
+        read = tile_product(w_ref[rows, :], narrow, ROWS_BY_COLUMNS, native=native)
+        written = u_ref[rows, :].astype(jnp.float32) - read
+        written_ref[rows, :] = written.astype(dtype)
+        leaving = (out_of_ref[chunk, :][:, None] * written).astype(dtype)
+        added = tile_product(k_ref[rows, :], leaving, COLUMNS_BY_COLUMNS, native=native)
         return through_ref[chunk] * state + added
 
-    jax.lax.fori_loop(0, w_ref.shape[0], body, jnp.zeros(states_ref.shape[1:], jnp.float32))
+    jax.lax.fori_loop(0, chunks, body, jnp.zeros(states_ref.shape[1:], jnp.float32))
 
 
 def _gradients_kernel(
-    w_ref, arriving_ref, leaving_ref, through_ref, dout_ref, local_ref, after_ref, written_ref, *, native
-):
+    w_ref, q_ref, k_ref, arriving_ref, out_of_ref, through_ref, dout_ref, local_ref, after_ref, written_ref, *, native
+):  # fmt: skip
     """Refs as those of `_states_kernel`."""
-    chunks = w_ref.shape[0]
+    chunks, size = out_of_ref.shape
+    dtype = dout_ref.dtype
 
     def body(step, state):
         chunk = chunks - 1 - step
-        after_ref[chunk, :, :] = state
-        written = local_ref[chunk, :, :] + tile_product(
-            leaving_ref[chunk, :, :], state, ROWS_BY_COLUMNS, native=native
-        )
-        written_ref[chunk, :, :] = written
-        arrived = tile_product(
-            arriving_ref[chunk, :, :], dout_ref[chunk, :, :], COLUMNS_BY_COLUMNS, native=native
-        )
-        forgotten = tile_product(w_ref[chunk, :, :], written, COLUMNS_BY_COLUMNS, native=native)
+        rows = pl.ds(chunk * size, size)
+        narrow = state.astype(dtype)
+        after_ref[chunk, :, :] = narrow
+        reached = tile_product(k_ref[rows, :], narrow, ROWS_BY_COLUMNS, native=native)
+        written = local_ref[rows, :].astype(jnp.float32) + out_of_ref[chunk, :][:, None] * reached
+        written = written.astype(dtype)
+        written_ref[rows, :] = written
+        scaled = (arriving_ref[chunk, :][:, None] * dout_ref[rows, :].astype(jnp.float32)).astype(dtype)
+        arrived = tile_product(q_ref[rows, :], scaled, COLUMNS_BY_COLUMNS, native=native)
+        forgotten = tile_product(w_ref[rows, :], written, COLUMNS_BY_COLUMNS, native=native)
         return through_ref[chunk] * state + arrived - forgotten
 
     jax.lax.fori_loop(0, chunks, body, jnp.zeros(after_ref.shape[1:], jnp.float32))
