@@ -3,6 +3,10 @@
 import jax
 import pytest
 
+from tests.quick_compiles import set_flags
+
+set_flags()
+
 
 def pytest_collection_modifyitems(config, items):
     if jax.default_backend() == "gpu":

@@ -110,15 +110,9 @@ def _our_results(model: Decoder, ids: np.ndarray, segments: np.ndarray) -> tuple
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(jnp.where(counted, chosen, 0.0)) / TOKENS, logits
 
-    (_, logits), gradients = _compiled(jax.value_and_grad(loss, has_aux=True))(trained, frozen)
+    (_, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(trained, frozen)
     named = flat_arrays(merge(graph, gradients, frozen))
     return np.asarray(logits).reshape(-1, logits.shape[-1]), named
-
-
-def _compiled(function: Any) -> Any:
-    """`jax.jit`, on a CPU with the compiler's quickest ways: a program runs once or twice, on tiny arrays."""
-    quick = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
-    return jax.jit(function, compiler_options=quick if jax.default_backend() == "cpu" else None)
 
 
 def _by_our_names(model: Decoder, theirs: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -155,7 +149,7 @@ def _quantized_differences(torch_model: Any, folder: Path, case: Case, ids: np.n
         expected = coarse(torch.from_numpy(ids).long()).logits.numpy()
     model = load_model(folder / "nf4", dtype="float32", layers=case.layers)  # type: ignore[arg-type]
     graph, trained, frozen = split(model)
-    step = _compiled(lambda trained, frozen, *given: merge(graph, trained, frozen).decode(*given))
+    step = jax.jit(lambda trained, frozen, *given: merge(graph, trained, frozen).decode(*given))
     cache, differences = model.init_cache(1, 2 * CHUNK), []
     for chunk in (slice(0, CHUNK), slice(CHUNK, 2 * CHUNK)):
         positions = np.arange(chunk.start, chunk.stop)[None]

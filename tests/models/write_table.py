@@ -51,7 +51,9 @@ def main() -> int:
     import transformers
 
     from tests.models.family_checks import CASES, CHECKS, LIMITS, results
+    from tests.quick_compiles import set_flags
 
+    set_flags()
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_disable_most_optimizations", True)
     stored = json.loads((DOCS / "models.json").read_text())
