@@ -316,13 +316,12 @@ def delta_rules() -> Iterator[Case]:
 
 def grouped_linears() -> Iterator[Case]:
     """Mixtral's first product and one of a Qwen 3 30B-A3B: rows, experts, in, out. Experts get unequal shares."""
-    for rows, experts, inputs, outputs in ((8192, 8, 4096, 14336), (32768, 128, 2048, 768)):
+    for shape in shapes.TUNED_GROUPED:
+        rows, experts, inputs, outputs = shape[1:]
 
-        def arguments(rows=rows, experts=experts, inputs=inputs, outputs=outputs):
-            shares = np.random.default_rng(0).dirichlet(np.full(experts, 4.0))
-            ends = np.rint(np.cumsum(shares) * rows).astype(np.int32)
-            sizes = jnp.asarray(np.diff(ends, prepend=0), jnp.int32)
-            return normal(0, (rows, inputs)), normal(1, (experts, outputs, inputs), factor=0.02), sizes
+        def arguments(shape=shape):
+            weight = normal(1, (shape.groups, shape.outputs, shape.inputs), factor=0.02)
+            return normal(0, (shape.rows, shape.inputs)), weight, jnp.asarray(shape.sizes)
 
         work = 2.0 * rows * inputs * outputs
         for implementation in ("pallas", "xla"):
