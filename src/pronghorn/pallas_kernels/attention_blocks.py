@@ -108,6 +108,14 @@ def shared_memory_limit() -> int:
     return _SHARED_KIB.get(device_kind_and_capability()[1], 99) * 1024
 
 
+def over_shared_memory(needed: int) -> str | None:
+    """Why tiles of so many bytes cannot be launched, or None."""
+    limit = shared_memory_limit()
+    if needed <= limit:
+        return None
+    return f"its tiles take {needed >> 10} KiB of shared memory, and a program gets {limit >> 10}"
+
+
 def shared_memory_bytes(kernel: str, b: KernelBlocks, head_dim: int, dtype: jax.typing.DTypeLike) -> int:
     """What a program's tiles take: those it keeps, and `num_stages` copies of those it streams.
 

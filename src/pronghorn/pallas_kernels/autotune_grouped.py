@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pronghorn.pallas_kernels import grouped_kernels, grouped_products, shapes, tuned
-from pronghorn.pallas_kernels.attention_blocks import shared_memory_limit
+from pronghorn.pallas_kernels.attention_blocks import over_shared_memory
 from pronghorn.pallas_kernels.autotune import Job
 
 # Rows, columns and summed elements of a tile, warps, stages, tiles of rows beside each other. One program of eight
@@ -94,7 +94,4 @@ def _first(count: int, found: jax.Array) -> jax.Array:
 
 
 def _too_large(dtype, choice: tuned.Choice) -> str | None:
-    needed = grouped_kernels.shared_memory_bytes(grouped_kernels.Blocks(*choice), dtype)
-    if needed <= shared_memory_limit():
-        return None
-    return f"its tiles take {needed >> 10} KiB of shared memory, and a program gets {shared_memory_limit() >> 10}"
+    return over_shared_memory(grouped_kernels.shared_memory_bytes(grouped_kernels.Blocks(*choice), dtype))

@@ -17,8 +17,8 @@ from pronghorn.pallas_kernels.attention_blocks import (
     TUNED,
     KernelBlocks,
     attention_blocks,
+    over_shared_memory,
     shared_memory_bytes,
-    shared_memory_limit,
 )
 from pronghorn.pallas_kernels.attention_tiles import AttentionSpec
 from pronghorn.pallas_kernels.autotune import Job
@@ -191,10 +191,7 @@ def attention_jobs(shape: shapes.AttentionShape, dtype) -> list[Job]:
 
 
 def _too_large(kernel: str, head_dim: int, dtype, choice: tuned.Choice) -> str | None:
-    needed, limit = shared_memory_bytes(kernel, KernelBlocks(*choice), head_dim, dtype), shared_memory_limit()
-    if needed <= limit:
-        return None
-    return f"its tiles take {needed >> 10} KiB of shared memory, and a program gets {limit >> 10}"
+    return over_shared_memory(shared_memory_bytes(kernel, KernelBlocks(*choice), head_dim, dtype))
 
 
 def rms_norm_jobs(shape: shapes.RowShape, dtype) -> list[Job]:
