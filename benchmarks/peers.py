@@ -26,14 +26,8 @@ def has_delta_nets(folder: str) -> bool:
 
 
 def targets(folder: str) -> list[str]:
-    """Every linear inside of the layers, as pronghorn's "all-linear"."""
+    """Every linear inside of the layers; PEFT and Unsloth take those names for stacked experts' parameters too."""
     return TARGETS + (DELTA_NET_TARGETS if has_delta_nets(folder) else [])
-
-
-def expert_parameters(folder: str) -> list[str] | None:
-    """Where experts are stacked in one parameter, PEFT has to be told its name; Unsloth finds them by itself."""
-    settings = json.loads((Path(folder) / "config.json").read_text())
-    return ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if settings.get("num_experts") else None
 
 
 def use_fla_convolution() -> None:
@@ -123,7 +117,6 @@ def load_transformers(options):
             r=options.rank,
             lora_alpha=options.rank,
             target_modules=targets(options.folder),
-            target_parameters=expert_parameters(options.folder),
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(model, lora)
