@@ -20,6 +20,8 @@ from pronghorn.quantization import read_quantization
 from pronghorn.training import TrainConfig
 
 Config = TypeVar("Config")
+# Lists and mappings inside each other in a job file: a job has three.
+DEEPEST = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,14 @@ def _parse_yaml(text: str, what: str, cure: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML lets the last of two equal keys win; here that is an error."""
+        """YAML lets the last of two equal keys win; here that is an error, as is nesting that takes it seconds."""
+
+        def fetch_flow_collection_start(self, token_class):
+            if self.flow_level >= DEEPEST:  # each bracket costs PyYAML a look at all that are open
+                raise yaml.scanner.ScannerError(
+                    None, None, f"lists and mappings are nested over {DEEPEST} deep", self.get_mark()
+                )
+            super().fetch_flow_collection_start(token_class)
 
         def construct_mapping(self, node, deep=False):
             plain = [key for key, _ in node.value if key.tag == "tag:yaml.org,2002:str"]
