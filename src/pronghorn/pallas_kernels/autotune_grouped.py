@@ -20,16 +20,13 @@ PRODUCT = (
     (128, 256, 64, 8, 4, 1024), (256, 128, 64, 8, 4, 8), (128, 128, 64, 4, 3, 8), (64, 256, 64, 4, 4, 16),
     (64, 256, 64, 4, 2, 16), (64, 128, 64, 4, 4, 16), (128, 128, 128, 8, 3, 8),
 )  # fmt: skip
-# By columns only tiles that gave right sums at every size that was measured: a choice is kept by width alone, and the
-# others, right at Mixtral's size, were wrong at Qwen3-30B-A3B's (grouped_kernels.BY_COLUMNS).
-BY_COLUMNS = ((128, 128, 64, 4, 3, 8), (128, 128, 128, 8, 3, 8))
 OVER_ROWS = (
     (128, 256, 64, 8, 4, 1024), (128, 256, 64, 8, 3, 1024), (128, 256, 64, 8, 4, 8), (256, 128, 64, 8, 4, 8),
     (256, 128, 64, 8, 3, 1024), (128, 128, 64, 4, 3, 1024), (128, 128, 64, 4, 3, 8), (128, 128, 32, 4, 4, 8),
     (64, 256, 64, 4, 2, 16), (128, 128, 64, 8, 4, 8),
 )  # fmt: skip
 
-CANDIDATES = {"grouped_by_rows": PRODUCT, "grouped_by_columns": BY_COLUMNS, "grouped_over_rows": OVER_ROWS}
+CANDIDATES = {"grouped_by_rows": PRODUCT, "grouped_by_columns": PRODUCT, "grouped_over_rows": OVER_ROWS}
 
 
 def grouped_linear_jobs(shape: shapes.RoutedShape, dtype) -> list[Job]:

@@ -31,10 +31,6 @@ from pronghorn.pallas_kernels.tile_operations import (
 # What `tuned` may replace: rows, columns and summed elements of a tile, warps, stages, and how many tiles of rows run
 # beside each other; in 16 bits and in 32.
 BLOCK = {2: (128, 256, 64, 8, 4, 8), 4: (64, 64, 32, 4, 2, 8)}
-# By columns an H100 gave wrong sums at 128 experts with every tile that is not 128 x 128 (a largest error of 0.2, of a
-# cause not found yet), right ones with these. The PTX of (128, 256, 64, 8, 4, 8) at that size shows no fault in its
-# waits, barriers, stages, addresses or twelve steps; the machine code was not read.
-BY_COLUMNS = {2: (128, 128, 64, 4, 3, 8), 4: BLOCK[4]}
 # Over rows all tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
 OVER_ROWS_TOGETHER = 1024
 
@@ -79,7 +75,7 @@ def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> jax.Array:
 def blocks(op: str, dtype, rows: int, columns: int, inner: int) -> Blocks:
     """A tile no larger than the product, within shared memory."""
     width = jnp.dtype(dtype).itemsize
-    usual = BY_COLUMNS[width] if op == "grouped_by_columns" else BLOCK[width]
+    usual = BLOCK[width]
     if op == "grouped_over_rows":
         usual = (*usual[:5], OVER_ROWS_TOGETHER)
     most = Blocks(*(tuned.choice(op, dtype, columns) or usual))
@@ -157,18 +153,29 @@ def _product_kernel(tiles_ref, x_ref, w_ref, *rest, blocks, rank, padded_rank, b
     def step(i, total):
         return total + tile(x_ref, w_ref, i * block_k + jnp.arange(block_k), inner, inner % block_k == 0)
 
-    # Rows of no group, and tiles left over, sum nothing.
-    steps = launch.cdiv(inner, block_k) * (real & (first < end)).astype(jnp.int32)
-    total = jax.lax.fori_loop(0, steps, step, jnp.zeros((block_m, block_n), jnp.float32))
-    if rank:
-        p_ref, q_ref, *others = others
-        total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
-    if biased:
-        bias = _load(others[0], group, columns, mask=column_exists)
-        total += bias.astype(jnp.float32)[None, :]
-    total = jnp.where(real, total, 0.0)
     inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
-    triton.store(y_ref.at[rows[:, None], columns[None, :]], total.astype(y_ref.dtype), mask=inside)
+
+    def store(total):
+        triton.store(y_ref.at[rows[:, None], columns[None, :]], total.astype(y_ref.dtype), mask=inside)
+
+    # Tiles left over store nothing. The loop always has its steps: where it could have none, ptxas joins its registers
+    # with zeros, and either waits after every product or, worse, rounds the sums before the last products are there
+    # (benchmarks/machine_code.py shows both).
+    @pl.when(real & (first < end))
+    def _multiply():
+        total = jnp.zeros((block_m, block_n), jnp.float32)
+        total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), step, total)
+        if rank:
+            p_ref, q_ref = others[:2]
+            total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
+        if biased:
+            bias = _load(others[-1], group, columns, mask=column_exists)
+            total += bias.astype(jnp.float32)[None, :]
+        store(total)
+
+    @pl.when(jnp.logical_not(real))
+    def _of_no_group():
+        store(jnp.zeros((block_m, block_n), jnp.float32))
 
 
 def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
