@@ -93,7 +93,9 @@ def apply_linears(
     `add` [..., out_i], such as a residual stream, is added to every y_i: to the small product first, so that cuBLAS
     can add the sum to the large one. `largest` is as in `project`.
     """
-    dtype = n.dtype
+    dtype, tokens = n.dtype, n.shape[:-1]
+    if add is not None:
+        n, add = n.reshape(-1, n.shape[-1]), add.reshape(-1, add.shape[-1])
     a = stacked_a(linears, dtype)
     t = None if a is None else times_transposed(n, a, dtype)
     outputs: list[jax.Array] = []
@@ -111,6 +113,9 @@ def apply_linears(
         if linear.bias is not None:
             y += linear.bias.astype(dtype)
         outputs.append(y)
+    if add is not None:
+        t = None if t is None else t.reshape(*tokens, -1)
+        outputs = [y.reshape(*tokens, -1) for y in outputs]
     return tuple(outputs), t
 
 
