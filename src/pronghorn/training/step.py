@@ -342,14 +342,20 @@ def compile_step(
     )
     executable = lowered.compile(
         compiler_options={
-            **(_compiler_options(deterministic, memory_policy) or {}),
+            **(_compiler_options(deterministic, memory_policy, flat=_holds_flat(state)) or {}),
             **(compiler_options or {}),
         }
     )
     return CompiledStep(executable, state_structure, time.perf_counter() - start)
 
 
-def _compiler_options(deterministic: bool, memory_policy: str = "keep") -> dict[str, str | bool] | None:
+def _holds_flat(state: Any) -> bool:
+    return any(map(is_flat, jax.tree.leaves(state, is_leaf=is_flat)))
+
+
+def _compiler_options(
+    deterministic: bool, memory_policy: str = "keep", *, flat: bool = False
+) -> dict[str, str | bool] | None:
     """XLA's options for a step; their names are the same in jax 0.10 to 0.12."""
     if not launch.on_gpu():
         return None
@@ -361,6 +367,11 @@ def _compiler_options(deterministic: bool, memory_policy: str = "keep") -> dict[
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_dot_merger_threshold_mb": "0",
     }
+    if flat:
+        # A product of a slice would read it out of the one vector that all adapters lie in, and is then none of those
+        # that XLA tries cuBLAS's algorithms for; sliced first, in few passes over 5 MB, all are. Where layers are
+        # stacked the slices are of weights, and nothing is flat.
+        options["xla_gpu_enable_dynamic_slice_fusion"] = False
     if memory_policy.startswith("offload"):
         # By default two transfers are on their way at a time, and the device waits for one before it starts a third.
         options["xla_gpu_experimental_parallel_async_compute_limit"] = "16"
