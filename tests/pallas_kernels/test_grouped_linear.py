@@ -3,16 +3,24 @@ import jax.numpy as jnp
 import pytest
 
 from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import grouped_linear as grouped_linear_module
 from pronghorn.pallas_kernels import shapes, tuned
 from pronghorn.pallas_kernels.autotune import LIMIT, error
 from pronghorn.pallas_kernels.autotune_grouped import grouped_linear_jobs
 from pronghorn.pallas_kernels.grouped_kernels import row_tiles
-from pronghorn.pallas_kernels.grouped_linear import grouped_linear, grouped_linear_reference
+from pronghorn.pallas_kernels.grouped_linear import (
+    grouped_linear,
+    grouped_linear_reference,
+    grouped_linears,
+)
 from pronghorn.pallas_kernels.grouped_products import by_columns, by_rows
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
+from pronghorn.quantization import QuantizationConfig, quantize
 from tests.compiling import compile_for_h100
 from tests.lowering import lower_defaults_for_h100, lower_for_h100
 from tests.pallas_kernels.comparison import (
     assert_matches_oracle,
+    equations,
     gradient,
     normal,
     saved_shapes,
@@ -81,6 +89,62 @@ def test_rows_of_no_group_are_zero_whatever_they_hold(implementation):
     for name, a, b in zip(NAMES[1:], gradients, other_gradients, strict=True):
         assert jnp.array_equal(a, b), name
     assert not jnp.any(gradients[0][held:])
+
+
+def pair_of(shape, implementation, *, quantized):
+    """(`grouped_linears` of two layers, its oracle, their arguments): the second has another rank, and no bias."""
+    sizes = jnp.asarray(shape.sizes, jnp.int32)
+    x, weight, a, b, bias = inputs(shape)
+    groups, outputs, width = weight.shape
+    more = normal(5, weight.shape, "float32", 0.3)
+    a2, b2 = (normal(6, (groups, 3, width), "float32", 0.3), normal(7, (groups, outputs, 3), "float32", 0.3))
+    if quantized:
+        weight, more = (quantize(w, QuantizationConfig("nf4")) for w in (weight, more))
+
+    def op(x, a, b, bias, a2, b2):
+        layers = (LinearWeights(weight, a, b, bias), LinearWeights(more, a2, b2))
+        return grouped_linears(x, layers, sizes, scales=(1.5, 0.5), implementation=implementation)
+
+    def oracle(x, a, b, bias, a2, b2):
+        first = grouped_linear_reference(x, weight, sizes, a, b, scale=1.5, bias=bias)
+        return first, grouped_linear_reference(x, more, sizes, a2, b2, scale=0.5)
+
+    return op, oracle, (x, a, b, bias, a2, b2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("together", [False, True])
+def test_layers_of_one_input_equal_the_oracle(implementation, quantized, together, monkeypatch):
+    monkeypatch.setattr(grouped_linear_module, "_worth_together", lambda *_: together)
+    shape = shapes.GroupedShape("pair", (5, 0, 12, 1), 21, 32, 64, 2)
+    op, oracle, arguments = pair_of(shape, implementation, quantized=quantized)
+    cotangent = tuple(normal(seed, (shape.rows, shape.outputs)) for seed in (8, 9))
+    names = ("y", "y2", "dx", "dlora_a", "dlora_b", "dbias", "dlora_a2", "dlora_b2")
+    assert_matches_oracle(op, oracle, arguments, cotangent, "float32", names)
+
+
+def test_layers_of_one_input_read_it_once_for_their_adapters_and_write_one_gradient():
+    shape = shapes.GroupedShape("pair", (5, 0, 12, 1), 21, 32, 64, 2)
+    op, _, arguments = pair_of(shape, "pallas", quantized=False)
+    launched = [
+        (str(e.params["name"]), e.outvars[0].aval.shape)
+        for e in equations(gradient(op), *arguments)
+        if e.primitive.name == "pallas_call"
+    ]
+    assert launched.count(("grouped_by_rows", (21, 5))) == 1  # T
+    assert launched.count(("grouped_over_rows", (4, 5, 32))) == 1  # dA
+    assert [shape for name, shape in launched if name == "grouped_by_columns"].count((21, 32)) == 1  # dX
+
+
+def test_layers_that_do_not_read_one_input_are_refused():
+    shape = shapes.SMALL_GROUPED[1]
+    x, weight, *_ = inputs(shape)
+    sizes = jnp.asarray(shape.sizes, jnp.int32)
+    with pytest.raises(InputError, match="one scale a layer"):
+        grouped_linears(x, (LinearWeights(weight), LinearWeights(weight)), sizes, scales=(1.0,))
+    with pytest.raises(InputError, match="weight"):
+        grouped_linears(x, (LinearWeights(weight), LinearWeights(weight[..., 1:])), sizes, scales=(1.0, 1.0))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

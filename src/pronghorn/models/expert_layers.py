@@ -13,7 +13,8 @@ from flax import nnx
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import MLP, Linear, WideConstant, _normal, _param, value_or_none
-from pronghorn.pallas_kernels.grouped_linear import grouped_linear
+from pronghorn.pallas_kernels.grouped_linear import grouped_linears
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 
 class Router(nnx.Module):
@@ -73,18 +74,9 @@ class ExpertLinear(Linear):
                 axes_of_all = (*layers, "experts", *own)
                 setattr(self, name, nnx.Param(variable.get_value(), logical_axes=axes_of_all))
 
-    def grouped(self, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """`[rows, in]`, those of expert 0 first, and int32 `[experts]` how many each has -> `[rows, out]`."""
-        a, b = self.adapter()
-        return grouped_linear(
-            rows,
-            self.weight.get_value(),
-            group_sizes,
-            a,
-            b,
-            scale=self.lora_scale,
-            bias=value_or_none(self.bias),
-        )
+    def arrays(self) -> LinearWeights:
+        """What `grouped_linears` takes."""
+        return LinearWeights(self.weight.get_value(), *self.adapter(), value_or_none(self.bias))
 
 
 class Experts(nnx.Module):
@@ -102,6 +94,18 @@ class Experts(nnx.Module):
         self.gate_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
         self.up_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
         self.down_proj = ExpertLinear(count, width, hidden, axes=("hidden", "ffn"), **common)
+
+    def gate_and_up(self, rows: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, ...]:
+        """`[rows, d]`, those of expert 0 first, and int32 `[experts]` how many each has -> gate and up
+        `[rows, width]`."""
+        layers = (self.gate_proj, self.up_proj)
+        scales = [layer.lora_scale for layer in layers]
+        return grouped_linears(rows, [layer.arrays() for layer in layers], group_sizes, scales=scales)
+
+    def down(self, hidden: jax.Array, group_sizes: jax.Array) -> jax.Array:
+        """`[rows, width]` -> `[rows, d]`, like `gate_and_up`."""
+        layer = self.down_proj
+        return grouped_linears(hidden, [layer.arrays()], group_sizes, scales=[layer.lora_scale])[0]
 
 
 class SparseMLP(nnx.Module):

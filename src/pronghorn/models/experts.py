@@ -13,6 +13,7 @@ inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy
 dw_tj = dy_t · y_s(t, j).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import value_or_none
 from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
 from pronghorn.pallas_kernels.gated_activation import gated_activation
+from pronghorn.pallas_kernels.grouped_linear import RANK_NAME
 
 
 class Routing(NamedTuple):
@@ -184,8 +186,8 @@ def sparse_mlp(
 ) -> jax.Array:
     """The mixture's output `[batch, seq, d]` for n = norm(x), or n = x where there is no norm.
 
-    Saved: x, gate and up of every row, and what the router chose. The norm, the gathered rows and what is elementwise
-    are computed again, the products are not.
+    Saved: x, gate and up of every row, what the router chose, and T of `grouped_linears`. The norm, the gathered rows
+    and what is elementwise are computed again, the products are not.
 
     Args:
       linear: `(holder, name, x) -> y`, a plain linear of the shared expert.
@@ -195,6 +197,10 @@ def sparse_mlp(
     flat = x.reshape(-1, x.shape[-1])
     activation: Any = config.activation
 
+    # The products with A of an adapter read all rows again, and leave a few numbers of each.
+    policy = jax.checkpoint_policies.save_only_these_names(RANK_NAME)
+    products_kept = functools.partial(jax.checkpoint, policy=policy)
+
     def normalized(flat):
         return flat if norm is None else norm(flat)
 
@@ -202,23 +208,20 @@ def sparse_mlp(
     def choose(flat):
         return route(module.gate, normalized(flat), experts)
 
-    @jax.checkpoint
+    @products_kept
     def widen(flat, weights, order):
         rows = rows_by_expert(normalized(flat), order)
         if weights is not None:
             rows = (weights_by_expert(weights, order) * rows.astype(jnp.float32)).astype(rows.dtype)
-        return [
-            getattr(module.experts, name).grouped(rows, order.group_sizes)
-            for name in ("gate_proj", "up_proj")
-        ]
+        return module.experts.gate_and_up(rows, order.group_sizes)
 
-    @jax.checkpoint
+    @products_kept
     def narrow(gate, up, order):
         if experts.swiglu_limit is None:
             hidden = gated_activation(gate, up, activation=activation)
         else:
             hidden = clamped_swiglu(gate, up, limit=experts.swiglu_limit, alpha=experts.swiglu_alpha)
-        return module.experts.down_proj.grouped(hidden, order.group_sizes)
+        return module.experts.down(hidden, order.group_sizes)
 
     @jax.checkpoint
     def shared_widen(flat):

@@ -31,6 +31,8 @@ from pronghorn.pallas_kernels.tile_operations import (
 # What `tuned` may replace: rows, columns and summed elements of a tile, warps, stages, and how many tiles of rows run
 # beside each other; in 16 bits and in 32.
 BLOCK = {2: (128, 256, 64, 8, 4, 8), 4: (64, 64, 32, 4, 2, 8)}
+# Of several pairs: two loops of a tile twice as wide spill 500 bytes a thread.
+OF_PAIRS = {2: (128, 128, 64, 4, 3, 8), 4: BLOCK[4]}
 # Over rows all tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
 OVER_ROWS_TOGETHER = 1024
 
@@ -72,13 +74,13 @@ def row_tiles(group_sizes: jax.Array, rows: int, block: int) -> jax.Array:
     return jnp.stack([group, first, ends[group]], axis=-1).astype(jnp.int32)
 
 
-def blocks(op: str, dtype, rows: int, columns: int, inner: int) -> Blocks:
+def blocks(op: str, dtype, rows: int, columns: int, inner: int, *, pairs: int = 1) -> Blocks:
     """A tile no larger than the product, within shared memory."""
     width = jnp.dtype(dtype).itemsize
     usual = BLOCK[width]
     if op == "grouped_over_rows":
         usual = (*usual[:5], OVER_ROWS_TOGETHER)
-    most = Blocks(*(tuned.choice(op, dtype, columns) or usual))
+    most = Blocks(*(OF_PAIRS[width] if pairs > 1 else tuned.choice(op, dtype, columns) or usual))
     m, n, k = (
         min(block, max(16, launch.next_power_of_2(size)))
         for block, size in zip(most[:3], (rows, columns, inner), strict=True)
@@ -115,12 +117,13 @@ def _both(a, b):
     return b if a is None else a if b is None else a & b
 
 
-def _product_kernel(tiles_ref, x_ref, w_ref, *rest, blocks, rank, padded_rank, biased, transposed, native):
-    """One tile of Y: the product, then the low-rank part and the bias on top of it."""
+def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, transposed, native):
+    """One tile of Y: the products of `pairs` pairs, then the low-rank part and the bias on top of them."""
     *others, y_ref = rest
+    operands, others = others[: 2 * pairs], others[2 * pairs :]
     block_m, block_n, block_k = blocks[:3]
-    rows_of_x, inner = x_ref.shape
-    width, groups = y_ref.shape[1], w_ref.shape[0]
+    rows_of_x, inner = operands[0].shape
+    width, groups = y_ref.shape[1], operands[1].shape[0]
     row_tile, column_tile = _tile_of_program(
         pl.program_id(0), tiles_ref.shape[0], launch.cdiv(width, block_n), blocks.together
     )
@@ -150,7 +153,7 @@ def _product_kernel(tiles_ref, x_ref, w_ref, *rest, blocks, rank, padded_rank, b
             right = _load(matrix_ref, group, at[:, None], columns[None, :], mask=_both(*masks))
         return tile_product(left, right, ROWS_BY_ROWS if transposed else ROWS_BY_COLUMNS, native=native)
 
-    def step(i, total):
+    def step(i, total, x_ref, w_ref):
         return total + tile(x_ref, w_ref, i * block_k + jnp.arange(block_k), inner, inner % block_k == 0)
 
     inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
@@ -164,7 +167,9 @@ def _product_kernel(tiles_ref, x_ref, w_ref, *rest, blocks, rank, padded_rank, b
     @pl.when(real & (first < end))
     def _multiply():
         total = jnp.zeros((block_m, block_n), jnp.float32)
-        total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), step, total)
+        for pair in range(pairs):
+            of_pair = functools.partial(step, x_ref=operands[2 * pair], w_ref=operands[2 * pair + 1])
+            total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), of_pair, total)
         if rank:
             p_ref, q_ref = others[:2]
             total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
@@ -178,14 +183,15 @@ def _product_kernel(tiles_ref, x_ref, w_ref, *rest, blocks, rank, padded_rank, b
         store(jnp.zeros((block_m, block_n), jnp.float32))
 
 
-def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
-    """`by_rows` where transposed, else `by_columns`."""
+def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
+    """`by_rows` of one pair (x, weight) where transposed, else `by_columns`: the sum over the pairs."""
+    x, weight = pairs[0]
     rows, inner = x.shape
     width = weight.shape[1 if transposed else 2]
     op = "grouped_by_rows" if transposed else "grouped_by_columns"
-    block = blocks(op, x.dtype, rows, width, inner)
+    block = blocks(op, x.dtype, rows, width, inner, pairs=len(pairs))
     tiles = row_tiles(group_sizes, rows, block.m)
-    operands, rank = [tiles, x, weight], 0
+    operands, rank = [tiles, *(array for pair in pairs for array in pair)], 0
     if lowrank is not None:
         operands += lowrank
         rank = lowrank.rows.shape[1]
@@ -194,6 +200,7 @@ def product(x, weight, group_sizes, lowrank, bias, dtype, *, transposed: bool):
     kernel = functools.partial(
         _product_kernel,
         blocks=block,
+        pairs=len(pairs),
         rank=rank,
         padded_rank=max(16, launch.next_power_of_2(rank)),
         biased=bias is not None,

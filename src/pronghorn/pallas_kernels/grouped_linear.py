@@ -1,27 +1,32 @@
-"""A linear layer a group of rows with low-rank adapters, the experts of a mixture, and its gradient by hand.
+"""Linear layers a group of rows with low-rank adapters, the experts of a mixture, and their gradient by hand.
 
-Rows are sorted by group; g is the group of a row. With W [groups, out, in] (frozen or trained, 16 bit or quantised),
-A [groups, r, in], B [groups, out, r]:
+Rows are sorted by group; g is the group of a row. For layers that read the same rows (gate and up), with W_i [groups,
+out, in] (frozen or trained, 16 bit or quantised), A_i [groups, r_i, in], B_i [groups, out, r_i], and A = [A_1; A_2; ..]
+[groups, Σr, in]:
 
-    T  = X A_gᵀ
-    Y  = X W_gᵀ + s T B_gᵀ + b_g
-    G  = s dY B_g                      rank r, computed once
-    dX = dY W_g + G A_g
-    dA_g = Σ G_rowᵀ X_row      dB_g = s Σ dY_rowᵀ T_row      dW_g = Σ dY_rowᵀ X_row      db_g = Σ dY_row
+    T   = X A_gᵀ                                            T_i: the columns of layer i
+    Y_i = X W_i,gᵀ + s_i T_i B_i,gᵀ + b_i,g
+    G   = [s_1 dY_1 B_1,g, s_2 dY_2 B_2,g, ..]              rank Σr, computed once
+    dX  = Σ dY_i W_i,g + G A_g
+    dA_g = Σ G_rowᵀ X_row      dB_i,g = s_i Σ dY_i,rowᵀ T_i,row      dW_i,g = Σ dY_i,rowᵀ X_row      db_i,g = Σ dY_i,row
 
-each sum over the rows of g. No ΔW = B A is formed, and a frozen W gets no gradient. Products run in the dtype of X and
-add up in fp32; A and B are cast to it, their gradients leave the products in fp32. The low-rank part of Y and of dX is
-added inside of the large product, in fp32, before its one rounding.
+each sum of the last line over the rows of g. No ΔW = B A is formed, and a frozen W gets no gradient. Products run in
+the dtype of X and add up in fp32; A and B are cast to it, their gradients leave the products in fp32. The low-rank part
+of Y and of dX is added inside of the large product, in fp32, before its one rounding, and so are all the dY_i W_i of
+one dX. X, which has many rows for few columns of A, is so read once for all the A and once for all their gradients, and
+dX is written once.
 
-Saved: X only where A or W is trained, T (r numbers a row, named "grouped_linear_rank" for `jax.checkpoint` policies)
-where B is. A quantised weight is dequantised again in backward. Where there are fewer rows than groups, as in decoding,
-no more matrices are dequantised than there are rows: those of the groups that have any, with static shapes.
+Saved: X only where A or W is trained, T (Σr numbers a row, named `RANK_NAME` for `jax.checkpoint` policies) where a B
+is. A quantised weight is dequantised again in backward. Where there are fewer rows than groups, as in decoding, no more
+matrices are dequantised than there are rows: those of the groups that have any, with static shapes. In backward the
+dequantised weights of all layers exist at once only where that saves more than half as many bytes of dX.
 
 Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685; Gale et al., MegaBlocks, 2022, section 5,
 https://arxiv.org/abs/2211.15841, for products of experts without padding.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,7 +36,10 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.grouped_products import LowRank, by_columns, by_rows, group_of_rows, over_rows
-from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, differentiated, is_quantized
+from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, is_quantized
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights, instantiate, wanted_fields
+
+RANK_NAME = "grouped_linear_rank"
 
 
 def grouped_linear(
@@ -45,18 +53,14 @@ def grouped_linear(
     bias: jax.Array | None = None,
     implementation: launch.Implementation | None = None,
 ) -> jax.Array:
-    """x W_gᵀ + scale · (x A_gᵀ) B_gᵀ + bias_g, g the group of each row.
+    """x W_gᵀ + scale · (x A_gᵀ) B_gᵀ + bias_g, g the group of each row: `grouped_linears` of one layer.
 
     Args:
-      x: [rows, in], sorted by group; bf16, fp16 or fp32.
+      x, group_sizes, implementation: as there.
       weight: [groups, out, in] of any float dtype, or a `QuantizedWeight` of that shape, which is never trained.
-      group_sizes: int32 [groups], rows of each group, zero among them. Their sum may be below rows: rows past it give
-        zeros, and zero gradients.
       lora_a, lora_b: [groups, r, in] and [groups, out, r], fp32 masters; both or neither.
       scale: alpha / r, or alpha / sqrt(r) for rsLoRA.
       bias: [groups, out].
-      implementation: "pallas" (kernels), "xla" (`jax.lax.ragged_dot_general`), or None: the kernels on a GPU, where
-        XLA multiplies every row with every group's matrix. Both have the gradient by hand.
 
     Returns:
       [rows, out] in the dtype of x.
@@ -64,6 +68,48 @@ def grouped_linear(
     Raises:
       InputError: when shapes do not fit, one of A and B is missing, or a quantised weight would be trained.
     """
+    linear = LinearWeights(weight, lora_a, lora_b, bias)
+    return grouped_linears(x, (linear,), group_sizes, scales=(scale,), implementation=implementation)[0]
+
+
+def grouped_linears(
+    x: jax.Array,
+    linears: Sequence[LinearWeights],
+    group_sizes: jax.Array,
+    *,
+    scales: Sequence[float],
+    implementation: launch.Implementation | None = None,
+) -> tuple[jax.Array, ...]:
+    """(y_1, y_2, ..), y_i the i-th layer of x.
+
+    Args:
+      x: [rows, in], sorted by group; bf16, fp16 or fp32.
+      linears: arrays as in `grouped_linear`; any of them may lack an adapter, ranks and outputs may differ.
+      group_sizes: int32 [groups], rows of each group, zero among them. Their sum may be below rows: rows past it give
+        zeros, and zero gradients.
+      scales: s_i = alpha / r of each.
+      implementation: "pallas" (kernels), "xla" (`jax.lax.ragged_dot_general`), or None: the kernels on a GPU, where
+        XLA multiplies every row with every group's matrix. Both have the gradient by hand.
+
+    Returns:
+      y_i [rows, out_i] in the dtype of x.
+
+    Raises:
+      InputError: when shapes do not fit, one of A and B is missing, or a quantised weight would be trained.
+    """
+    if len(linears) != len(scales) or not linears:
+        raise InputError(
+            f"grouped_linears: {len(linears)} layers and {len(scales)} scales; give one scale a layer."
+        )
+    for linear in linears:
+        _check(x, linear, group_sizes)
+    chosen = launch.resolve(implementation)
+    scales = tuple(float(scale) for scale in scales)
+    return _grouped_linears(x, tuple(linears), group_sizes.astype(jnp.int32), scales, chosen)
+
+
+def _check(x, linear, group_sizes):
+    weight, lora_a, lora_b, bias = linear
     if len(weight.shape) != 3 or x.ndim != 2 or x.shape[1] != weight.shape[2]:
         raise InputError(
             f"grouped_linear: x {x.shape} and weight {weight.shape} must be [rows, in] and [groups, out, in]."
@@ -84,9 +130,6 @@ def grouped_linear(
             )
     if bias is not None and bias.shape != (groups, outputs):
         raise InputError(f"grouped_linear: bias {bias.shape} must be {(groups, outputs)}.")
-    chosen = launch.resolve(implementation)
-    sizes = group_sizes.astype(jnp.int32)
-    return _grouped_linear(x, weight, sizes, lora_a, lora_b, bias, float(scale), chosen)
 
 
 def grouped_linear_reference(
@@ -114,85 +157,153 @@ def grouped_linear_reference(
     return total.astype(x.dtype)
 
 
-def _dense_groups(rows, weight, group_sizes, *stacks):
-    """(W as an array, sizes, the other stacks) of the groups that have rows, or of all: what the large product takes.
-
-    The groups that have rows, in order, come first of `rows` many; those after them are group 0 again, without rows.
-    """
-    groups = group_sizes.shape[0]
-    if not is_quantized(weight) or rows >= groups:
-        return dense(weight, weight.dtype), group_sizes, *stacks
+def _present(rows, group_sizes):
+    """(the groups that have rows, in order, `rows` many with group 0 behind them; their sizes, zeros behind them)."""
     present = jnp.nonzero(group_sizes > 0, size=rows, fill_value=0)[0]
-    sizes = jnp.where(jnp.arange(rows) < jnp.sum(group_sizes > 0), group_sizes[present], 0)
-    weight, stacks = jax.tree.map(lambda leaf: leaf[present], (weight, stacks))
-    return dense(weight, weight.dtype), sizes, *stacks
+    return present, jnp.where(jnp.arange(rows) < jnp.sum(group_sizes > 0), group_sizes[present], 0)
 
 
-def _compute(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation):
-    """(Y, T); T is None without an adapter."""
-    t: Any = None
-    lowrank = None
-    if is_quantized(weight):  # dequantised when x is there and not before, see `stacked_linears`
-        x, weight = jax.lax.optimization_barrier((x, weight))
-    if lora_a is not None:
-        t = by_rows(x, lora_a.astype(x.dtype), group_sizes, implementation=implementation)
-    matrices, sizes, lora_b, bias = _dense_groups(x.shape[0], weight, group_sizes, lora_b, bias)
-    if lora_a is not None:
-        # The scale goes on the smallest matrix of the product, before the one rounding of B.
-        lowrank = LowRank(t, (scale * lora_b).astype(x.dtype))
-    return by_rows(x, matrices.astype(x.dtype), sizes, lowrank, bias, implementation=implementation), t
+def _of_groups(rows, group_sizes, weight, *stacks):
+    """(W as an array, sizes, the other stacks), of the groups that have rows where that is fewer to dequantise."""
+    if is_quantized(weight) and rows < group_sizes.shape[0]:
+        present, group_sizes = _present(rows, group_sizes)
+        weight, stacks = jax.tree.map(lambda leaf: leaf[present], (weight, stacks))
+    return dense(weight, weight.dtype), group_sizes, *stacks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _grouped_linear(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation):
-    return _compute(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation)[0]
+def _ranks(linears):
+    return [0 if linear.lora_a is None else linear.lora_a.shape[1] for linear in linears]
 
 
-def _grouped_linear_forward(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation):
-    arguments = {"x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    wanted = differentiated("grouped_linear", arguments)
-    x, weight, group_sizes, lora_a, lora_b, bias = jax.custom_derivatives.custom_vjp_primal_tree_values(
-        (x, weight, group_sizes, lora_a, lora_b, bias)
-    )
-    saved: dict[str, Any] = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b, "bias": bias}
-    saved["group_sizes"] = group_sizes
-    if wanted & {"weight", "lora_a"}:
+def _stacked_a(linears, dtype):
+    """A [groups, Σr, in]; None without any adapter."""
+    parts = [linear.lora_a.astype(dtype) for linear in linears if linear.lora_a is not None]
+    return jnp.concatenate(parts, axis=1) if parts else None
+
+
+def _scaled_b(linear, scale, dtype):
+    """The scale goes on the smallest matrix of the product, before the one rounding of B."""
+    return (scale * linear.lora_b).astype(dtype)
+
+
+def _columns(array, index, ranks):
+    """Layer `index`'s part of the last axis."""
+    first = sum(ranks[:index])
+    whole = ranks[index] == array.shape[-1]
+    return array if whole else array[..., first : first + ranks[index]]
+
+
+def _compute(x, linears, group_sizes, scales, implementation):
+    """((y_1, ..), T); T is None without an adapter."""
+    rows, dtype, ranks = x.shape[0], x.dtype, _ranks(linears)
+    a = _stacked_a(linears, dtype)
+    t: Any = None if a is None else by_rows(x, a, group_sizes, implementation=implementation)
+    outputs: list[jax.Array] = []
+    for index, (linear, scale) in enumerate(zip(linears, scales, strict=True)):
+        if is_quantized(linear.weight):  # dequantised when it is needed and not before, see `stacked_linears`
+            (x, t, outputs), weight = jax.lax.optimization_barrier(((x, t, outputs), linear.weight))
+            linear = linear._replace(weight=weight)
+        b = None if linear.lora_b is None else _scaled_b(linear, scale, dtype)
+        matrices, sizes, b, bias = _of_groups(rows, group_sizes, linear.weight, b, linear.bias)
+        lowrank = None if b is None else LowRank(_columns(t, index, ranks), b)
+        outputs.append(
+            by_rows(x, matrices.astype(dtype), sizes, lowrank, bias, implementation=implementation)
+        )
+    return tuple(outputs), t
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _grouped_linears(x, linears, group_sizes, scales, implementation):
+    return _compute(x, linears, group_sizes, scales, implementation)[0]
+
+
+def _grouped_linears_forward(x, linears, group_sizes, scales, implementation):
+    wanted_x = launch.perturbed(x)
+    wanted = tuple(wanted_fields("grouped_linear", linear) for linear in linears)
+    values = jax.custom_derivatives.custom_vjp_primal_tree_values
+    x, linears, group_sizes = values((x, linears, group_sizes))
+    saved: dict[str, Any] = {"linears": linears, "group_sizes": group_sizes}
+    if any(fields & {"weight", "lora_a"} for fields in wanted):
         saved["x"] = x
-    y, t = _compute(x, weight, group_sizes, lora_a, lora_b, bias, scale, implementation)
-    if "lora_b" in wanted:
-        saved["t"] = checkpoint_name(t, "grouped_linear_rank")
-    return y, (saved, launch.Static((wanted, x.dtype)))
+    outputs, t = _compute(x, linears, group_sizes, scales, implementation)
+    if any("lora_b" in fields for fields in wanted):
+        saved["t"] = checkpoint_name(t, RANK_NAME)
+    return outputs, (saved, launch.Static((wanted_x, wanted, x.dtype, x.shape)))
 
 
-def _grouped_linear_backward(scale, implementation, residuals, dy):
+def _grouped_linears_backward(scales, implementation, residuals, cotangents):
     saved, static = residuals
-    wanted, dtype = static.value
-    gradients: dict[str, Any] = dict.fromkeys(("x", "weight", "group_sizes", "lora_a", "lora_b", "bias"))
-    weight, lora_a, lora_b, sizes = (saved[name] for name in ("weight", "lora_a", "lora_b", "group_sizes"))
-    if is_quantized(weight):
+    wanted_x, wanted, dtype, shape = static.value
+    linears, sizes, ranks = saved["linears"], saved["group_sizes"], _ranks(saved["linears"])
+    dys = [instantiate(dy) for dy in cotangents]
+    if any(is_quantized(linear.weight) for linear in linears):
         # Or XLA would find the forward's dequantised weight equal to this one, and keep it alive in between.
-        weight, dy = jax.lax.optimization_barrier((weight, dy))
-    columns = functools.partial(by_columns, implementation=implementation)
+        linears, dys = jax.lax.optimization_barrier((linears, dys))
     sums = functools.partial(over_rows, implementation=implementation)
+    columns = functools.partial(by_columns, implementation=implementation)
 
-    if lora_a is not None and wanted & {"x", "lora_a"}:
-        g = columns(dy, (scale * lora_b).astype(dtype), sizes)
-    if "x" in wanted:
-        matrices, some, some_a = _dense_groups(dy.shape[0], weight, sizes, lora_a)
-        lowrank = None if lora_a is None else LowRank(g, some_a.astype(dtype))
-        gradients["x"] = columns(dy, matrices.astype(dtype), some, lowrank)
-    if "lora_a" in wanted:
-        gradients["lora_a"] = sums(g, saved["x"], sizes).astype(lora_a.dtype)
-    if "lora_b" in wanted:
-        gradients["lora_b"] = (scale * sums(dy, saved["t"], sizes)).astype(lora_b.dtype)
-    if "weight" in wanted:
-        # bf16 out of bf16 operands: the product rounds once, and no fp32 copy of the weight's size exists.
-        product_dtype = jnp.promote_types(dtype, weight.dtype)
-        gradients["weight"] = sums(dy, saved["x"], sizes, dtype=product_dtype).astype(weight.dtype)
-    if "bias" in wanted:
-        ones = jnp.ones((dy.shape[0], 1), dtype)
-        gradients["bias"] = sums(dy, ones, sizes)[..., 0].astype(saved["bias"].dtype)
-    return tuple(gradients.values())
+    g: Any = None
+    if any(ranks) and (wanted_x or any("lora_a" in fields for fields in wanted)):
+        parts = [
+            columns(dy, _scaled_b(linear, scale, dtype), sizes)
+            for dy, linear, scale in zip(dys, linears, scales, strict=True)
+            if linear.lora_b is not None
+        ]
+        g = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+    dx = _input_gradient(dys, g, linears, sizes, shape, implementation) if wanted_x else None
+    da: Any = sums(g, saved["x"], sizes) if any("lora_a" in fields for fields in wanted) else None
+
+    gradients = []
+    for index, (dy, linear, scale, fields) in enumerate(zip(dys, linears, scales, wanted, strict=True)):
+        found: dict[str, Any] = dict.fromkeys(LinearWeights._fields)
+        if "lora_a" in fields:
+            first = sum(ranks[:index])
+            found["lora_a"] = da[:, first : first + ranks[index]]
+        if "lora_b" in fields:
+            found["lora_b"] = scale * sums(dy, _columns(saved["t"], index, ranks), sizes)
+        if "weight" in fields:
+            # bf16 out of bf16 operands: the product rounds once, and no fp32 copy of the weight's size exists.
+            product_dtype = jnp.promote_types(dtype, linear.weight.dtype)
+            found["weight"] = sums(dy, saved["x"], sizes, dtype=product_dtype)
+        if "bias" in fields:
+            found["bias"] = sums(dy, jnp.ones((dy.shape[0], 1), dtype), sizes)[..., 0]
+        for field in fields:
+            found[field] = found[field].astype(getattr(linear, field).dtype)
+        gradients.append(LinearWeights(**found))
+    return dx, tuple(gradients), None
 
 
-_grouped_linear.defvjp(_grouped_linear_forward, _grouped_linear_backward, symbolic_zeros=True)
+def _input_gradient(dys, g, linears, sizes, shape, implementation):
+    """dX [rows, in]: of all layers in one product where their matrices may exist at once, else one by one."""
+    rows, dtype = shape[0], dys[0].dtype
+    a = _stacked_a(linears, dtype)
+    alike = len({linear.weight.shape for linear in linears}) == 1
+    if alike and rows >= sizes.shape[0] and _worth_together(linears, shape, dtype):
+        pairs = [
+            (dy, dense(linear.weight, linear.weight.dtype).astype(dtype))
+            for dy, linear in zip(dys, linears, strict=True)
+        ]
+        lowrank = None if g is None else LowRank(g, a)
+        return by_columns(*pairs[0], sizes, lowrank, more=pairs[1:], implementation=implementation)
+    total: Any = None
+    for dy, linear in zip(dys, linears, strict=True):
+        if total is not None and is_quantized(linear.weight):
+            (dy, total), weight = jax.lax.optimization_barrier(((dy, total), linear.weight))
+            linear = linear._replace(weight=weight)
+        matrices, some, some_a = _of_groups(rows, sizes, linear.weight, a if total is None else None)
+        lowrank = None if some_a is None else LowRank(g, some_a)
+        product = by_columns(dy, matrices.astype(dtype), some, lowrank, implementation=implementation)
+        total = product if total is None else total + product
+    return total
+
+
+def _worth_together(linears, shape, dtype):
+    """Whether the matrices that would exist besides the first take at most twice the bytes of dX that are not moved."""
+    itemsize = jnp.dtype(dtype).itemsize
+    more = [linear.weight for linear in linears[1:] if is_quantized(linear.weight)]
+    extra = sum(weight.shape[0] * weight.shape[1] * weight.shape[2] * itemsize for weight in more)
+    spared = 2 * (len(linears) - 1) * shape[0] * shape[1] * itemsize
+    return extra <= 2 * spared
+
+
+_grouped_linears.defvjp(_grouped_linears_forward, _grouped_linears_backward, symbolic_zeros=True)

@@ -4,15 +4,17 @@ Rows of X [rows, i] lie sorted by group; group g holds rows s_g .. e_g, from `gr
 belong to none. With W [groups, o, i], and P Q the low-rank part that an adapter adds:
 
     by_rows:             Y_row = X_row W_gᵀ + P_row Q_gᵀ + b_g      W [groups, o, i], Q [groups, o, r]
-    by_columns:          Y_row = X_row W_g  + P_row Q_g             W [groups, i, o], Q [groups, r, o]
+    by_columns:          Y_row = Σ X_row W_g + P_row Q_g            W [groups, i, o], Q [groups, r, o]
     over_rows:           D_g = Σ_{row in g} A_rowᵀ B_row            [groups, a, b]
 
 so both directions of a layer read the same array, no matrix is transposed in memory, and no sum of W and an adapter's
-product is formed. Sums are in fp32; a row of no group gives zeros, an empty group a D of zeros.
+product is formed. By columns the sum is over pairs (X, W): layers that read one input send it one gradient. Sums are in
+fp32; a row of no group gives zeros, an empty group a D of zeros.
 
 "xla" is `jax.lax.ragged_dot_general`, which a CPU and an interpreter of small sizes are served by.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,7 +59,8 @@ def by_rows(
     Raises:
       InputError: where shapes do not fit each other.
     """
-    return _product(x, weight, group_sizes, lowrank, bias, dtype or x.dtype, implementation, transposed=True)
+    pairs = ((x, weight),)
+    return _product(pairs, group_sizes, lowrank, bias, dtype or x.dtype, implementation, transposed=True)
 
 
 def by_columns(
@@ -66,11 +69,14 @@ def by_columns(
     group_sizes: jax.Array,
     lowrank: LowRank | None = None,
     *,
+    more: Sequence[tuple[jax.Array, jax.Array]] = (),
     dtype: Any = None,
     implementation: launch.Implementation | None = None,
 ) -> jax.Array:
-    """X_row W_g + P_row Q_g -> [rows, o]; like `by_rows` with weight [groups, i, o]."""
-    return _product(x, weight, group_sizes, lowrank, None, dtype or x.dtype, implementation, transposed=False)
+    """Σ X_row W_g + P_row Q_g -> [rows, o]; like `by_rows` with weight [groups, i, o], and `more` pairs of such x and
+    weight, of the same shapes, that are summed up with it."""
+    pairs = ((x, weight), *more)
+    return _product(pairs, group_sizes, lowrank, None, dtype or x.dtype, implementation, transposed=False)
 
 
 def over_rows(
@@ -108,23 +114,27 @@ def _precision(x):
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _product(x, weight, group_sizes, lowrank, bias, dtype, implementation, *, transposed):
-    groups, inner = weight.shape[0], weight.shape[2 if transposed else 1]
-    if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != inner or group_sizes.shape != (groups,):
-        raise InputError(
-            f"grouped product: x {x.shape}, weight {weight.shape} and group_sizes {group_sizes.shape} do not fit; "
-            f"they must be [rows, i], {'[groups, o, i]' if transposed else '[groups, i, o]'} and [groups]."
+def _product(pairs, group_sizes, lowrank, bias, dtype, implementation, *, transposed):
+    rows = pairs[0][0].shape[0]
+    for x, weight in pairs:
+        fits = (
+            weight.ndim == 3 and weight.shape == pairs[0][1].shape and group_sizes.shape == weight.shape[:1]
         )
+        if not fits or x.shape != (rows, weight.shape[2 if transposed else 1]):
+            raise InputError(
+                f"grouped product: x {x.shape}, weight {weight.shape} and group_sizes {group_sizes.shape} do not fit; "
+                f"they must be [rows, i], {'[groups, o, i]' if transposed else '[groups, i, o]'} and [groups]."
+            )
     if launch.resolve(implementation) == "pallas":
         return grouped_kernels.product(
-            x, weight, group_sizes, lowrank, bias, jnp.dtype(dtype), transposed=transposed
+            pairs, group_sizes, lowrank, bias, jnp.dtype(dtype), transposed=transposed
         )
-    y = _ragged(x, weight, group_sizes, transposed)
+    y = sum(_ragged(x, weight, group_sizes, transposed) for x, weight in pairs)
     if lowrank is not None:
         y += _ragged(lowrank.rows, lowrank.matrices, group_sizes, transposed)
     if bias is not None:
         padded = jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))
-        y += padded[group_of_rows(group_sizes, x.shape[0])]
+        y += padded[group_of_rows(group_sizes, rows)]
     return y.astype(dtype)
 
 
