@@ -21,6 +21,7 @@ from pronghorn.data.general_text import passages
 from pronghorn.evaluation import kl_divergence
 from pronghorn.evaluation.recipe_search import SearchConfig, search_recipe, text_rows
 from pronghorn.evaluation.sensitivity import Sensitivity
+from pronghorn.lora import split
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization import QuantizationConfig, quantize
 from pronghorn.quantization.recipe import Option, allocate
@@ -81,16 +82,14 @@ def controls(model: Any, recipe: dict[str, Any], rows: np.ndarray) -> dict[str, 
 def embedding_costs(model: Any, rows: np.ndarray) -> dict[str, float]:
     """Held-out KL of the embedding, which is the head too, alone in fewer bits; a recipe leaves it in 16."""
     parameter = named_parameters(model)["embed_tokens.weight"].variable
-    before, found = parameter.get_value(), {}
-    graph_and_leaves = {}
-    from pronghorn.lora import split
-
-    graph_and_leaves["before"] = split(model)
+    weight, found = parameter.get_value(), {}
+    # Variables of its own: those that `split` hands out are the model's, and change with it.
+    original = jax.tree.map(lambda array: array, split(model))
     for how in (INT8, NF4):
-        parameter.set_value(quantize(before, how).dequantize().astype(before.dtype))
-        found[how.kind] = kl_divergence(graph_and_leaves["before"], split(model), [{"input_ids": rows}]).mean
+        parameter.set_value(quantize(weight, how).dequantize().astype(weight.dtype))
+        found[how.kind] = kl_divergence(original, split(model), [{"input_ids": rows}]).mean
         print(f"embedding and head alone in {how.kind}: held-out KL {found[how.kind]:.4f}", flush=True)
-    parameter.set_value(before)
+    parameter.set_value(weight)
     return found
 
 
