@@ -1,7 +1,8 @@
 """What NF4 costs a fine-tuning: LoRA and QLoRA of SmolLM2-135M on the quickstart's data, the same steps and rows.
 
-Held-out loss before and after, on a 16-bit base, on an NF4 one, and on a recipe of `pronghorn sensitivity` if given.
-On a GPU the quickstart's hundred steps each; `--steps` for fewer.
+Held-out loss before and after, on a 16-bit base, on an NF4 one, on the same with an adapter that starts by mending what
+quantisation lost (LoftQ), and on a recipe of `pronghorn sensitivity` if given. On a GPU the quickstart's hundred steps
+each, on a CPU its sixty; `--steps` for fewer.
 
     python benchmarks/qlora_quality.py
     python benchmarks/qlora_quality.py --recipe benchmarks/results/sensitivity-smollm2-135m.recipe.json
@@ -27,11 +28,13 @@ from pronghorn.training import TrainConfig, Trainer
 LIMIT = 0.03
 
 
-def measure(folder: Path, data: tuple[Any, Any], how: str | None, config: QuickstartConfig) -> dict[str, Any]:
-    """Train once; the row of one base."""
+def measure(
+    folder: Path, data: tuple[Any, Any], how: str | None, init: str, config: QuickstartConfig
+) -> dict[str, Any]:
+    """Train once; the row of one base and start."""
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=config.dtype, layers=config.layers, quantization=how)  # type: ignore[arg-type]
-    model = add_lora(model, LoRAConfig(rank=config.rank, alpha=2 * config.rank, seed=config.seed))
+    model = add_lora(model, LoRAConfig(rank=config.rank, alpha=2 * config.rank, init=init, seed=config.seed))
     with tempfile.TemporaryDirectory() as out:
         train = TrainConfig(
             learning_rate=config.learning_rate,
@@ -50,6 +53,7 @@ def measure(folder: Path, data: tuple[Any, Any], how: str | None, config: Quicks
         result = trainer.train()
     row = {
         "base": how or config.dtype,
+        "init": init,
         "heldout_loss_before": before,
         "heldout_loss_after": result.evaluations[-1].loss,
         "tokens_per_second": result.tokens_per_second,
@@ -57,7 +61,7 @@ def measure(folder: Path, data: tuple[Any, Any], how: str | None, config: Quicks
         "seconds": time.perf_counter() - started,
     }
     print(
-        f"{Path(row['base']).name:<32} held-out loss {before:.4f} -> {row['heldout_loss_after']:.4f}, "
+        f"{Path(row['base']).name:<44} {init:<8} held-out loss {before:.4f} -> {row['heldout_loss_after']:.4f}, "
         f"{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_device_gib']:.2f} GiB",
         flush=True,
     )
@@ -84,16 +88,16 @@ def main() -> None:
     settings = DataConfig(max_length=config.max_length, overlong="drop", seed=config.seed)
     parts = docstring_rows("train"), docstring_rows("heldout")[: config.heldout_rows]
     data = tuple(tokenize_rows(load_rows(rows), tokenizer, settings, vocab_size=vocab_size) for rows in parts)
-    bases = [None, "nf4", *([options.recipe] if options.recipe else [])]
-    rows = [measure(folder, data, how, config) for how in bases]  # type: ignore[arg-type]
+    starts = [(None, "kaiming"), ("nf4", "kaiming"), ("nf4", "loftq")]
+    starts += [(options.recipe, "kaiming"), (options.recipe, "loftq")] if options.recipe else []
+    rows = [measure(folder, data, how, init, config) for how, init in starts]  # type: ignore[arg-type]
     reference = rows[0]["heldout_loss_after"]
     for row in rows:
         row["over_16_bit"] = row["heldout_loss_after"] / reference - 1
         if row is not rows[0]:
             verdict = "within" if row["over_16_bit"] <= LIMIT else "NOT within"
-            print(
-                f"{Path(row['base']).name}: {row['over_16_bit']:+.2%} of 16-bit LoRA, {verdict} {LIMIT:.0%}"
-            )
+            name = f"{Path(row['base']).name}, {row['init']}"
+            print(f"{name}: {row['over_16_bit']:+.2%} of 16-bit LoRA, {verdict} {LIMIT:.0%}")
     result = {"rows": rows, "config": dataclasses.asdict(config), **common.environment(options.commit)}
     common.write(options.out, result | {"backend": jax.default_backend()})
 
