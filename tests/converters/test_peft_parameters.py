@@ -25,23 +25,39 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 ALL = ("gate_proj", "up_proj", "down_proj")
 
 
+# What a file calls a layer's feed-forward network, and sizes. Both families hold `[experts, in, out]`, which
+# transformers marks as transposed for gpt-oss alone.
+FAMILIES = {
+    "gpt_oss": ("mlp", {"sliding_window": 17}),
+    "llama4_text": (
+        "feed_forward",
+        {"intermediate_size_mlp": 32, "interleave_moe_layer_step": 1, "attention_chunk_size": 17},
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def torch_model():
+def torch_model(family):
     return tiny_torch_model(
-        "gpt_oss",
+        family,
         head_dim=12,
         num_hidden_layers=2,
         num_local_experts=4,
         num_experts_per_tok=2,
         intermediate_size=20,
-        sliding_window=17,
         pad_token_id=None,
+        **FAMILIES[family][1],
     )
 
 
 @pytest.fixture(scope="module")
 def folder(torch_model, tmp_path_factory):
-    return tiny_models.save(torch_model, tmp_path_factory.mktemp("gpt_oss"))
+    return tiny_models.save(torch_model, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +68,8 @@ def model(folder):
 def merged_by_peft(torch_model, model, adapter):
     """Merged weights by our names, of an adapter that PEFT reads."""
     built = PeftModel.from_pretrained(copy.deepcopy(torch_model), str(adapter)).merge_and_unload()
-    family, config = family_named("gpt_oss"), model.config
+    config = model.config
+    family = family_named(config.family)
     state = {name: tensor.numpy() for name, tensor in built.state_dict().items()}
     ways = family.tensor_names, family.fused_tensors, family.interleaved_tensors
     return by_our_names(state, *(way(config) for way in ways))
@@ -87,7 +104,10 @@ def tensors(adapter):
     ],
     ids=["both", "gate and up", "down", "one layer"],
 )
-def test_what_peft_wrote_is_read_and_written_bit_for_bit(torch_model, model, tmp_path, parameters, modules):
+def test_what_peft_wrote_is_read_and_written_bit_for_bit(
+    family, torch_model, model, tmp_path, parameters, modules
+):
+    parameters = [name.replace("mlp", FAMILIES[family][0]) for name in parameters]
     options = LoraConfig(
         r=3, lora_alpha=7, target_modules=modules, target_parameters=parameters, init_lora_weights=False
     )
@@ -149,7 +169,7 @@ def test_gradients_of_the_factors_are_those_of_peft(model, folder, tmp_path):
 
 
 def test_a_parameter_without_a_place_is_refused(model, tmp_path):
-    adapted = add_lora(model, LoRAConfig(rank=2, targets=("down_proj",)))
+    adapted = add_lora(model, LoRAConfig(rank=2, targets=("experts.down_proj",)))
     save_adapter(adapted, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -190,24 +210,23 @@ def test_what_peft_wrote_of_experts_that_files_hold_one_by_one_is_read(tmp_path,
     assert np.max(np.abs(tiny_models.logits(again, ids) - expected)) <= 1e-4
 
 
-def test_experts_of_llama_4_are_refused_in_both_directions(tmp_path):
-    """PEFT takes their `[experts, in, out]` for `[experts, out, in]`."""
+def test_factors_of_llama_4_change_places_since_peft_takes_their_array_for_its_transpose(tmp_path):
+    """PEFT trains them from zeros of the factor that reads what an expert writes; ours from zeros of the other."""
     torch_model = tiny_torch_model(
         "llama4_text",
         head_dim=12,
         num_hidden_layers=1,
         intermediate_size=20,
-        intermediate_size_mlp=32,
         num_local_experts=2,
         interleave_moe_layer_step=1,
-        attention_chunk_size=17,
         pad_token_id=None,
     )
-    options = LoraConfig(target_modules=["q_proj"], target_parameters=["feed_forward.experts.down_proj"])
-    get_peft_model(copy.deepcopy(torch_model), options).save_pretrained(str(tmp_path / "peft"))
     model = load_model(tiny_models.save(torch_model, tmp_path / "base"))
-    with pytest.raises(InputError, match=r"target_parameters has 'feed_forward.experts.down_proj'"):
-        load_adapter(model, tmp_path / "peft")
-    adapted = add_lora(model, LoRAConfig(rank=2, targets=("re:.*experts.*",)))
-    with pytest.raises(InputError, match="bare parameter in transformers"):
-        save_adapter(adapted, tmp_path / "ours")
+    adapted = add_lora(model, LoRAConfig(rank=3, targets=("experts.down_proj",)))
+    save_adapter(adapted, tmp_path / "ours")
+    stored = {name.rpartition("lora_")[2]: array for name, array in tensors(tmp_path / "ours").items()}
+    ours = sites(adapted)["layers.0.mlp.experts.down_proj"].factors
+    width, hidden = 20, 48
+    assert stored["A.weight"].shape == (2 * 3, hidden) and not np.any(stored["A.weight"])
+    assert stored["B.weight"].shape == (width, 3 * 2)
+    assert np.array_equal(stored["B.weight"].reshape(width, 3, 2).transpose(2, 1, 0), ours.a)

@@ -45,7 +45,6 @@ from pronghorn.converters.peft_sites import (
     FusedSite,
     ParameterSite,
     alpha_of,
-    bare_parameters,
     cut_factors,
     factors_at,
     join_experts,
@@ -102,15 +101,6 @@ def save_adapter(
       RunError: the disk is full or cannot be written.
     """
     out_dir, info = Path(out_dir), model.adapter
-    places = sites(model)
-    bare = sorted(
-        name for name, known in bare_parameters(model).items() if places[name].adapted and not known
-    )
-    if bare:
-        raise InputError(
-            f"{out_dir}: {bare[0]} is part of a bare parameter in transformers, for which no adapter can be saved yet; "
-            "use save_merged."
-        )
     found = {name: (site, factors_at(site)) for name, site in peft_sites(model).items()}
     adapted = {name: (site, factors) for name, (site, factors) in found.items() if factors is not None}
     if info is None or not adapted:

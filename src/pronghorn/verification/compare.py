@@ -291,8 +291,8 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
         module, _, factor = name.rpartition(".")
         if factor.startswith("lora_"):
             place = places[ours[module]]
-            if factor == "lora_B" and isinstance(place, FusedSite):
-                gradient = gradient * trained_entries(place)
+            if isinstance(place, FusedSite):
+                gradient = gradient * trained_entries(place).get(factor.removeprefix("lora_"), 1.0)
             found[f"{place.name}.{factor}"] = gradient
     return found
 
