@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from peft import LoraConfig, PeftModel, get_peft_model
 
+from pronghorn.converters.combine import combine_adapters
 from pronghorn.converters.huggingface import load_model
 from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.converters.safetensors_files import read_header
@@ -189,8 +190,7 @@ def test_a_parameter_without_a_place_is_refused(model, tmp_path):
         ("mixtral", {"num_local_experts": 4, "intermediate_size": 20}),
     ],
 )
-def test_what_peft_wrote_of_experts_that_files_hold_one_by_one_is_read(tmp_path, family, sizes):
-    """Written again they are one an expert, which PEFT reads as well."""
+def test_what_peft_wrote_of_experts_that_files_hold_one_by_one_is_read_and_written(tmp_path, family, sizes):
     torch_model = tiny_torch_model(
         family, head_dim=12, num_hidden_layers=2, num_experts_per_tok=2, pad_token_id=None, **sizes
     )
@@ -206,6 +206,9 @@ def test_what_peft_wrote_of_experts_that_files_hold_one_by_one_is_read(tmp_path,
     assert np.max(np.abs(tiny_models.logits(torch_model, ids) - expected)) > 1e-2
     assert np.max(np.abs(tiny_models.ours(adapted, ids) - expected)) <= 1e-4
     save_adapter(adapted, tmp_path / "ours")
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "ours")
+    assert sorted(before) == sorted(after)
+    assert all(np.array_equal(array, after[name]) for name, array in before.items())
     again = PeftModel.from_pretrained(copy.deepcopy(torch_model), str(tmp_path / "ours"))
     assert np.max(np.abs(tiny_models.logits(again, ids) - expected)) <= 1e-4
 
@@ -230,3 +233,100 @@ def test_factors_of_llama_4_change_places_since_peft_takes_their_array_for_its_t
     assert stored["A.weight"].shape == (2 * 3, hidden) and not np.any(stored["A.weight"])
     assert stored["B.weight"].shape == (width, 3 * 2)
     assert np.array_equal(stored["B.weight"].reshape(width, 3, 2).transpose(2, 1, 0), ours.a)
+
+
+MIXTURES = {
+    # Nothing but experts has their names.
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 20},
+    # A dense layer has them.
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 20, "mlp_only_layers": [0]},
+    # A network that every token goes through has them; PEFT converts nothing in this family.
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28},
+}
+EXPERTS = tuple(f"experts.{leaf}" for leaf in ALL)
+
+
+@pytest.fixture(scope="module", params=MIXTURES)
+def mixture(request, tmp_path_factory):
+    """(torch model, folder, our model): two layers, the last one a mixture."""
+    torch_model = tiny_torch_model(
+        request.param,
+        head_dim=12,
+        num_hidden_layers=2,
+        num_experts_per_tok=2,
+        pad_token_id=None,
+        **MIXTURES[request.param],
+    )
+    folder = tiny_models.save(torch_model, tmp_path_factory.mktemp("mixture"))
+    return torch_model, folder, load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dropout": 0.1},
+        {"targets": EXPERTS},
+        {"targets": EXPERTS, "layers": (1,)},
+        {"targets": EXPERTS[1:2]},
+        {"targets": (*EXPERTS, "all-linear"), "use_rslora": True, "rank_pattern": {"down_proj": 3}},
+        {"targets": (*EXPERTS, "q_proj"), "alpha_pattern": {"re:.*experts.*": 2.5}},
+    ],
+    ids=["all linears", "dropout", "experts", "last layer", "up alone", "ranks", "alphas"],
+)
+def test_linears_that_share_names_with_experts_mean_the_same_to_peft_and_to_us(mixture, tmp_path, options):
+    torch_model, _, model = mixture
+    adapted = add_lora(model, LoRAConfig(**{"rank": 2, "alpha": 5} | options))
+    graph, lora, frozen = split(adapted)
+    adapted = merge(graph, jax.tree.map(lambda leaf: leaf + 0.05, lora), frozen)
+    save_adapter(adapted, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(torch_model), str(tmp_path / "adapter"))
+    ids = tiny_models.prompt(40)
+    found = tiny_models.ours(adapted, ids)
+    assert np.max(np.abs(found - tiny_models.ours(model, ids))) > 1e-2
+    assert np.max(np.abs(found - tiny_models.logits(theirs, ids))) <= 1e-4
+    again = load_adapter(model, tmp_path / "adapter")
+    assert again.adapter.dropout == options.get("dropout", 0.0)
+    assert np.array_equal(tiny_models.ours(again, ids), found)
+
+
+def test_gradients_of_linears_that_share_names_with_experts_are_those_of_peft(mixture, tmp_path):
+    _, folder, model = mixture
+    adapted = add_lora(model, LoRAConfig(rank=2, targets=(*EXPERTS, "all-linear")))
+    graph, lora, frozen = split(adapted)
+    adapted = merge(graph, jax.tree.map(lambda leaf: leaf + 0.05, lora), frozen)
+    save_adapter(adapted, tmp_path / "adapter")
+    report = verify_model(str(folder), adapter=str(tmp_path / "adapter"), tokens=40)
+    names = [difference.name for difference in report.gradients]
+    assert "layers.1.mlp.experts.gate_up_proj.lora_B" in names and report.passed
+
+
+def test_adapters_of_linears_that_share_names_with_experts_are_combined(tmp_path, mixture):
+    _, _, model = mixture
+    if model.config.family == "mixtral":
+        pytest.skip("nothing shares their names")
+    for rank in (2, 3):
+        adapted = add_lora(model, LoRAConfig(rank=rank, seed=rank, rank_pattern={"down_proj": 1}))
+        graph, lora, frozen = split(adapted)
+        adapted = merge(graph, jax.tree.map(lambda leaf: leaf + 0.05, lora), frozen)
+        save_adapter(adapted, tmp_path / f"a{rank}")
+    folders = [tmp_path / "a2", tmp_path / "a3"]
+    combine_adapters(folders, [0.5, -2.0], tmp_path / "both")
+    base, both, *single = (
+        flat_arrays(merge_lora(load_adapter(model, path)) if path else model)
+        for path in (None, tmp_path / "both", *folders)
+    )
+    for name, array in both.items():
+        expected = base[name] + 0.5 * (single[0][name] - base[name]) - 2.0 * (single[1][name] - base[name])
+        assert np.max(np.abs(array - expected)) <= 1e-6, name
+
+
+def test_dropout_beside_parameters_is_that_of_the_manifest(mixture, tmp_path):
+    _, _, model = mixture
+    save_adapter(add_lora(model, LoRAConfig(rank=2, dropout=0.25)), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["lora_dropout"] == 0.0) == bool(config["target_parameters"])
+    manifest = tmp_path / "adapter" / "pronghorn.json"
+    for wrong in (1.5, "0.1", None):
+        manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"dropout": wrong}))
+        assert load_adapter(model, tmp_path / "adapter").adapter.dropout == config["lora_dropout"]

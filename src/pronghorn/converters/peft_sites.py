@@ -10,6 +10,13 @@ ways are exact, as long as the parts share a scale. With parts p of `rows_p` row
 
 gpt-oss and Llama 4 have the linears of all experts as bare parameters (PEFT's `target_parameters`), gate and up as one.
 The same holds there, with an axis of experts in front of A and B; `ParameterSite` has how a file holds it.
+
+Other mixtures have a linear an expert in their files, and two parameters of all experts in the memory of transformers.
+PEFT 0.21 turns adapters that name such linears (in most of these families) into those of the parameters, by last names
+alone: `down_proj` means the experts', in every layer, and no other linear of that name gets what is its own. So here
+adapters of experts are written as those of the parameters, unless PEFT's reading is what is meant (`joins_experts`),
+and linears that share a name with theirs by the name of their weight, in `target_parameters` (`named_like_experts`):
+the same adapter in the same tensors.
 """
 
 import dataclasses
@@ -21,7 +28,7 @@ import numpy as np
 
 from pronghorn.converters.text_towers import wrapped_name
 from pronghorn.errors import InputError
-from pronghorn.lora import adapter_scale
+from pronghorn.lora import AdapterInfo, adapter_scale
 from pronghorn.lora_sites import Factors, Site, sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.families import family_named
@@ -242,6 +249,52 @@ def parameter_paths(
     return found
 
 
+def named_like_experts(model: Decoder, modules: Mapping[str, str]) -> set[str]:
+    """Our names of the linears that share a last name with those that a file holds expert by expert.
+
+    Args:
+      modules: from `module_names`.
+    """
+    stacks = family_named(model.config.family).stacked_tensors(model.config)
+    of_experts = {_last(_module(parts[0])) for parts in stacks.values()}
+    places = sites(model)
+    return {
+        name
+        for name, module in modules.items()
+        if name in places and not places[name].experts and _last(module) in of_experts
+    }
+
+
+def joins_experts(model: Decoder, info: AdapterInfo) -> bool:
+    """Whether adapters of experts that a file holds one by one are written as those of two parameters.
+
+    PEFT 0.21 reads single experts' as one of both gate and up, or of down, of every layer, with the rank and the scale
+    of the whole adapter, that of rsLoRA counted wrongly. Where the adapter is not so, or other linears have the names.
+    """
+    bare = _bare_parameters(model)
+    stacks = {name: site for name, site in sites(model).items() if site.experts and name not in bare}
+    found = {name: factors_at(site) for name, site in stacks.items()}
+    adapted = {name: factors for name, factors in found.items() if factors is not None}
+    if not adapted:
+        return False
+    wrapped = model.source is not None and model.source.wrapped
+    if wrapped or info.use_rslora or named_like_experts(model, module_names(model)):
+        return True
+    leaves = {_last(name) for name in adapted}
+    chosen = {name for name in stacks if _last(name) in leaves}
+    if chosen != set(adapted) or len(leaves & {"gate_proj", "up_proj"}) == 1:
+        return True
+    alike = (info.rank, adapter_scale(info.rank, info.alpha, False))
+    if any((factors.a.shape[-2], factors.scale) != alike for factors in adapted.values()):
+        return True
+    gates = {name: factors for name, factors in adapted.items() if _last(name) == "gate_proj"}
+    # One A of both, as PEFT makes it.
+    return any(
+        bool(jnp.array_equal(gate.a, adapted[f"{name.rpartition('.')[0]}.up_proj"].a))
+        for name, gate in gates.items()
+    )
+
+
 def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, str]:
     """{our name of a place: the module's path in transformers} of all `peft_sites`."""
     family = family_named(model.config.family)
@@ -271,6 +324,10 @@ def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, s
 
 def _module(tensor: str) -> str:
     return tensor.removesuffix(".weight")
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def part_names(places: Mapping[str, Site | FusedSite], chosen: set[str]) -> list[str]:
