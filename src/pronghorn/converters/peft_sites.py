@@ -332,11 +332,14 @@ def _last(name: str) -> str:
 
 def part_names(places: Mapping[str, Site | FusedSite], chosen: set[str]) -> list[str]:
     """Our own linears of the chosen places."""
-    names = []
+    names: list[str] = []
     for name in sorted(chosen):
         site = places[name]
-        names += [part.name for part in site.parts] if isinstance(site, FusedSite) else [name]
-    return names
+        if isinstance(site, FusedSite):
+            names += [part.name for part in site.parts]
+        else:
+            names.append(site.stack if isinstance(site, ExpertSite) else name)
+    return list(dict.fromkeys(names))
 
 
 def factors_at(site: Site | FusedSite) -> Factors | None:
