@@ -1,5 +1,6 @@
 """The pieces of the library joined for a command: what is read, in which order, and what is saved with a result."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,6 +15,7 @@ from pronghorn.errors import InputError, RunError
 from pronghorn.lora import LoRAConfig, add_lora, merge, split
 from pronghorn.lora_sites import select
 from pronghorn.models import Decoder
+from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.training import TrainConfig, Trainer
 from tests import tiny
 
@@ -90,6 +92,22 @@ def test_adapter_is_planned_by_the_modules_that_peft_would_choose(tmp_path, valu
     architecture = tiny.tiny_config()
     shape = jobs.shape_of_adapter(adapter_config(tmp_path / "adapter", **values), architecture)
     assert shape.rank == rank and set(select(Decoder.abstract(architecture), shape)) == chosen
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["gate_proj"]},
+        {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ],
+)
+def test_adapter_of_experts_is_planned_by_the_linears_that_all_of_them_have(tmp_path, values):
+    experts = ExpertsConfig(num_experts=3, experts_per_token=2, width=8)
+    architecture = dataclasses.replace(tiny.tiny_config(), family="olmoe", experts=experts)
+    shape = jobs.shape_of_adapter(adapter_config(tmp_path / "adapter", **values), architecture)
+    chosen = set(select(Decoder.abstract(architecture), shape))
+    parts = ["gate_proj", "up_proj"] if "target_parameters" in values else ["gate_proj"]
+    assert chosen == {f"layers.{layer}.mlp.experts.{part}" for layer in (0, 1) for part in parts}
 
 
 def test_adapter_that_fits_nothing_is_refused(tmp_path):

@@ -270,6 +270,22 @@ def test_adapter_fits_the_wrapper_in_peft_and_comes_back(pair, tmp_path):
     assert all(np.array_equal(array, merged[name]) for name, array in again.items())
 
 
+def test_adapters_of_experts_fit_the_wrapper_in_peft_and_come_back(pair, tmp_path):
+    from peft import PeftModel
+
+    kind, _, model = pair
+    if model.config.experts is None:
+        pytest.skip("no experts")
+    adapted = randomised(add_lora(model, LoRAConfig(rank=2, targets=("re:.*experts.*",))))
+    save_adapter(adapted, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(copy.deepcopy(wrapper(kind)), str(tmp_path / "adapter"))
+    ids = random_ids(40)
+    found = forward(adapted, ids)
+    assert np.max(np.abs(found - forward(model, ids))) > 1e-2
+    assert np.max(np.abs(found - logits_of(theirs.merge_and_unload(), ids))) <= 1e-4
+    assert np.array_equal(found, forward(load_adapter(model, tmp_path / "adapter"), ids))
+
+
 def test_verify_compares_the_tower(pair):
     gradients = pair[0] in ("gemma3", "llama4")  # whose modules lie at different places
     report = verify_model(str(pair[1]), tokens=40, gradients=gradients)

@@ -111,7 +111,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Scaled]]:
         raise InputError(
             f"{folder}: is DoRA, whose row lengths do not add up; merge it into its base instead."
         )
-    if config["target_parameters"]:
+    if not all(name.endswith(".weight") for name in config["target_parameters"]):
         raise InputError(
             f"{folder}: has adapters of experts that are bare parameters, which cannot be combined; merge it into its "
             "base instead."
@@ -128,8 +128,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Scaled]]:
                     f"{folder}: the adapter of {name} lacks one of its two factors; copy it again."
                 )
             module = name.removeprefix(PREFIX)
-            rank = pattern_value(folder, config, "rank_pattern", module, config["r"])
-            alpha = pattern_value(folder, config, "alpha_pattern", module, config["lora_alpha"])
+            key_of_patterns = f"{module}.weight" if _is_parameter(config, module) else module
+            rank = pattern_value(folder, config, "rank_pattern", key_of_patterns, config["r"])
+            alpha = pattern_value(folder, config, "alpha_pattern", key_of_patterns, config["lora_alpha"])
             a, b = (tensors[name + suffix].read().astype(np.float32) for suffix in (suffix_a, suffix_b))
             if a.shape[0] != rank or b.shape[1] != rank:
                 raise InputError(
@@ -141,6 +142,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Scaled]]:
         what = f"{others[0]} beside its factors" if others else "no factors"
         raise InputError(f"{folder}: has {what}, which cannot be combined; merge it into its base instead.")
     return config, pairs
+
+
+def _is_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Whether a linear is named by that of its weight, among `target_parameters`."""
+    weight = f"{module}.weight"
+    return any(weight == name or weight.endswith(f".{name}") for name in config["target_parameters"])
 
 
 def _check_one_base(folders: list[Path], manifests: list[dict[str, Any]]) -> None:
@@ -211,13 +218,19 @@ def _write(
         key: key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
         for key in joined
     }
+    parameters = {
+        module for module in modules.values() if any(_is_parameter(config, module) for config, _ in found)
+    }
+    keys = {key: f"{module}.weight" if module in parameters else module for key, module in modules.items()}
+    pattern = {keys[key]: rank for key, rank in ranks.items() if rank != usual}
     config = dict(found[0][0]) | {
         "r": usual,
         "lora_alpha": usual,  # the scales are in the factors
         "use_rslora": False,
-        "rank_pattern": {modules[key]: rank for key, rank in ranks.items() if rank != usual},
-        "alpha_pattern": {modules[key]: rank for key, rank in ranks.items() if rank != usual},
-        "target_modules": sorted(modules.values()),
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": sorted(set(modules.values()) - parameters),
+        "target_parameters": sorted(f"{module}.weight" for module in parameters) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "exclude_modules": None,

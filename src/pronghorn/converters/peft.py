@@ -37,6 +37,7 @@ from pronghorn.converters.peft_config import (
     expected_modules,
     listed,
     new_token_range,
+    pattern_keys,
     pattern_value,
     read_config,
     targets_of,
@@ -45,10 +46,10 @@ from pronghorn.converters.peft_sites import (
     FusedSite,
     ParameterSite,
     alpha_of,
-    bare_parameters,
     cut_factors,
     factors_at,
     join_experts,
+    joins_experts,
     module_names,
     parameter_paths,
     peft_sites,
@@ -102,20 +103,14 @@ def save_adapter(
       RunError: the disk is full or cannot be written.
     """
     out_dir, info = Path(out_dir), model.adapter
-    places = sites(model)
-    bare = sorted(
-        name for name, known in bare_parameters(model).items() if places[name].adapted and not known
-    )
-    if bare:
-        raise InputError(
-            f"{out_dir}: {bare[0]} is part of a bare parameter in transformers, for which no adapter can be saved yet; "
-            "use save_merged."
-        )
-    found = {name: (site, factors_at(site)) for name, site in peft_sites(model).items()}
+    info = None if info is None else as_plain_lora(model, info)
+    joined = info is not None and joins_experts(model, info)
+    places = peft_sites(model, joined_experts=joined)
+    found = {name: (site, factors_at(site)) for name, site in places.items()}
     adapted = {name: (site, factors) for name, (site, factors) in found.items() if factors is not None}
     if info is None or not adapted:
         raise InputError(f"{out_dir}: the model has no adapter to save; use add_lora first, or save_model.")
-    modules = module_names(model)
+    modules = module_names(model, joined_experts=joined)
     paths = modules | parameter_paths({name: site for name, (site, _) in adapted.items()}, modules, adapted)
     arrays: dict[str, tuple[TensorSpec, Any]] = {}
     for name, (site, factors) in adapted.items():
@@ -128,7 +123,6 @@ def save_adapter(
         if factors.magnitude is not None:
             spec = TensorSpec(np.dtype(np.float32), tuple(factors.magnitude.shape))
             arrays[PREFIX + modules[name] + ".lora_magnitude_vector"] = (spec, factors.magnitude)
-    info = as_plain_lora(model, info)
     for name, site in sites(model).items():
         tied_copy = name == HEAD and model.config.tie_word_embeddings
         if site.new_rows is not None and not tied_copy:
@@ -142,7 +136,9 @@ def save_adapter(
             {name: spec for name, (spec, _) in arrays.items()},
             lambda name: np.asarray(arrays[name][1]),
         )
-        config = json.dumps(config_of(model, info, adapted, modules), indent=2, ensure_ascii=False) + "\n"
+        config = (
+            json.dumps(config_of(model, info, adapted, modules, places), indent=2, ensure_ascii=False) + "\n"
+        )
         (folder / CONFIG_NAME).write_text(config, encoding="utf-8")
         if own_tokenizer:
             tokenizer.save_pretrained(str(folder))
@@ -190,6 +186,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     places = peft_sites(model, joined_experts=joined)
     modules = module_names(model, joined_experts=joined)
     expected = expected_modules(folder, config, modules, places)
+    keys = pattern_keys(folder, config, modules, places)
     paths = {name: path for name, path in modules.items() if not isinstance(places[name], ParameterSite)}
     paths |= parameter_paths(places, modules, expected)
     found = _group(folder, tensors, {tower_name(path): name for name, path in paths.items()})
@@ -212,8 +209,8 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
     factors: dict[str, Factors] = {}
     alphas: dict[str, float] = {}
     for name, parts in found.items():
-        rank = pattern_value(folder, config, "rank_pattern", modules[name], config["r"])
-        alpha = pattern_value(folder, config, "alpha_pattern", modules[name], config["lora_alpha"])
+        rank = pattern_value(folder, config, "rank_pattern", keys[name], config["r"])
+        alpha = pattern_value(folder, config, "alpha_pattern", keys[name], config["lora_alpha"])
         site, scale = places[name], adapter_scale(rank, alpha, config["use_rslora"])
         read = _factors(folder, site, parts, rank, scale, use_dora=config["use_dora"])
         for ours, own in (cut_factors(site, read) if isinstance(site, FusedSite) else {name: read}).items():
@@ -229,7 +226,7 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
             rank=config["r"],
             alpha=float(config["lora_alpha"]),
             use_rslora=config["use_rslora"],
-            dropout=config["lora_dropout"],
+            dropout=_dropout(config, manifest),
             targets=targets_of(config["target_modules"]) + tuple(config["target_parameters"]),
             layers=None if layers is None else tuple(layers),
             base_hash=here,
@@ -238,6 +235,14 @@ def load_adapter(model: Decoder, path: str | Path, *, check_base: bool = True) -
         ),
         new_rows,
     )
+
+
+def _dropout(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> float:
+    """That of training: PEFT takes none beside `target_parameters`, so there the manifest has it."""
+    own = manifest.get("dropout")
+    if config["target_parameters"] and isinstance(own, float) and 0.0 <= own < 1.0:
+        return own
+    return float(config["lora_dropout"])
 
 
 def _with_new_tokens(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pronghorn.converters.peft_sites import FusedSite, ParameterSite, alpha_of
+from pronghorn.converters.peft_sites import FusedSite, ParameterSite, alpha_of, named_like_experts
 from pronghorn.errors import InputError
 from pronghorn.lora import ALL_LINEAR, EMBEDDING, HEAD, AdapterInfo
 from pronghorn.lora_sites import Factors, Site, sites
@@ -68,6 +68,7 @@ def config_of(
     info: AdapterInfo,
     adapted: Mapping[str, tuple[Site | FusedSite, Factors]],
     modules: Mapping[str, str],
+    places: Mapping[str, Site | FusedSite],
 ) -> dict[str, Any]:
     """The configuration that makes PEFT build exactly these adapters.
 
@@ -76,8 +77,14 @@ def config_of(
       info: its adapter's.
       adapted: {our module name: (site, factors)} of the modules that have one.
       modules: {our module name: the module's path in transformers}.
+      places: {our module name: where an adapter can be}.
     """
-    targets, layers = _shortest_targets(model, adapted, modules)
+    # PEFT has no DoRA of parameters: it says so when it reads those of such names.
+    weights = set() if info.use_dora else named_like_experts(model, modules) & set(adapted)
+    linears = {name: at for name, at in adapted.items() if name not in weights}
+    targets, layers = _shortest_targets(model, linears, modules, places)
+    parameters = _target_parameters(model, adapted, modules) + [f"{modules[name]}.weight" for name in weights]
+    keys = {name: f"{module}.weight" if name in weights else module for name, module in modules.items()}
     ranks = {name: int(factors.a.shape[-2]) for name, (_, factors) in adapted.items()}
     alphas = {
         name: alpha_of(factors, dict(info.alpha_pattern).get(name, info.alpha), info.use_rslora)
@@ -91,14 +98,14 @@ def config_of(
         "inference_mode": True,
         "r": info.rank,
         "lora_alpha": _number(info.alpha),
-        "lora_dropout": info.dropout,
+        "lora_dropout": 0.0 if parameters else info.dropout,  # PEFT refuses it beside parameters
         "use_rslora": info.use_rslora,
         "target_modules": targets,
-        "target_parameters": _target_parameters(model, adapted, modules),
+        "target_parameters": sorted(parameters) or None,
         "layers_to_transform": layers,
         "layers_pattern": None,
-        "rank_pattern": _shortest_pattern(ranks, info.rank, modules),
-        "alpha_pattern": _shortest_pattern(alphas, info.alpha, modules),
+        "rank_pattern": _shortest_pattern(ranks, info.rank, keys),
+        "alpha_pattern": _shortest_pattern(alphas, info.alpha, keys),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -145,11 +152,15 @@ def new_token_range(
 
 
 def _shortest_targets(
-    model: Decoder, adapted: Mapping[str, tuple[Site | FusedSite, Factors]], modules: Mapping[str, str]
+    model: Decoder,
+    adapted: Mapping[str, tuple[Site | FusedSite, Factors]],
+    modules: Mapping[str, str],
+    places: Mapping[str, Site | FusedSite],
 ) -> tuple[list[str], list[int] | None]:
     """(target_modules, layers_to_transform) that choose exactly the adapted modules.
 
-    Last names ("q_proj") where each is adapted in every layer, or in one set of layers; else full paths.
+    Last names ("q_proj") where each is adapted in every layer, or in one set of layers, and nothing else has them; else
+    full paths.
     """
     layers: dict[str, set[int]] = {}
     adapted = {name: at for name, at in adapted.items() if not isinstance(at[0], ParameterSite)}
@@ -160,28 +171,33 @@ def _shortest_targets(
             layers.setdefault(_last(modules[name]), set()).add(site.layer)
     special = [modules[name] for name in adapted if name in (HEAD, EMBEDDING)]
     every = set(range(model.config.num_layers))
+    full: tuple[list[str], None] = sorted(modules[name] for name in adapted), None
     if model.source is not None and model.source.wrapped:  # other towers have modules of these names
-        return sorted(modules[name] for name in adapted), None
+        return full
+    short: tuple[list[str], list[int] | None] = full
+    first = next(iter(layers.values()), every)
     if all(where == every for where in layers.values()):
-        return sorted([*layers, *map(_last, special)]), None
-    first = next(iter(layers.values()))
+        short = sorted([*layers, *map(_last, special)]), None
     # PEFT takes layers_to_transform to exclude everything that is in no layer.
-    if not special and all(where == first for where in layers.values()):
-        return sorted(layers), sorted(first)
-    return sorted(modules[name] for name in adapted), None
+    elif not special and all(where == first for where in layers.values()):
+        short = sorted(layers), sorted(first)
+    named = _typed(
+        Path(), {"target_modules": short[0], "layers_to_transform": short[1], "r": 1, "lora_alpha": 1}
+    )
+    return short if expected_modules(Path(), named, modules, places) == set(adapted) else full
 
 
 def _target_parameters(
     model: Decoder, adapted: Mapping[str, tuple[Site | FusedSite, Factors]], modules: Mapping[str, str]
-) -> list[str] | None:
-    """The bare parameters, by their last two names where one is adapted in every layer; None without any."""
+) -> list[str]:
+    """The bare parameters of experts, by their last two names where one is adapted in every layer."""
     found: dict[str, list[str]] = {}
     for name, (site, _) in adapted.items():
         if isinstance(site, ParameterSite):
             found.setdefault(".".join(modules[name].split(".")[-2:]), []).append(modules[name])
     every = model.config.num_layers
     chosen = [[last] if len(full) == every else full for last, full in found.items()]
-    return sorted(name for names in chosen for name in names) or None
+    return [name for names in chosen for name in names]
 
 
 def _shortest_pattern(
@@ -320,18 +336,9 @@ def expected_modules(
 ) -> set[str]:
     """The modules that PEFT would adapt for this configuration."""
     targets, excluded = config["target_modules"], config["exclude_modules"]
-    parameters = {name: module for name, module in modules.items() if isinstance(places[name], ParameterSite)}
-    chosen = set()
-    for target in config["target_parameters"]:
-        matched = {name for name, module in parameters.items() if _chosen_by(folder, [target], module)}
-        if not matched:
-            raise InputError(
-                f"{folder / CONFIG_NAME}: target_parameters has {target[:80]!r}, a bare parameter for which "
-                "there are no adapters in this model; merge the adapter with PEFT."
-            )
-        chosen |= matched
+    chosen = _chosen_parameters(folder, config, modules, places)
     for name, module in modules.items():
-        if name in parameters:
+        if isinstance(places[name], ParameterSite):
             continue
         if excluded is not None and _chosen_by(folder, excluded, module):
             continue
@@ -345,6 +352,45 @@ def expected_modules(
         if match:
             chosen.add(name)
     return chosen
+
+
+def _chosen_parameters(
+    folder: Path,
+    config: Mapping[str, Any],
+    modules: Mapping[str, str],
+    places: Mapping[str, Site | FusedSite],
+) -> set[str]:
+    """The places that `target_parameters` names: bare parameters, and linears by that of their weight."""
+    parameters = {
+        name: module if isinstance(places[name], ParameterSite) else f"{module}.weight"
+        for name, module in modules.items()
+        if places[name].layer is not None
+    }
+    chosen = set()
+    for target in config["target_parameters"]:
+        matched = {name for name, parameter in parameters.items() if _chosen_by(folder, [target], parameter)}
+        if not matched:
+            raise InputError(
+                f"{folder / CONFIG_NAME}: target_parameters has {target[:80]!r}, a bare parameter for which "
+                "there are no adapters in this model; merge the adapter with PEFT."
+            )
+        chosen |= matched
+    return chosen
+
+
+def pattern_keys(
+    folder: Path,
+    config: Mapping[str, Any],
+    modules: Mapping[str, str],
+    places: Mapping[str, Site | FusedSite],
+) -> dict[str, str]:
+    """{our name: what PEFT compares `rank_pattern` and `alpha_pattern` with}: the module's path, or its parameter's
+    where that was chosen."""
+    chosen = _chosen_parameters(folder, config, modules, places)
+    return {
+        name: f"{module}.weight" if name in chosen and not isinstance(places[name], ParameterSite) else module
+        for name, module in modules.items()
+    }
 
 
 def _chosen_by(folder: Path, targets: str | list[str], module: str) -> bool:

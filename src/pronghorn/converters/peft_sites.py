@@ -8,8 +8,15 @@ ways are exact, as long as the parts share a scale. With parts p of `rows_p` row
     writing   Parts that share one A bit for bit: that A and the B_p, one above the other. Otherwise the A_p lie one
               above the other and B is zero but for its blocks B_p: the rank is the sum of theirs, alpha grows alike.
 
-gpt-oss has the linears of all experts as bare parameters (PEFT's `target_parameters`), gate and up as one whose rows
-lie in turn. The same holds there, with an axis of experts in front of A and B; `ParameterSite` has how a file holds it.
+gpt-oss and Llama 4 have the linears of all experts as bare parameters (PEFT's `target_parameters`), gate and up as one.
+The same holds there, with an axis of experts in front of A and B; `ParameterSite` has how a file holds it.
+
+Other mixtures have a linear an expert in their files, and two parameters of all experts in the memory of transformers.
+PEFT 0.21 turns adapters that name such linears (in most of these families) into those of the parameters, by last names
+alone: `down_proj` means the experts', in every layer, and no other linear of that name gets what is its own. So here
+adapters of experts are written as those of the parameters, unless PEFT's reading is what is meant (`joins_experts`),
+and linears that share a name with theirs by the name of their weight, in `target_parameters` (`named_like_experts`):
+the same adapter in the same tensors.
 """
 
 import dataclasses
@@ -21,7 +28,7 @@ import numpy as np
 
 from pronghorn.converters.text_towers import wrapped_name
 from pronghorn.errors import InputError
-from pronghorn.lora import adapter_scale
+from pronghorn.lora import AdapterInfo, adapter_scale
 from pronghorn.lora_sites import Factors, Site, sites
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.families import family_named
@@ -74,14 +81,22 @@ class ParameterSite(FusedSite):
 
     A is `[experts, r, in]` and B `[experts, out, r]`. PEFT has them as `[experts r, in]` and `[out, r experts]`, in B
     the columns of one rank side by side.
+
+    Attributes:
+      layout: how the parameter holds its linears.
+      experts: how many there are.
+      swapped: PEFT 0.21 takes `[experts, in, out]` for `[experts, out, in]`, transformers not marking the module as
+        transposed. The update of a transposed matrix is (B A)ᵀ = Aᵀ Bᵀ, so its `lora_A` is our Bᵀ and its `lora_B` our
+        Aᵀ: the same function, with the other factor zero where PEFT starts.
     """
 
     layout: InterleavedTensor
     experts: int
+    swapped: bool
 
     @property
     def file_shapes(self) -> Any:
-        fan_out, fan_in = self.shape
+        fan_out, fan_in = self.shape[::-1] if self.swapped else self.shape
         return lambda rank: ((rank * self.experts, fan_in), (fan_out, rank * self.experts))
 
     def join(self, blocks: list[np.ndarray]) -> np.ndarray:
@@ -91,16 +106,18 @@ class ParameterSite(FusedSite):
         return [self.layout.cut(np.swapaxes(b, -1, -2), place) for place in range(len(self.parts))]
 
     def to_file(self, a: Any, b: Any) -> tuple[Any, Any]:
-        a, b = np.asarray(a), np.asarray(b)
+        a, b = self._turned(np.asarray(a), np.asarray(b))
         return a.reshape(-1, a.shape[-1]), b.transpose(1, 2, 0).reshape(b.shape[1], -1)
 
     def from_file(self, a: Any, b: Any) -> tuple[Any, Any]:
         a, b = np.asarray(a), np.asarray(b)
-        fan_out, fan_in = self.shape
-        return (
-            a.reshape(self.experts, -1, fan_in),
-            b.reshape(fan_out, -1, self.experts).transpose(2, 0, 1),
+        return self._turned(
+            a.reshape(self.experts, -1, a.shape[1]),
+            b.reshape(len(b), -1, self.experts).transpose(2, 0, 1),
         )
+
+    def _turned(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (np.swapaxes(b, -1, -2), np.swapaxes(a, -1, -2)) if self.swapped else (a, b)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +188,7 @@ def peft_sites(model: Decoder, *, joined_experts: bool = False) -> dict[str, Sit
     found: dict[str, Site | FusedSite] = {}
     bare: dict[str, Site] = {}
     stacks: dict[str, Site] = {}
-    parameters = bare_parameters(model)
+    parameters = _bare_parameters(model)
     for name, site in sites(model).items():
         if name in parameters:
             bare[name] = site
@@ -194,31 +211,27 @@ def peft_sites(model: Decoder, *, joined_experts: bool = False) -> dict[str, Sit
         name = f"{parts[0].name.rpartition('.')[0]}.{_module(tensor).rpartition('.')[2]}"
         found[name] = FusedSite(name, parts)  # type: ignore[arg-type]  # a part is no fused site
     for tensor, layout in family.interleaved_tensors(model.config).items():
-        if layout.adapters:
+        if layout.parts[0].endswith(".weight"):
             linears = tuple(bare[ours[part].removesuffix(".weight")] for part in layout.parts)
             name = f"{linears[0].name.rpartition('.')[0]}.{tensor.rpartition('.')[2]}"
-            found[name] = ParameterSite(name, linears, layout, linears[0].experts[0])
+            swapped = layout.transposed and not layout.marked
+            found[name] = ParameterSite(name, linears, layout, linears[0].experts[0], swapped)
     for holder in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
         for name, leaves in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
             linears = tuple(stacks[f"{holder}.{leaf}"] for leaf in leaves)
             layout = InterleavedTensor(tuple(site.name for site in linears), transposed=True, in_turn=False)
             whole = f"{holder}.{name}"
-            found[whole] = ParameterSite(whole, linears, layout, linears[0].experts[0])
+            found[whole] = ParameterSite(whole, linears, layout, linears[0].experts[0], swapped=False)
     return found
 
 
-def bare_parameters(model: Decoder) -> dict[str, bool]:
-    """{our name of a linear that is part of a bare parameter of all experts in transformers: whether PEFT's adapters of
-    it are known here}."""
+def _bare_parameters(model: Decoder) -> set[str]:
+    """Our names of the linears that are part of a bare parameter of all experts in transformers."""
     family = family_named(model.config.family)
     layouts = family.interleaved_tensors(model.config).values()
-    known = {part: layout.adapters for layout in layouts for part in layout.parts}
+    parts = {part for layout in layouts for part in layout.parts}
     tensors = family.tensor_names(model.config)
-    return {
-        _module(name): known[theirs]
-        for name, theirs in tensors.items()
-        if theirs in known and name.endswith(".weight")
-    }
+    return {_module(name) for name, theirs in tensors.items() if theirs in parts and name.endswith(".weight")}
 
 
 def parameter_paths(
@@ -234,6 +247,52 @@ def parameter_paths(
                 path += ".base_layer"
             found[name] = path
     return found
+
+
+def named_like_experts(model: Decoder, modules: Mapping[str, str]) -> set[str]:
+    """Our names of the linears that share a last name with those that a file holds expert by expert.
+
+    Args:
+      modules: from `module_names`.
+    """
+    stacks = family_named(model.config.family).stacked_tensors(model.config)
+    of_experts = {_last(_module(parts[0])) for parts in stacks.values()}
+    places = sites(model)
+    return {
+        name
+        for name, module in modules.items()
+        if name in places and not places[name].experts and _last(module) in of_experts
+    }
+
+
+def joins_experts(model: Decoder, info: AdapterInfo) -> bool:
+    """Whether adapters of experts that a file holds one by one are written as those of two parameters.
+
+    PEFT 0.21 reads single experts' as one of both gate and up, or of down, of every layer, with the rank and the scale
+    of the whole adapter, that of rsLoRA counted wrongly. Where the adapter is not so, or other linears have the names.
+    """
+    bare = _bare_parameters(model)
+    stacks = {name: site for name, site in sites(model).items() if site.experts and name not in bare}
+    found = {name: factors_at(site) for name, site in stacks.items()}
+    adapted = {name: factors for name, factors in found.items() if factors is not None}
+    if not adapted:
+        return False
+    wrapped = model.source is not None and model.source.wrapped
+    if wrapped or info.use_rslora or named_like_experts(model, module_names(model)):
+        return True
+    leaves = {_last(name) for name in adapted}
+    chosen = {name for name in stacks if _last(name) in leaves}
+    if chosen != set(adapted) or len(leaves & {"gate_proj", "up_proj"}) == 1:
+        return True
+    alike = (info.rank, adapter_scale(info.rank, info.alpha, False))
+    if any((factors.a.shape[-2], factors.scale) != alike for factors in adapted.values()):
+        return True
+    gates = {name: factors for name, factors in adapted.items() if _last(name) == "gate_proj"}
+    # One A of both, as PEFT makes it.
+    return any(
+        bool(jnp.array_equal(gate.a, adapted[f"{name.rpartition('.')[0]}.up_proj"].a))
+        for name, gate in gates.items()
+    )
 
 
 def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, str]:
@@ -267,13 +326,20 @@ def _module(tensor: str) -> str:
     return tensor.removesuffix(".weight")
 
 
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
 def part_names(places: Mapping[str, Site | FusedSite], chosen: set[str]) -> list[str]:
     """Our own linears of the chosen places."""
-    names = []
+    names: list[str] = []
     for name in sorted(chosen):
         site = places[name]
-        names += [part.name for part in site.parts] if isinstance(site, FusedSite) else [name]
-    return names
+        if isinstance(site, FusedSite):
+            names += [part.name for part in site.parts]
+        else:
+            names.append(site.stack if isinstance(site, ExpertSite) else name)
+    return list(dict.fromkeys(names))
 
 
 def factors_at(site: Site | FusedSite) -> Factors | None:
@@ -345,15 +411,18 @@ def fused_gradients(site: FusedSite, gradients: FusedSite) -> dict[str, np.ndarr
     return {"A": a, "B": b}
 
 
-def trained_entries(site: FusedSite) -> np.ndarray | float:
-    """1 where an entry of PEFT's B is one of ours, 0 where it is a zero outside of the blocks."""
+def trained_entries(site: FusedSite) -> dict[str, np.ndarray]:
+    """{"A": .., "B": ..}: 1 where an entry of PEFT's factor is one of ours, 0 where it is a zero outside of the blocks.
+    Empty where there are no blocks."""
     joined = factors_at(site)
-    ones = [None if part.factors is None else np.ones(part.factors.b.shape) for part in site.parts]
     if joined is None:
-        return 1.0
+        return {}
+    ones = [None if part.factors is None else np.ones(part.factors.b.shape) for part in site.parts]
     mask = _block_diagonal(site, ones)
-    in_file: np.ndarray = site.to_file(joined.a, mask)[1]
-    return in_file if mask.shape == joined.b.shape else 1.0
+    if mask.shape != joined.b.shape:
+        return {}
+    a, b = site.to_file(np.ones(joined.a.shape), mask)
+    return {"A": a, "B": b}
 
 
 def cut_factors(site: FusedSite, factors: Factors) -> dict[str, Factors]:

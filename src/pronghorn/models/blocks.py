@@ -19,7 +19,7 @@ from pronghorn.models.config import DecoderConfig, LayerKind
 from pronghorn.models.delta_net import add_delta_net
 from pronghorn.models.expert_layers import SparseMLP
 from pronghorn.models.experts import sparse_mlp
-from pronghorn.models.latent_attention import expand_latents, halves, latent_heads, project_latents
+from pronghorn.models.latent_attention import halves, latent_heads
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
 from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
 from pronghorn.models.short_convolution import add_convolution
@@ -44,15 +44,11 @@ def project_qkv(
     `[.., kv_heads, head_dim]` (None where the layer has none of its own), and what gates attention's output, like the
     queries, or None.
 
-    Latent attention has keys of every head, and values `[.., heads, value_dim]`. The stream has to be read on from the
+    The stream has to be read on from the
     array that is returned, so that its gradient is added where this op's is computed. Heads are normalised where the
     family does so in front of rope; nothing is rotated yet.
     """
     attention = layer.self_attn
-    if config.latent is not None:
-        options: dict[str, Any] = {"config": config, "dropout_key": dropout_key}
-        x, of_q, of_kv = project_latents(layer, x, **options)
-        return x, *expand_latents(attention, of_q, of_kv, (None, None), **options), None
     norm = None if config.block == "post" else layer.input_layernorm
     names = tuple(name for name in ("q_proj", "k_proj", "v_proj") if getattr(attention, name) is not None)
     x, projected = normalized_linears(

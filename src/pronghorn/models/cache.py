@@ -4,7 +4,8 @@ A token at position p of a row lives in slot p of that row, so nothing has to re
 position p sees the slots p - window + 1 .. p, and whatever an earlier, longer padded call left in later slots is
 overwritten before it can be seen. Position -1 marks padding: nothing is written for it, its output means nothing.
 
-Of latent attention the keys and values of every head are kept, as they are expanded.
+Of latent attention the vectors are kept that keys and values of every head are expanded from
+(`models/latent_decoding.py`).
 
 Keys are stored rotated, except where the frequencies depend on the length (dynamic, longrope): there they are stored
 as projected and rotated with every call, so that queries and keys always share one set of frequencies. Hidden states
@@ -28,15 +29,16 @@ from pronghorn.models.blocks import (
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
 from pronghorn.models.delta_net import StateCache, cached_delta_net, empty_state
 from pronghorn.models.extras import Carried, around_attention
+from pronghorn.models.latent_decoding import latent_slots_attention, project_for_cache
 from pronghorn.models.layers import DecoderLayer, value_or_none
 from pronghorn.models.short_convolution import convolution_inputs, weighted_taps
 
 
 class LayerCache(NamedTuple):
-    """Keys and values, each `[batch, max_length, kv_heads, head_dim]` (values of latent attention end with value_dim);
-    stacked layers have a leading axis.
+    """Keys and values, each `[batch, max_length, kv_heads, head_dim]`; stacked layers have a leading axis.
 
-    A convolution keeps what it runs over as keys, `[batch, max_length, 1, d]`, and no values.
+    Latent attention keeps its latent vectors as keys, `[batch, max_length, 1, position_dim + rank]`, and no values. A
+    convolution keeps what it runs over as keys, `[batch, max_length, 1, d]`, and no values.
     """
 
     keys: jax.Array
@@ -66,6 +68,10 @@ def empty_cache(
     if kind == "conv":
         shape = (*leading, batch, max_length, 1, config.hidden_size)
         return LayerCache(jnp.zeros(shape, dtype), jnp.zeros((*shape[:-1], 0), dtype))
+    if config.latent is not None:
+        width = config.latent.position_dim + config.latent.rank
+        keys = jnp.zeros((*leading, batch, max_length, 1, width), dtype)
+        return LayerCache(keys, keys[..., :0])
     reads = config.extras is not None and config.extras.key_values == "read"
     shape = (
         *leading,
@@ -73,8 +79,8 @@ def empty_cache(
         max_length,
         0 if reads else config.num_kv_heads,
     )  # or those of another layer's cache
-    keys = jnp.zeros((*shape, config.head_dim), dtype)
-    return LayerCache(keys, jnp.zeros((*shape, config.value_dim), dtype))
+    shape = (*shape, config.head_dim)
+    return LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def max_length(cache: Any) -> int:
@@ -225,7 +231,12 @@ def cached_heads(
       read: the last of these of another layer, for one that has no keys and values of its own.
     """
     attention = layer.self_attn
-    x, q, k, v, gate = project_qkv(layer, x, config=config)
+    gate: jax.Array | None = None
+    if config.latent is not None:
+        x, q, k = project_for_cache(layer, x, config=config)
+        v = k[..., :0]
+    else:
+        x, q, k, v, gate = project_qkv(layer, x, config=config)
     rotated = angles.query[0] is not None
     q, _ = behind_rope(attention, _rotated(q, angles.query), None, config, rotated=rotated)
     if k is not None:
@@ -238,16 +249,23 @@ def cached_heads(
             )
             read = cache._replace(keys=keys)
     assert read is not None
-    heads = cached_attention(
-        scaled_queries(q, angles.query_scale),
-        read,
-        positions,
-        sliding_window=config.sliding_window if kind == "sliding" else None,
-        chunk=config.attention_chunk if kind == "chunked" else None,
-        softcap=config.attention_softcap,
-        sinks=value_or_none(getattr(attention, "sinks", None)),
-        scale=config.attention_multiplier,
-    )
+
+    def attend(q: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return cached_attention(
+            q,
+            LayerCache(keys, values),
+            positions,
+            sliding_window=config.sliding_window if kind == "sliding" else None,
+            chunk=config.attention_chunk if kind == "chunked" else None,
+            softcap=config.attention_softcap,
+            sinks=value_or_none(getattr(attention, "sinks", None)),
+            scale=config.attention_multiplier,
+        )
+
+    if config.latent is not None:
+        heads = latent_slots_attention(attention, q, read.keys, attend, config=config)
+    else:
+        heads = attend(scaled_queries(q, angles.query_scale), read.keys, read.values)
     return x, heads, gate, cache, read
 
 

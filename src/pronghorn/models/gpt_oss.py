@@ -105,9 +105,7 @@ def interleaved_tensors(config: DecoderConfig) -> dict[str, InterleavedTensor]:
             for suffix, leaf in (("", "weight"), ("_bias", "bias")):
                 parts = tuple(f"{experts}{projection}.{leaf}" for projection in projections)
                 weight = leaf == "weight"
-                found[f"{experts}{name}{suffix}"] = InterleavedTensor(
-                    parts, transposed=weight, adapters=weight
-                )
+                found[f"{experts}{name}{suffix}"] = InterleavedTensor(parts, transposed=weight, marked=weight)
     return found
 
 

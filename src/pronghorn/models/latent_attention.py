@@ -9,7 +9,7 @@ padded with zeros and the output is cut, which changes no number: a zero adds no
 are columns of zeros in the output. The cost, for 128 dims of values beside 192: half as much again for the product with
 v and its gradients, and an output that is kept padded for attention's own backward pass.
 
-For decoding, keys and values of every head are kept as they are expanded (`models/cache.py`).
+Decoding keeps the latent vectors and attends over them (`models/latent_decoding.py`).
 """
 
 from typing import Any
@@ -56,25 +56,39 @@ def expand_latents(
     """
     latent = config.latent
     assert latent is not None
-    batch, seq, _ = of_q.shape
-    if latent.query_rank:
-        _, (of_q,) = normalized_linears(attention.q_a_layernorm, attention, ("q_b_proj",), of_q, dropout_key)
-    q = of_q.reshape(batch, seq, config.num_heads, config.head_dim)
-    q_content, q_position = jnp.split(q, (latent.content_dim,), axis=-1)
+    q_position, q_content = latent_queries(attention, of_q, config=config, dropout_key=dropout_key)
     compressed, k_position = jnp.split(of_kv, (latent.rank,), axis=-1)
     norm = attention.kv_a_layernorm
     _, (expanded,) = normalized_linears(norm, attention, ("kv_b_proj",), compressed, dropout_key)
-    expanded = expanded.reshape(batch, seq, config.num_heads, -1)
+    expanded = expanded.reshape(*expanded.shape[:2], config.num_heads, -1)
     k_content, v = jnp.split(expanded, (latent.content_dim,), axis=-1)
     k_position = k_position[:, :, None]
     if config.rope_interleaved:
-        q_position, k_position = halves(q_position), halves(k_position)
+        k_position = halves(k_position)
     cos, sin = angles
     if cos is not None:
         q_position, k_position = apply_rope(q_position, k_position, cos, sin)
     k_position = jnp.broadcast_to(k_position, q_position.shape)
     q = jnp.concatenate([q_position, q_content], axis=-1)
     return q, jnp.concatenate([k_position, k_content], axis=-1), v
+
+
+def latent_queries(
+    attention: LatentAttention,
+    of_q: jax.Array,
+    *,
+    config: DecoderConfig,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Queries from what `project_latents` gives: their dims of positions `[batch, seq, heads, position_dim]`, in halves
+    and not rotated, and of contents `[.., content_dim]`."""
+    latent = config.latent
+    assert latent is not None
+    if latent.query_rank:
+        _, (of_q,) = normalized_linears(attention.q_a_layernorm, attention, ("q_b_proj",), of_q, dropout_key)
+    q = of_q.reshape(*of_q.shape[:2], config.num_heads, config.head_dim)
+    content, position = jnp.split(q, (latent.content_dim,), axis=-1)
+    return halves(position) if config.rope_interleaved else position, content
 
 
 def halves(x: jax.Array) -> jax.Array:

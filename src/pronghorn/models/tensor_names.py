@@ -59,14 +59,15 @@ class InterleavedTensor:
     Attributes:
       parts: names in `tensor_names`: element j of the last axis belongs to part j mod len(parts).
       transposed: the file has `[.., in, out]` where ours is `[.., out, in]`.
-      adapters: transformers and PEFT take the array as it is, `[experts, in, out]`, so that A of an adapter reads `in`.
+      marked: the module of transformers says that it is transposed (`is_transposed`). PEFT takes what does not say so
+        for `[experts, out, in]`.
       in_turn: otherwise the parts lie along that axis one after the other.
     """
 
     parts: tuple[str, ...]
     transposed: bool
     in_turn: bool = True
-    adapters: bool = False
+    marked: bool = False
 
     def part_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each part, given the file's."""

@@ -182,8 +182,8 @@ def _run_pronghorn(model: Any, input_ids: np.ndarray, gradients: bool, names: se
     if model.adapter is not None:
         from pronghorn.converters.peft_sites import FusedSite, fused_gradients, peft_sites
 
-        moved = peft_sites(gradient)
-        for name, site in peft_sites(model).items():
+        moved = peft_sites(gradient, joined_experts=True)  # as they are in transformers
+        for name, site in peft_sites(model, joined_experts=True).items():
             if isinstance(site, FusedSite):
                 letters = fused_gradients(site, moved[name])  # type: ignore[arg-type]  # the same model's
                 found |= {f"{name}.lora_{letter}": value for letter, value in letters.items()}
@@ -280,7 +280,7 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
         trained_entries,
     )
 
-    places, modules = peft_sites(model), module_names(model)
+    places, modules = peft_sites(model, joined_experts=True), module_names(model, joined_experts=True)
     adapted = {name for name, site in places.items() if factors_at(site) is not None}
     paths = modules | parameter_paths(places, modules, adapted)
     ours = {path: name for name, path in paths.items()}
@@ -291,8 +291,8 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
         module, _, factor = name.rpartition(".")
         if factor.startswith("lora_"):
             place = places[ours[module]]
-            if factor == "lora_B" and isinstance(place, FusedSite):
-                gradient = gradient * trained_entries(place)
+            if isinstance(place, FusedSite):
+                gradient = gradient * trained_entries(place).get(factor.removeprefix("lora_"), 1.0)
             found[f"{place.name}.{factor}"] = gradient
     return found
 
