@@ -222,7 +222,8 @@ def _reread_difference(torch_model: Any, model: Decoder, folder: Path, ids: np.n
 def _is_of_attention(name: str, module: Any) -> bool:
     import torch
 
-    return isinstance(module, torch.nn.Linear) and (".self_attn." in name or ".linear_attn." in name)
+    mixers = (".self_attn.", ".linear_attn.", ".mamba.")
+    return isinstance(module, torch.nn.Linear) and any(mixer in name for mixer in mixers)
 
 
 def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:

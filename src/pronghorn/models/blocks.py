@@ -15,12 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.altup import cut_off
-from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.config import STATE_SPACE_KINDS, DecoderConfig, LayerKind
 from pronghorn.models.delta_net import add_delta_net
 from pronghorn.models.expert_layers import SparseMLP
 from pronghorn.models.experts import sparse_mlp
 from pronghorn.models.latent_attention import expand_latents, halves, latent_heads, project_latents
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
+from pronghorn.models.mamba import mamba
 from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
 from pronghorn.models.short_convolution import add_convolution
 from pronghorn.models.token_tiles import in_token_tiles
@@ -35,6 +36,11 @@ from pronghorn.pallas_kernels.rope import apply_rope
 def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
     """x + scale out."""
     return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype))
+
+
+def add_mixed(x: jax.Array, mixed: jax.Array, config: DecoderConfig) -> jax.Array:
+    """The stream and what a state-space mixer makes of it."""
+    return _scaled_sum(x, mixed, config.residual_scale)
 
 
 def project_qkv(
@@ -334,7 +340,7 @@ def decoder_layer(
       segment_ids: int `[batch, seq]`, or None for one segment a row.
       query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
       kind: "full", "sliding" for a window of config.sliding_window tokens, "chunked", whose chunks are `segment_ids`,
-        "conv" or "linear".
+        "conv", "linear", "mamba" or "hybrid".
       dropout_key: of this layer; None drops nothing.
       tile_tokens: as in `feed_forward`.
     """
@@ -375,6 +381,12 @@ def attention_part(
     if kind == "linear":
         with jax.named_scope("linear_attention"):
             return add_delta_net(layer, x, segment_ids, config=config, dropout_key=dropout_key)
+    if kind in STATE_SPACE_KINDS:
+        with jax.named_scope("state_space"):
+            mixed, x = mamba(layer, x, segment_ids, config=config, dropout_key=dropout_key)
+        mixed = add_mixed(x, mixed, config)
+        if kind == "mamba":
+            return checkpoint_name(mixed, "stream_after_attention"), x
     options: dict[str, Any] = {"config": config, "dropout_key": dropout_key}
     if config.latent is not None:
         with jax.named_scope("attention"):

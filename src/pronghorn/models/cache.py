@@ -20,16 +20,19 @@ import jax.numpy as jnp
 from pronghorn.models import rope
 from pronghorn.models.blocks import (
     add_attention,
+    add_mixed,
     behind_rope,
     feed_forward,
     project_qkv,
     scaled_queries,
 )
 from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
-from pronghorn.models.delta_net import StateCache, cached_delta_net, empty_state
+from pronghorn.models.delta_net import cached_delta_net, empty_state
 from pronghorn.models.extras import Carried, around_attention
 from pronghorn.models.layers import DecoderLayer, value_or_none
+from pronghorn.models.mamba import cached_mamba, empty_mamba_state
 from pronghorn.models.short_convolution import convolution_inputs, weighted_taps
+from pronghorn.models.state_cache import StateCache
 
 
 class LayerCache(NamedTuple):
@@ -61,6 +64,9 @@ def empty_cache(
     kind: LayerKind = "full",
 ) -> LayerCache | StateCache:
     """Zeros for one layer, or for a stack of `leading[0]` layers."""
+    if kind == "mamba":
+        assert config.state_space is not None
+        return empty_mamba_state(config.state_space, batch, dtype=dtype, leading=leading)
     if kind == "linear":
         return empty_state(config, batch, dtype=dtype, leading=leading)
     if kind == "conv":
@@ -200,6 +206,10 @@ def cached_decoder_layer(
         return _cached_convolution(layer, x, cache, positions, config=config)
     if kind == "linear":
         mixed, cache = cached_delta_net(layer, x, cache, positions, config=config)
+        return feed_forward(layer, mixed, mixed, config=config), cache
+    if kind == "mamba":
+        mixed, cache = cached_mamba(layer, x, cache, positions, config=config)
+        mixed = add_mixed(x, mixed, config)
         return feed_forward(layer, mixed, mixed, config=config), cache
     x, heads, gate, cache, _ = cached_heads(layer, x, cache, angles, positions, config=config, kind=kind)
     attended = add_attention(layer, x, heads, gate, config=config)

@@ -10,10 +10,13 @@ from typing import Any, Literal
 from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.extras_config import ExtrasConfig
 from pronghorn.models.latent_config import LatentConfig
+from pronghorn.models.state_space_config import StateSpaceConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-LayerKind = Literal["full", "sliding", "chunked", "conv", "linear"]
+LayerKind = Literal["full", "sliding", "chunked", "conv", "linear", "mamba", "hybrid"]
+ATTENDING_KINDS: tuple[LayerKind, ...] = ("full", "sliding", "chunked", "hybrid")
+STATE_SPACE_KINDS: tuple[LayerKind, ...] = ("mamba", "hybrid")
 LayerRope = Literal["global", "local", "none"]
 Block = Literal["pre", "post", "sandwich", "parallel"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
@@ -74,14 +77,16 @@ class DecoderConfig:
       layer_kinds: what each layer sees: all before it, a window, or the last conv_width tokens through a gated
         convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases), or all before it
         through the state of a gated delta net ("linear", `models/delta_net.py`; linear_*, and conv_width of its own
-        convolution), or in its chunk of attention_chunk positions ("chunked": from the last multiple of it on).
-        layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
-        all alike.
+        convolution), or in its chunk of attention_chunk positions ("chunked": from the last multiple of it on), or all
+        before it through a state-space mixer in place of attention ("mamba", `models/mamba.py`) or beside one that
+        reads the same norm ("hybrid").
+      layer_ropes: which positions each layer is told: those of `rope`, of `local_rope`, or none. Empty means all alike.
       linear_by_key_head: a delta net has two projections in front, with the rows of one key head after the other.
       qkv_clip: what the projections of queries, keys and values are clipped to, either sign; None for nothing.
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
+      state_space: sizes of the mixers of "mamba" and "hybrid" layers, or None.
       latent: multi-head latent attention in place of grouped heads; qkv_bias is then of its first projections, and rope
         of its dims of positions.
       experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
@@ -143,6 +148,7 @@ class DecoderConfig:
     linear_key_dim: int = 0
     linear_value_dim: int = 0
     linear_by_key_head: bool = False
+    state_space: StateSpaceConfig | None = None
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
     extras: ExtrasConfig | None = None
@@ -174,8 +180,10 @@ class DecoderConfig:
                     f"linear_value_heads {self.linear_value_heads} is no multiple of linear_key_heads "
                     f"{self.linear_key_heads}"
                 )
-            if set(self.layer_kinds) == {"linear"}:
-                raise ValueError("every layer is of linear attention, and at least one has to attend")
+        if set(self.layer_kinds) <= {"linear", "mamba"}:
+            raise ValueError("no layer attends, and at least one has to: the others have a state alone")
+        if set(self.layer_kinds) & set(STATE_SPACE_KINDS):
+            self._check_state_space()
         if self.layer_ropes and len(self.layer_ropes) != self.num_layers:
             raise ValueError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if set(self.layer_ropes) <= {"global"}:
@@ -194,6 +202,16 @@ class DecoderConfig:
             raise ValueError("heads that are normalised after rope keep the order of their dims")
         if self.extras is not None:
             self._check_extras(self.extras)
+
+    def _check_state_space(self) -> None:
+        if self.state_space is None:
+            raise ValueError("layer_kinds has 'mamba' or 'hybrid' and state_space is None")
+        if self.block != "pre" or self.norm != "rms":
+            raise ValueError("state-space mixers read an RMS norm in front of them")
+        if self.activation != "silu":
+            raise ValueError(
+                f"state-space mixers convolve with silu, and the activation is {self.activation}"
+            )
 
     def _check_extras(self, extras: ExtrasConfig) -> None:
         extras.check(self.layer_kinds)
