@@ -43,6 +43,27 @@ DELTA_NETS = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
 }
+# As Granite 4's: `time_step_limit` cuts off a share of the steps at either end.
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 10,
+    "mamba_chunk_size": 16,
+    "mamba_proj_bias": True,
+    "time_step_limit": [0.3, 1.1],
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "num_hidden_layers": 4,
+}
+GRANITE_4 = {
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+    "attention_bias": True,
+}
 # family name -> case. Windows of 17 tokens cut in every check.
 CASES = {
     "llama": Case("llama", {"mlp_bias": True}, "scanned"),
@@ -195,28 +216,7 @@ CASES = {
     "arcee": Case("arcee", {"rope_parameters": YARN | {"rope_theta": 1e4}}, "scanned"),
     "glm": Case("glm", {"head_dim": 12}, "scanned"),
     "glm4": Case("glm4", {"head_dim": 12}, "scanned"),
-    "granite4": Case(
-        "granitemoehybrid",
-        {
-            "num_local_experts": 0,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 12,
-            "mamba_n_groups": 2,
-            "mamba_d_state": 10,
-            "mamba_chunk_size": 16,
-            "mamba_proj_bias": True,
-            "time_step_limit": [0.3, 1.1],
-            "layer_types": ["mamba", "mamba", "attention", "mamba"],
-            "num_hidden_layers": 4,
-            "shared_intermediate_size": 96,
-            "position_embedding_type": "rope",
-            "embedding_multiplier": 6.0,
-            "attention_multiplier": 0.2,
-            "residual_multiplier": 0.7,
-            "logits_scaling": 2.0,
-            "attention_bias": True,
-        },
-    ),
+    "granite4": Case("granitemoehybrid", GRANITE_4 | MAMBA | {"num_local_experts": 0}),
     "vaultgemma": Case(
         "vaultgemma",
         {
@@ -421,6 +421,27 @@ CASES = {
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 40,
             "shared_expert_intermediate_size": 64,
+        },
+    ),
+}
+
+# name -> case of a family that has one above, of another kind: checked alike, and not in the table of docs/models.md.
+VARIANTS = {
+    "granite4_dense": Case(
+        "granitemoehybrid",
+        GRANITE_4 | {"num_local_experts": 0, "mamba_n_heads": 32, "layer_types": ["full_attention"] * 2},
+        "scanned",
+    ),
+    "granite4_moe": Case(
+        "granitemoehybrid",
+        GRANITE_4
+        | MAMBA
+        | {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 40,
+            "position_embedding_type": None,
+            "attention_bias": False,  # of keys without positions: see Llama 4's
         },
     ),
 }

@@ -23,7 +23,7 @@ from pronghorn.lora import merge, merge_lora, split
 from pronghorn.models import Decoder, flat_arrays
 from pronghorn.models.families import family_named
 from pronghorn.models.tensor_names import by_our_names
-from tests.models.family_cases import CASES, Case
+from tests.models.family_cases import CASES, VARIANTS, Case
 from tests.models.reference import gradient_error, random_ids, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
@@ -46,8 +46,8 @@ class Result:
 
 @functools.cache
 def results(family: str) -> dict[str, Result]:
-    """Every check of a family, by its name."""
-    case = CASES[family]
+    """Every check of a family, or of a variant of one, by its name."""
+    case = (CASES | VARIANTS)[family]
     # A padding token's row of the embedding would get no gradient in torch.
     plain = (
         {"num_hidden_layers": 2} if case.layers == "scanned" else {}
@@ -118,7 +118,7 @@ def _our_results(model: Decoder, ids: np.ndarray, segments: np.ndarray) -> tuple
 def _by_our_names(model: Decoder, theirs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     config = model.config
     family = family_named(config.family)
-    ways = family.tensor_names, family.fused_tensors, family.interleaved_tensors
+    ways = family.names_in_memory, family.fused_tensors, family.interleaved_tensors
     return by_our_names(theirs, *(way(config) for way in ways))
 
 
@@ -261,4 +261,4 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     )
 
 
-__all__ = ["CASES", "CHECKS", "LIMITS", "Result", "results"]
+__all__ = ["CASES", "CHECKS", "LIMITS", "VARIANTS", "Result", "results"]

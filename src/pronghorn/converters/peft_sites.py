@@ -243,7 +243,7 @@ def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, s
     fused = {pieces[0][0]: name for name, pieces in family.fused_tensors(model.config).items()}
     stacks = family.stacked_tensors(model.config)
     layouts = [(name, layout.parts) for name, layout in family.interleaved_tensors(model.config).items()]
-    modules = tensors if family.module_tensors is None else family.module_tensors(model.config)
+    modules = family.names_in_memory(model.config)
     names = {}
     for name, site in peft_sites(model, joined_experts=joined_experts).items():
         if isinstance(site, ExpertSite):

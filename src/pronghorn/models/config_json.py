@@ -48,6 +48,10 @@ class Family:
     left_out: Callable[[HfConfig], tuple[str, ...]] = lambda hf: ()
     tower: str = "model.language_model"
 
+    def names_in_memory(self, config: DecoderConfig) -> dict[str, str]:
+        """As `tensor_names`, with the names that the modules of transformers have."""
+        return (self.module_tensors or self.tensor_names)(config)
+
 
 # Keys that say nothing about the forward pass.
 HARMLESS = frozenset({

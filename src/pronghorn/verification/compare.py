@@ -267,7 +267,7 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
         config = model.config
         return by_our_names(
             {tower_name(name): gradient for name, gradient in gradients.items()},
-            family.tensor_names(config),
+            family.names_in_memory(config),
             family.fused_tensors(config),
             family.interleaved_tensors(config),
         )
