@@ -172,6 +172,14 @@ GRANITE_4_MICRO = {
     "tie_word_embeddings": True,
     "vocab_size": 100352,
 }
+# The keys are those of Granite 4 Micro; the values are from memory and have to be compared with the published file.
+GRANITE_4_H_TINY = GRANITE_4_MICRO | {
+    "attention_multiplier": 0.0078125, "hidden_size": 1536, "intermediate_size": 512,
+    "layer_types": ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)], "logits_scaling": 6,
+    "mamba_d_head": 64, "mamba_d_state": 128, "mamba_n_heads": 48, "num_attention_heads": 12,
+    "num_experts_per_tok": 6, "num_key_value_heads": 4, "num_local_experts": 64, "position_embedding_type": "nope",
+    "rope_theta": 10000, "shared_intermediate_size": 1024,
+}  # fmt: skip
 MINISTRAL_3_3B = {
     "attention_dropout": 0.0,
     "head_dim": 128,

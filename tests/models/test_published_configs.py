@@ -1,5 +1,7 @@
 """Keys of published config.json files of the families beyond Llama are read as they are meant."""
 
+import math
+
 import pytest
 from transformers import AutoConfig
 
@@ -13,6 +15,7 @@ from tests.models.published_configs import (
     GEMMA_3N_E2B_TEXT,
     GEMMA_4_E2B_TEXT,
     GPT_OSS_20B,
+    GRANITE_4_H_TINY,
     GRANITE_4_MICRO,
     JAIS_2_8B,
     LFM_2_1_2B,
@@ -60,8 +63,30 @@ def test_granite_4_micro_is_dense_and_scaled():
     config = read(GRANITE_4_MICRO)
     assert (config.attention_scale, config.logit_scale, config.residual_scale) == (0.015625, 0.1, 0.22)
     assert config.layer_ropes == () and config.rope.base == 1e7
-    with pytest.raises(InputError, match="num_local_experts=62"):
-        read(GRANITE_4_MICRO | {"num_local_experts": 62})
+    assert config.experts is None and config.state_space is None
+
+
+def test_granite_4_h_tiny_has_nine_mixers_to_a_layer_that_attends_and_experts_everywhere():
+    config = read(GRANITE_4_H_TINY)
+    assert config.layer_kinds == (("mamba",) * 5 + ("full",) + ("mamba",) * 4) * 4
+    mixer, experts = config.state_space, config.experts
+    assert (mixer.heads, mixer.head_dim, mixer.groups, mixer.state_dim, mixer.conv_width) == (
+        48,
+        64,
+        1,
+        128,
+        4,
+    )
+    assert (mixer.conv_bias, mixer.input_bias, mixer.step_limits) == (True, False, (0.0, math.inf))
+    assert (experts.num_experts, experts.experts_per_token, experts.width, experts.shared_width) == (
+        64,
+        6,
+        512,
+        1024,
+    )
+    assert config.layer_ropes == ("none",) * 40
+    one_sided = {"time_step_limit": [0.01, {"__float__": "Infinity"}]}
+    assert read(GRANITE_4_H_TINY | one_sided).state_space.step_limits == (0.01, math.inf)
 
 
 def test_ministral_3_scales_queries_by_contexts_passed():
@@ -206,6 +231,7 @@ def test_jais_2_has_biases_where_the_file_is_silent():
         PHI_4_MINI,
         LFM_2_1_2B,
         GRANITE_4_MICRO,
+        GRANITE_4_H_TINY,
         MINISTRAL_3_3B,
         QWEN_3_5_9B,
         EXAONE_3_5_2_4B,
@@ -225,6 +251,13 @@ def test_published_rewritten_and_written_files_are_read_alike(hf):
         (GEMMA_2_2B, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (GEMMA_2_2B, {"embedding_multiplier": 2.0}, "embedding_multiplier"),
         (PHI_4_MINI, {"lm_head_bias": True}, "lm_head_bias"),
+        (GRANITE_4_MICRO, {"output_router_logits": True}, "output_router_logits"),
+        (GRANITE_4_H_TINY, {"mamba_n_heads": 47}, "mamba_n_heads"),
+        (GRANITE_4_H_TINY, {"mamba_n_groups": 5}, "5 groups"),
+        (GRANITE_4_H_TINY, {"time_step_limit": [0.1]}, "time_step_limit"),
+        (GRANITE_4_H_TINY, {"time_step_limit": [0.2, 0.1]}, "limits of state-space steps"),
+        (GRANITE_4_H_TINY, {"layer_types": ["mamba"] * 40}, "no layer attends"),
+        (GRANITE_4_H_TINY, {"layer_types": ["mamba", "attention"]}, "layer_types"),
         (PHI_4_MINI, {"resid_pdrop": 0.1}, "resid_pdrop"),
     ],
 )
