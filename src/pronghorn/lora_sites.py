@@ -157,7 +157,7 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
                 f"lora.targets: {target!r} matches no module; there are {', '.join([*endings, HEAD, EMBEDDING])}, "
                 f'whole names such as {next(name for name in found if "." in name)}, and "{ALL_LINEAR}".'
             )
-        chosen |= matched
+        chosen |= _adapted_by_peft(model, matched, target)
     layers = None if config.layers is None else set(config.layers)
     names = [
         name
@@ -173,6 +173,22 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
             if not any(matches(name, found[name].layer, target) for name in names):
                 raise InputError(f"lora.{option}: {target!r} matches none of the adapted modules.")
     return names
+
+
+def _adapted_by_peft(model: Decoder, matched: set[str], target: str) -> set[str]:
+    """What a target matches, of "all-linear" without the linears that PEFT takes no adapters of.
+
+    Raises:
+      InputError: another target chooses one of these.
+    """
+    unadapted = family_named(model.config.family).unadapted
+    refused = {name for name in matched if unadapted and name.endswith(unadapted)}
+    if refused and target != ALL_LINEAR:
+        raise InputError(
+            f"lora.targets: {target!r} chooses {min(refused)}, which PEFT adapts in no model of this family, so that "
+            f'nothing could read the adapter; choose others, or "{ALL_LINEAR}", which leaves it out.'
+        )
+    return matched - refused
 
 
 def transformers_names(model: Decoder) -> dict[str, str]:

@@ -55,6 +55,22 @@ MAMBA = {
     "layer_types": ["mamba", "mamba", "attention", "mamba"],
     "num_hidden_layers": 4,
 }
+FALCON_H1 = {
+    **{key: value for key, value in MAMBA.items() if key not in ("layer_types", "num_hidden_layers")},
+    "mamba_d_ssm": 96,
+    "projectors_bias": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 1.3,
+    "embedding_multiplier": 6.0,
+    "key_multiplier": 0.6,
+    "lm_head_multiplier": 0.7,
+    "mlp_multipliers": [0.9, 1.4],
+    "ssm_in_multiplier": 1.25,
+    "ssm_multipliers": [0.8, 1.2, 0.7, 1.5, 0.6],
+    "ssm_out_multiplier": 0.9,
+}
 GRANITE_4 = {
     "shared_intermediate_size": 96,
     "position_embedding_type": "rope",
@@ -423,6 +439,7 @@ CASES = {
             "shared_expert_intermediate_size": 64,
         },
     ),
+    "falcon_h1": Case("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}, "scanned"),
 }
 
 # name -> case of a family that has one above, of another kind: checked alike, and not in the table of docs/models.md.
@@ -443,5 +460,9 @@ VARIANTS = {
             "position_embedding_type": None,
             "attention_bias": False,  # of keys without positions: see Llama 4's
         },
+    ),
+    "falcon_h1_without_a_norm": Case("falcon_h1", FALCON_H1),
+    "falcon_h1_with_the_norm_behind_the_gate": Case(
+        "falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
     ),
 }

@@ -19,7 +19,8 @@ import numpy as np
 from pronghorn.converters.huggingface import load_model, save_model
 from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.converters.safetensors_files import open_weights
-from pronghorn.lora import merge, merge_lora, split
+from pronghorn.lora import LoRAConfig, merge, merge_lora, split
+from pronghorn.lora_sites import select, transformers_names
 from pronghorn.models import Decoder, flat_arrays
 from pronghorn.models.families import family_named
 from pronghorn.models.tensor_names import by_our_names
@@ -230,10 +231,15 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     """Merged weights: PEFT's own adapter as we read it, and as PEFT reads it after we have written it."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    # Of a mixture PEFT would take the experts' names for all-linear, too.
+    # Of a mixture PEFT would take the experts' names for all-linear, too; and it refuses all-linear where that chooses
+    # linears which it adapts in no model of the family.
     sparse = model.config.experts is not None
     attention = [name for name, module in torch_model.named_modules() if _is_of_attention(name, module)]
     targets: Any = sorted({name.rpartition(".")[2] for name in attention}) if sparse else "all-linear"
+    unadapted = family_named(model.config.family).unadapted
+    if unadapted:
+        config = LoRAConfig(targets="all-linear")
+        targets = [transformers_names(model)[name] for name in select(model, config)]
     options = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)
     theirs = get_peft_model(copy.deepcopy(torch_model), options)
     theirs.save_pretrained(str(folder / "peft"))
@@ -250,7 +256,7 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     # Cohere's query and key norms are matrices as well: a row a head.
     linears = sum(
         len(array.shape) == 2
-        and not any(part in name for part in ("norm", "mlp.gate.", "embed_tokens", "lm_head"))
+        and not any(part in name for part in ("norm", "mlp.gate.", "embed_tokens", "lm_head", *unadapted))
         for name, array in base.items()
     )
     assert changed == (len(attention) if sparse else linears), "every linear was adapted"

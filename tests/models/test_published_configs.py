@@ -10,6 +10,7 @@ from pronghorn.models import family_for
 from tests.models.published_configs import (
     CWM,
     EXAONE_3_5_2_4B,
+    FALCON_H1_0_5B,
     GEMMA_2_2B,
     GEMMA_3_1B,
     GEMMA_3N_E2B_TEXT,
@@ -87,6 +88,17 @@ def test_granite_4_h_tiny_has_nine_mixers_to_a_layer_that_attends_and_experts_ev
     assert config.layer_ropes == ("none",) * 40
     one_sided = {"time_step_limit": [0.01, {"__float__": "Infinity"}]}
     assert read(GRANITE_4_H_TINY | one_sided).state_space.step_limits == (0.01, math.inf)
+
+
+def test_falcon_h1_has_mixers_beside_attention_and_factors_everywhere():
+    config = read(FALCON_H1_0_5B)
+    mixer = config.state_space
+    assert config.layer_kinds == ("hybrid",) * 36 and mixer.gated_norm == "none" and mixer.width == 1536
+    assert (config.gate_scale, config.mlp_output_scale) == (0.8838834764831844, 0.5859375)
+    assert (mixer.input_scale, mixer.output_scale, mixer.part_scales[3]) == (1.25, 0.23570226039551587, 0.5)
+    assert config.attention_multiplier == 0.39062499999999994 / 8
+    normed = read(FALCON_H1_0_5B | {"mamba_rms_norm": True})
+    assert normed.state_space.gated_norm == "gate_first"
 
 
 def test_ministral_3_scales_queries_by_contexts_passed():
@@ -232,6 +244,7 @@ def test_jais_2_has_biases_where_the_file_is_silent():
         LFM_2_1_2B,
         GRANITE_4_MICRO,
         GRANITE_4_H_TINY,
+        FALCON_H1_0_5B,
         MINISTRAL_3_3B,
         QWEN_3_5_9B,
         EXAONE_3_5_2_4B,
@@ -252,6 +265,10 @@ def test_published_rewritten_and_written_files_are_read_alike(hf):
         (GEMMA_2_2B, {"embedding_multiplier": 2.0}, "embedding_multiplier"),
         (PHI_4_MINI, {"lm_head_bias": True}, "lm_head_bias"),
         (GRANITE_4_MICRO, {"output_router_logits": True}, "output_router_logits"),
+        (FALCON_H1_0_5B, {"mamba_d_ssm": None}, "mamba_d_ssm"),
+        (FALCON_H1_0_5B, {"mamba_use_mlp": False}, "mamba_use_mlp"),
+        (FALCON_H1_0_5B, {"ssm_multipliers": [1.0] * 4}, "ssm_multipliers"),
+        (FALCON_H1_0_5B, {"hidden_act": "gelu"}, "silu"),
         (GRANITE_4_H_TINY, {"mamba_n_heads": 47}, "mamba_n_heads"),
         (GRANITE_4_H_TINY, {"mamba_n_groups": 5}, "5 groups"),
         (GRANITE_4_H_TINY, {"time_step_limit": [0.1]}, "time_step_limit"),

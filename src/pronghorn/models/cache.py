@@ -26,7 +26,7 @@ from pronghorn.models.blocks import (
     project_qkv,
     scaled_queries,
 )
-from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.config import STATE_SPACE_KINDS, DecoderConfig, LayerKind, LayerRope
 from pronghorn.models.delta_net import cached_delta_net, empty_state
 from pronghorn.models.extras import Carried, around_attention
 from pronghorn.models.layers import DecoderLayer, value_or_none
@@ -46,6 +46,13 @@ class LayerCache(NamedTuple):
     values: jax.Array
 
 
+class HybridCache(NamedTuple):
+    """Of a layer that attends and has a state-space mixer beside it."""
+
+    attention: LayerCache
+    state: StateCache
+
+
 class Rotation(NamedTuple):
     """cos and sin of the queries; and of every slot, or None where keys are stored rotated. Two Nones: no rope."""
 
@@ -62,11 +69,16 @@ def empty_cache(
     dtype: Any,
     leading: tuple = (),
     kind: LayerKind = "full",
-) -> LayerCache | StateCache:
+) -> LayerCache | StateCache | HybridCache:
     """Zeros for one layer, or for a stack of `leading[0]` layers."""
-    if kind == "mamba":
+    if kind in STATE_SPACE_KINDS:
         assert config.state_space is not None
-        return empty_mamba_state(config.state_space, batch, dtype=dtype, leading=leading)
+        state = empty_mamba_state(config.state_space, batch, dtype=dtype, leading=leading)
+        if kind == "mamba":
+            return state
+        heads = empty_cache(config, batch, max_length, dtype=dtype, leading=leading)
+        assert isinstance(heads, LayerCache)
+        return HybridCache(heads, state)
     if kind == "linear":
         return empty_state(config, batch, dtype=dtype, leading=leading)
     if kind == "conv":
@@ -86,6 +98,7 @@ def empty_cache(
 def max_length(cache: Any) -> int:
     """The slots of a model's cache: a state has none, and no model is of states alone."""
     kept = (layer for segment in cache for layer in segment)
+    kept = (layer.attention if isinstance(layer, HybridCache) else layer for layer in kept)
     return int(next(layer.keys.shape[-3] for layer in kept if isinstance(layer, LayerCache)))
 
 
@@ -211,6 +224,12 @@ def cached_decoder_layer(
         mixed, cache = cached_mamba(layer, x, cache, positions, config=config)
         mixed = add_mixed(x, mixed, config)
         return feed_forward(layer, mixed, mixed, config=config), cache
+    if kind == "hybrid":
+        mixed, state = cached_mamba(layer, x, cache.state, positions, config=config)
+        given = (cache.attention, angles, positions)
+        x, heads, gate, kept, _ = cached_heads(layer, x, *given, config=config, kind=kind)
+        attended = add_attention(layer, add_mixed(x, mixed, config), heads, gate, config=config)
+        return feed_forward(layer, attended, attended, config=config), HybridCache(kept, state)
     x, heads, gate, cache, _ = cached_heads(layer, x, cache, angles, positions, config=config, kind=kind)
     attended = add_attention(layer, x, heads, gate, config=config)
     read = x if config.block == "parallel" else attended

@@ -74,6 +74,9 @@ class DecoderConfig:
         weights of its own ("heads"), or all heads as one vector ("width"); in front of rope, or after it.
       embedding_scale, residual_scale, logit_scale: factors on the embedding, on what each half of a layer adds, and on
         the logits (before their softcap).
+      attention_input_scale, attention_output_scale, key_scale: factors on what attention reads behind its norm, on what
+        it adds, and on its keys; gate_scale, mlp_output_scale: on the gate in front of its activation, and on what the
+        feed-forward network adds.
       layer_kinds: what each layer sees: all before it, a window, or the last conv_width tokens through a gated
         convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases), or all before it
         through the state of a gated delta net ("linear", `models/delta_net.py`; linear_*, and conv_width of its own
@@ -130,6 +133,11 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    attention_input_scale: float = 1.0
+    attention_output_scale: float = 1.0
+    key_scale: float = 1.0
+    gate_scale: float = 1.0
+    mlp_output_scale: float = 1.0
     layer_ropes: tuple[LayerRope, ...] = ()
     local_rope: RopeConfig | None = None
     rope_interleaved: bool = False
@@ -196,6 +204,14 @@ class DecoderConfig:
             raise ValueError("experts are gated, have no bias, and read the stream after attention")
         if self.latent is not None:
             self._check_latent(self.latent)
+        factors = (self.attention_input_scale, self.attention_output_scale, self.gate_scale)
+        if factors != (1.0, 1.0, 1.0) and (
+            self.experts is not None
+            or self.latent is not None
+            or self.extras is not None
+            or not self.gated_mlp
+        ):
+            raise ValueError("factors of attention and of the gate go with plain heads and gated networks")
         if not self.norm_weight and (self.norm == "rms" or self.norm_bias or self.qk_norm):
             raise ValueError("norms without a weight are layer norms without a bias, and not of heads")
         if self.rope_interleaved and self.qk_norm_after_rope:
@@ -259,7 +275,8 @@ class DecoderConfig:
     @property
     def attention_multiplier(self) -> float:
         """The factor of q kᵀ."""
-        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale * self.key_scale
 
     @property
     def layer_pattern(self) -> tuple[tuple[LayerKind, LayerRope], ...]:
