@@ -194,7 +194,7 @@ def _adapted_by_peft(model: Decoder, matched: set[str], target: str) -> set[str]
 def transformers_names(model: Decoder) -> dict[str, str]:
     """{our name of a site: the module's path in transformers without its "model."}; parts of one linear share it."""
     family = family_named(model.config.family)
-    tensors = family.tensor_names(model.config)
+    tensors = family.names_in_memory(model.config)
     for fused, parts in family.fused_tensors(model.config).items():
         pieces = {piece for piece, _ in parts}
         tensors = {ours: fused if theirs in pieces else theirs for ours, theirs in tensors.items()}

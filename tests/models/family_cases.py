@@ -440,6 +440,23 @@ CASES = {
         },
     ),
     "falcon_h1": Case("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}, "scanned"),
+    "nemotron_h": Case(
+        "nemotron_h",
+        {
+            "num_hidden_layers": 7,
+            "layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp", "mamba", "mlp"],
+            "head_dim": 10,
+            "mlp_bias": True,
+            "layer_norm_epsilon": 1e-5,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 8,
+            "n_groups": 3,
+            "ssm_state_size": 9,
+            "chunk_size": 16,
+            "use_bias": True,
+            "time_step_min": 0.5,
+        },
+    ),
 }
 
 # name -> case of a family that has one above, of another kind: checked alike, and not in the table of docs/models.md.

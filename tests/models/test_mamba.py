@@ -96,7 +96,7 @@ def test_all_linear_of_falcon_h1_leaves_out_what_peft_refuses_and_naming_it_is_r
     ("change", "named"),
     [
         ({"state_space": None}, "state_space is None"),
-        ({"activation": "gelu"}, "convolve with silu"),
+        ({"layer_kinds": ("mamba", "mlp", "full")}, "one part"),
         ({"block": "sandwich"}, "RMS norm"),
         ({"layer_kinds": ("mamba",) * 3}, "no layer attends"),
     ],

@@ -221,6 +221,7 @@ def feed_forward_norm(layer: DecoderLayer, config: DecoderConfig) -> Any:
         "pre": "post_attention_layernorm",
         "sandwich": "pre_feedforward_layernorm",
         "parallel": "input_layernorm",
+        "single": "input_layernorm",
     }
     return getattr(layer, norms[config.block]) if config.block in norms else None
 
@@ -350,10 +351,13 @@ def decoder_layer(
       segment_ids: int `[batch, seq]`, or None for one segment a row.
       query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
       kind: "full", "sliding" for a window of config.sliding_window tokens, "chunked", whose chunks are `segment_ids`,
-        "conv", "linear", "mamba" or "hybrid".
+        "conv", "linear", "mamba", "hybrid" or "mlp".
       dropout_key: of this layer; None drops nothing.
       tile_tokens: as in `feed_forward`.
     """
+    tiled: dict[str, Any] = {"config": config, "dropout_key": dropout_key, "tile_tokens": tile_tokens}
+    if kind == "mlp":
+        return feed_forward(layer, x, x, **tiled)
     attended, x = attention_part(
         layer,
         x,
@@ -365,10 +369,9 @@ def decoder_layer(
         query_scale=query_scale,
         dropout_key=dropout_key,
     )
-    read = x if config.block == "parallel" else attended
-    return feed_forward(
-        layer, read, attended, config=config, dropout_key=dropout_key, tile_tokens=tile_tokens
-    )
+    if config.block == "single":
+        return attended
+    return feed_forward(layer, x if config.block == "parallel" else attended, attended, **tiled)
 
 
 def attention_part(

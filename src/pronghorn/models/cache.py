@@ -69,8 +69,10 @@ def empty_cache(
     dtype: Any,
     leading: tuple = (),
     kind: LayerKind = "full",
-) -> LayerCache | StateCache | HybridCache:
-    """Zeros for one layer, or for a stack of `leading[0]` layers."""
+) -> LayerCache | StateCache | HybridCache | tuple[()]:
+    """Zeros for one layer, or for a stack of `leading[0]` layers; nothing for one that looks at no other token."""
+    if kind == "mlp":
+        return ()
     if kind in STATE_SPACE_KINDS:
         assert config.state_space is not None
         state = empty_mamba_state(config.state_space, batch, dtype=dtype, leading=leading)
@@ -187,7 +189,7 @@ def _cached_convolution(
         found = slots[rows, jnp.maximum(positions - ago, 0), 0]
         taps.append(jnp.where((positions >= ago)[..., None], found, 0).astype(gated.dtype))
     mixed = x + module.out_proj(gate * weighted_taps(module.conv, taps))
-    return feed_forward(layer, mixed, mixed, config=config), cache._replace(keys=slots)
+    return mixed, cache._replace(keys=slots)
 
 
 def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -215,25 +217,44 @@ def cached_decoder_layer(
       cache: of this layer.
       positions: int `[batch, tokens]`, increasing in each row, -1 for padding.
     """
+    if kind == "mlp":
+        return feed_forward(layer, x, x, config=config), cache
+    attended, x, cache = _cached_attention_part(layer, x, cache, angles, positions, config=config, kind=kind)
+    if config.block == "single":
+        return attended, cache
+    read = x if config.block == "parallel" else attended
+    return feed_forward(layer, read, attended, config=config), cache
+
+
+def _cached_attention_part(
+    layer: DecoderLayer,
+    x: jax.Array,
+    cache: Any,
+    angles: Rotation,
+    positions: jax.Array,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(the stream after attention, or what stands in its place, the stream in front of it, the cache with the new
+    tokens in it) of `cached_decoder_layer`'s arguments."""
     if kind == "conv":
-        return _cached_convolution(layer, x, cache, positions, config=config)
+        attended, cache = _cached_convolution(layer, x, cache, positions, config=config)
+        return attended, x, cache
     if kind == "linear":
-        mixed, cache = cached_delta_net(layer, x, cache, positions, config=config)
-        return feed_forward(layer, mixed, mixed, config=config), cache
+        attended, cache = cached_delta_net(layer, x, cache, positions, config=config)
+        return attended, x, cache
     if kind == "mamba":
         mixed, cache = cached_mamba(layer, x, cache, positions, config=config)
-        mixed = add_mixed(x, mixed, config)
-        return feed_forward(layer, mixed, mixed, config=config), cache
+        return add_mixed(x, mixed, config), x, cache
     if kind == "hybrid":
         mixed, state = cached_mamba(layer, x, cache.state, positions, config=config)
         given = (cache.attention, angles, positions)
         x, heads, gate, kept, _ = cached_heads(layer, x, *given, config=config, kind=kind)
         attended = add_attention(layer, add_mixed(x, mixed, config), heads, gate, config=config)
-        return feed_forward(layer, attended, attended, config=config), HybridCache(kept, state)
+        return attended, x, HybridCache(kept, state)
     x, heads, gate, cache, _ = cached_heads(layer, x, cache, angles, positions, config=config, kind=kind)
-    attended = add_attention(layer, x, heads, gate, config=config)
-    read = x if config.block == "parallel" else attended
-    return feed_forward(layer, read, attended, config=config), cache
+    return add_attention(layer, x, heads, gate, config=config), x, cache
 
 
 def cached_heads(

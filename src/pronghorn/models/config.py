@@ -14,11 +14,11 @@ from pronghorn.models.state_space_config import StateSpaceConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-LayerKind = Literal["full", "sliding", "chunked", "conv", "linear", "mamba", "hybrid"]
+LayerKind = Literal["full", "sliding", "chunked", "conv", "linear", "mamba", "hybrid", "mlp"]
 ATTENDING_KINDS: tuple[LayerKind, ...] = ("full", "sliding", "chunked", "hybrid")
 STATE_SPACE_KINDS: tuple[LayerKind, ...] = ("mamba", "hybrid")
 LayerRope = Literal["global", "local", "none"]
-Block = Literal["pre", "post", "sandwich", "parallel"]
+Block = Literal["pre", "post", "sandwich", "parallel", "single"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
@@ -66,6 +66,7 @@ class DecoderConfig:
         "post"      x + post_attention(a(x)),           then x + post_feedforward(f(x))                 (OLMo 2)
         "sandwich"  x + post_attention(a(input(x))),    then x + post_feedforward(f(pre_feedforward(x)))  (Gemma 2)
         "parallel"  x + a(input(x)) + f(input(x))                                                       (Cohere)
+        "single"    x + a(input(x)), or x + f(input(x)) in layers of kind "mlp"                         (Nemotron-H)
       norm: "rms", or "layer" (mean and variance), with norm_bias or without, and that one also without norm_weight
         (OLMo 1); norm_weight_offset is added to the weight;
         rms_norm_eps is the epsilon of either.
@@ -188,10 +189,14 @@ class DecoderConfig:
                     f"linear_value_heads {self.linear_value_heads} is no multiple of linear_key_heads "
                     f"{self.linear_key_heads}"
                 )
-        if set(self.layer_kinds) <= {"linear", "mamba"}:
+        if set(self.layer_kinds) <= {"linear", "mamba", "mlp"}:
             raise ValueError("no layer attends, and at least one has to: the others have a state alone")
         if set(self.layer_kinds) & set(STATE_SPACE_KINDS):
             self._check_state_space()
+        if "mlp" in self.layer_kinds and self.block != "single":
+            raise ValueError("layers of kind 'mlp' are blocks of one part")
+        if self.block == "single" and (self.experts or self.extras or self.latent):
+            raise ValueError("blocks of one part have no experts, extras or latent attention")
         if self.layer_ropes and len(self.layer_ropes) != self.num_layers:
             raise ValueError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if set(self.layer_ropes) <= {"global"}:
@@ -222,12 +227,8 @@ class DecoderConfig:
     def _check_state_space(self) -> None:
         if self.state_space is None:
             raise ValueError("layer_kinds has 'mamba' or 'hybrid' and state_space is None")
-        if self.block != "pre" or self.norm != "rms":
+        if self.block not in ("pre", "single") or self.norm != "rms":
             raise ValueError("state-space mixers read an RMS norm in front of them")
-        if self.activation != "silu":
-            raise ValueError(
-                f"state-space mixers convolve with silu, and the activation is {self.activation}"
-            )
 
     def _check_extras(self, extras: ExtrasConfig) -> None:
         extras.check(self.layer_kinds)

@@ -42,6 +42,7 @@ from pronghorn.models import (
     mistral,
     mixtral,
     nemotron,
+    nemotron_h,
     olmo,
     olmo2,
     olmo3,
@@ -118,6 +119,7 @@ FAMILIES: tuple[Family, ...] = (
     qwen3_next.FAMILY,
     qwen3_5_moe.FAMILY,
     falcon_h1.FAMILY,
+    nemotron_h.FAMILY,
 )
 
 

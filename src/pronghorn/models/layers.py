@@ -402,17 +402,20 @@ LAYER_NORMS = {
         "post_feedforward_layernorm",
     ),
     "parallel": ("input_layernorm",),
+    "single": ("input_layernorm",),
 }
 
 
 class DecoderLayer(nnx.Module):
     """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv`, `linear_attn` or
-    `mamba`, or `self_attn` and `mamba`), `mlp` (an `MLP` or a `SparseMLP`), and its LAYER_NORMS."""
+    `mamba`, or `self_attn` and `mamba`), `mlp` (an `MLP` or a `SparseMLP`), and its LAYER_NORMS. A block of one part
+    has one of these alone."""
 
     self_attn: Any  # Attention or LatentAttention
     conv: ShortConv
     linear_attn: DeltaNet
     mamba: Mamba
+    mlp: Any  # MLP or SparseMLP
 
     input_layernorm: RMSNorm | LayerNorm
     post_attention_layernorm: RMSNorm | LayerNorm
@@ -448,7 +451,8 @@ class DecoderLayer(nnx.Module):
         if kind in ATTENDING_KINDS:
             attention = Attention if config.latent is None else LatentAttention
             self.self_attn = attention(config, dtype=dtype, rngs=rngs, leading=leading)
-        self.mlp = mlp(config, dtype=dtype, rngs=rngs, leading=leading)
+        if config.block != "single" or kind == "mlp":
+            self.mlp = mlp(config, dtype=dtype, rngs=rngs, leading=leading)
 
 
 def value_or_none(variable: nnx.Variable | None) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from pronghorn.errors import InputError
 from pronghorn.models.config import ATTENDING_KINDS, STATE_SPACE_KINDS, DecoderConfig
-from pronghorn.models.config_json import HfConfig, flag, number, positive
+from pronghorn.models.config_json import HfConfig, choice, flag, number, positive
 from pronghorn.models.state_space_config import StateSpaceConfig
 from pronghorn.models.tensor_names import llama_tensor_names
 
@@ -14,6 +14,7 @@ STATE_SPACE_KEYS = frozenset({
     "mamba_chunk_size", "mamba_conv_bias", "mamba_d_conv", "mamba_d_head", "mamba_d_state", "mamba_expand",
     "mamba_n_groups", "mamba_n_heads", "mamba_proj_bias", "time_step_limit",
 })  # fmt: skip
+CONVOLVED_WITH = {"silu": "silu", "swish": "silu"}  # the activation behind a mixer's convolution
 _INFINITY = {"__float__": "Infinity"}  # as transformers 5 writes it
 
 
@@ -27,6 +28,7 @@ def read_state_space(hf: HfConfig, *, width: int | None = None, **specific: Any)
     Raises:
       InputError: a key has a value that cannot be, or the heads do not make up the width.
     """
+    choice(hf, "hidden_act", CONVOLVED_WITH, "silu")
     heads = positive(hf, "mamba_n_heads", 128)
     if width is None:
         width = int(number(hf, "mamba_expand", 2) * positive(hf, "hidden_size"))
@@ -80,15 +82,20 @@ def write_state_space(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def mixer_leaves(mixer: StateSpaceConfig) -> list[str]:
+    """The names of a mixer's parameters within it, which all families share."""
+    leaves = ["A_log", "D", "dt_bias", "conv1d.weight", *["conv1d.bias"] * mixer.conv_bias]
+    leaves += ["norm.weight"] * (mixer.gated_norm != "none")
+    leaves += ["in_proj.weight", *["in_proj.bias"] * mixer.input_bias]
+    return [*leaves, "out_proj.weight", *["out_proj.bias"] * mixer.output_bias]
+
+
 def hybrid_state_space_names(config: DecoderConfig, modules: dict[str, str]) -> dict[str, str]:
     """`llama_tensor_names` of a decoder with mixers, without the attention that layers do not have."""
     names, mixer = llama_tensor_names(config, modules), config.state_space
     if mixer is None:
         return names
-    leaves = ["A_log", "D", "dt_bias", "conv1d.weight", *["conv1d.bias"] * mixer.conv_bias]
-    leaves += ["norm.weight"] * (mixer.gated_norm != "none")
-    leaves += ["in_proj.weight", *["in_proj.bias"] * mixer.input_bias]
-    leaves += ["out_proj.weight", *["out_proj.bias"] * mixer.output_bias]
+    leaves = mixer_leaves(mixer)
     for index, kind in enumerate(config.layer_kinds):
         prefix = f"layers.{index}."
         if kind not in ATTENDING_KINDS:
