@@ -28,9 +28,20 @@ BESIDE = dataclasses.replace(
     gate_scale=0.7,
     state_space=dataclasses.replace(MIXER, gated_norm="norm_first", input_scale=1.3, output_scale=0.6),
 )
+ALONE = dataclasses.replace(
+    IN_PLACE,
+    family="nemotron_h",
+    num_layers=4,
+    block="single",
+    activation="relu2",
+    gated_mlp=False,
+    layer_kinds=("mamba", "mlp", "mlp", "full"),
+    layer_ropes=("none",) * 4,
+)
 MODELS = {
     "in place": tiny_decoder(IN_PLACE, layers="scanned"),
     "beside": tiny_decoder(BESIDE, layers="scanned"),
+    "alone": tiny_decoder(ALONE, layers="scanned"),
 }
 
 

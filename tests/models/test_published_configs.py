@@ -21,6 +21,7 @@ from tests.models.published_configs import (
     JAIS_2_8B,
     LFM_2_1_2B,
     MINISTRAL_3_3B,
+    NEMOTRON_NANO_9B_V2,
     OLMO_7B_0424,
     PHI_4_MINI,
     QWEN_3_5_9B,
@@ -99,6 +100,21 @@ def test_falcon_h1_has_mixers_beside_attention_and_factors_everywhere():
     assert config.attention_multiplier == 0.39062499999999994 / 8
     normed = read(FALCON_H1_0_5B | {"mamba_rms_norm": True})
     assert normed.state_space.gated_norm == "gate_first"
+
+
+def test_nemotron_nano_2_has_blocks_of_one_part():
+    config = read(NEMOTRON_NANO_9B_V2)
+    assert config.block == "single" and config.activation == "relu2" and not config.gated_mlp
+    assert [config.layer_kinds.count(kind) for kind in ("mamba", "full", "mlp")] == [27, 4, 25]
+    assert config.layer_kinds[:8] == ("mamba", "mlp") * 3 + ("mamba", "mamba")
+    mixer = config.state_space
+    assert (mixer.heads, mixer.head_dim, mixer.groups, mixer.step_limits) == (128, 80, 8, (0.001, math.inf))
+    named = [
+        {"M": "mamba", "*": "attention", "-": "mlp"}[letter]
+        for letter in NEMOTRON_NANO_9B_V2["hybrid_override_pattern"]
+    ]
+    assert read(NEMOTRON_NANO_9B_V2 | {"hybrid_override_pattern": None, "layers_block_type": named}) == config
+    assert family_for(NEMOTRON_NANO_9B_V2).left_out(NEMOTRON_NANO_9B_V2) == ("mtp.",)
 
 
 def test_ministral_3_scales_queries_by_contexts_passed():
@@ -245,6 +261,7 @@ def test_jais_2_has_biases_where_the_file_is_silent():
         GRANITE_4_MICRO,
         GRANITE_4_H_TINY,
         FALCON_H1_0_5B,
+        NEMOTRON_NANO_9B_V2,
         MINISTRAL_3_3B,
         QWEN_3_5_9B,
         EXAONE_3_5_2_4B,
@@ -268,7 +285,14 @@ def test_published_rewritten_and_written_files_are_read_alike(hf):
         (FALCON_H1_0_5B, {"mamba_d_ssm": None}, "mamba_d_ssm"),
         (FALCON_H1_0_5B, {"mamba_use_mlp": False}, "mamba_use_mlp"),
         (FALCON_H1_0_5B, {"ssm_multipliers": [1.0] * 4}, "ssm_multipliers"),
-        (FALCON_H1_0_5B, {"hidden_act": "gelu"}, "silu"),
+        (FALCON_H1_0_5B, {"hidden_act": "gelu"}, "hidden_act"),
+        (NEMOTRON_NANO_9B_V2, {"hybrid_override_pattern": "ME" * 28}, "experts without a gate"),
+        (NEMOTRON_NANO_9B_V2, {"hybrid_override_pattern": "M*-"}, "num_hidden_layers"),
+        (NEMOTRON_NANO_9B_V2, {"hybrid_override_pattern": None}, "lacks hybrid_override_pattern"),
+        (NEMOTRON_NANO_9B_V2, {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        (NEMOTRON_NANO_9B_V2, {"attention_head_dim": 64}, "attention_head_dim"),
+        (NEMOTRON_NANO_9B_V2, {"mamba_hidden_act": "gelu"}, "mamba_hidden_act"),
+        (NEMOTRON_NANO_9B_V2, {"time_step_limit": [0.1, 0.2]}, "time_step_limit"),
         (GRANITE_4_H_TINY, {"mamba_n_heads": 47}, "mamba_n_heads"),
         (GRANITE_4_H_TINY, {"mamba_n_groups": 5}, "5 groups"),
         (GRANITE_4_H_TINY, {"time_step_limit": [0.1]}, "time_step_limit"),
