@@ -215,8 +215,11 @@ class DecoderConfig:
             or self.latent is not None
             or self.extras is not None
             or not self.gated_mlp
+            or self.block == "post"
         ):
-            raise ValueError("factors of attention and of the gate go with plain heads and gated networks")
+            raise ValueError(
+                "factors of attention and of the gate go with plain heads behind a norm, and gated networks"
+            )
         if not self.norm_weight and (self.norm == "rms" or self.norm_bias or self.qk_norm):
             raise ValueError("norms without a weight are layer norms without a bias, and not of heads")
         if self.rope_interleaved and self.qk_norm_after_rope:

@@ -71,6 +71,7 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
     """Read a config.json; InputError names what it refuses."""
     attention_bias = flag(hf, "attention_bias")
     gate_scale, mlp_output_scale = _factors(hf, "mlp_multipliers", 2)
+    factors: dict[str, Any] = {ours: number(hf, theirs, 1.0) for ours, theirs in _FACTORS.items()}
     return read_common(
         {"max_position_embeddings": 8192, "rms_norm_eps": 1e-5} | dict(hf),
         family="falcon_h1",
@@ -84,7 +85,7 @@ def config_from_hf(hf: HfConfig) -> DecoderConfig:
         state_space=_mixer(hf),
         gate_scale=gate_scale,
         mlp_output_scale=mlp_output_scale,
-        **{ours: number(hf, theirs, 1.0) for ours, theirs in _FACTORS.items()},
+        **factors,
     )
 
 

@@ -67,9 +67,9 @@ def cached_mamba(
     x, wide = _projected(layer, x, sizes, None)
     _, convolved, step = _parts(new.in_front(wide), sizes)
     taps, recent = new.taps(cache, convolved)
-    x_heads, step, *others = _recurrence_inputs(module, taps, step, sizes)
-    step = jnp.where(new.real, step, 0.0)
-    heads, state = continue_state_space(x_heads, step, *others, cache.states(new))
+    x_heads, step, rate, b, c, skip = _recurrence_inputs(module, taps, step, sizes)
+    step = jnp.where(new.real, step, 0.0)  # what is behind the real tokens leaves the state alone
+    heads, state = continue_state_space(x_heads, step, rate, b, c, skip, cache.states(new))
     return _output(module, new.in_place(heads), wide, sizes, None), StateCache(recent, state)
 
 

@@ -33,12 +33,12 @@ class NewTokens(NamedTuple):
 
     Attributes:
       order: int `[batch, tokens]`, of every place in front the token that moves there.
-      count: int `[batch]`, how many are real.
+      lengths: int `[batch]`, how many are real.
       starts: bool `[batch, 1]`, whether the row starts anew.
     """
 
     order: jax.Array
-    count: jax.Array
+    lengths: jax.Array
     starts: jax.Array
 
     @classmethod
@@ -51,7 +51,7 @@ class NewTokens(NamedTuple):
     @property
     def real(self) -> jax.Array:
         """bool `[batch, tokens, 1]`: which places in front are of real tokens."""
-        return (jnp.arange(self.order.shape[1]) < self.count[:, None])[..., None]
+        return (jnp.arange(self.order.shape[1]) < self.lengths[:, None])[..., None]
 
     def in_front(self, values: jax.Array) -> jax.Array:
         """`[batch, tokens, features]` in the order of `order`."""
@@ -67,6 +67,6 @@ class NewTokens(NamedTuple):
         history, tokens = cache.recent.shape[1], values.shape[1]
         earlier = jnp.where(self.starts[..., None], 0, cache.recent).astype(values.dtype)
         row = jnp.concatenate([earlier, values], axis=1)
-        last = self.count[:, None] + jnp.arange(history)
+        last = self.lengths[:, None] + jnp.arange(history)
         recent = jnp.take_along_axis(row, last[..., None], axis=1).astype(cache.recent.dtype)
         return [row[:, i : i + tokens] for i in range(history + 1)], recent

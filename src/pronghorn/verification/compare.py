@@ -231,8 +231,8 @@ def _run_transformers(
             with_kwargs=True,
         )
     ]
-    # Its name differs: LFM 2 says embedding_norm, and Gemma 4 has another norm behind.
-    norms = {name: module for name, module in trunk.named_children() if name.endswith("norm")}
+    # Its name differs: LFM 2 says embedding_norm, Nemotron-H norm_f, and Gemma 4 has another norm behind.
+    norms = {name: m for name, m in trunk.named_children() if name.endswith(("norm", "norm_f"))}
     final_norm = norms.get("norm", next(reversed(norms.values())))
     hooks += [
         m.register_forward_hook(lambda _m, _given, output: record(output))
