@@ -299,6 +299,8 @@ def test_published_rewritten_and_written_files_are_read_alike(hf):
         (GRANITE_4_H_TINY, {"time_step_limit": [0.2, 0.1]}, "limits of state-space steps"),
         (GRANITE_4_H_TINY, {"layer_types": ["mamba"] * 40}, "no layer attends"),
         (GRANITE_4_H_TINY, {"layer_types": ["mamba", "attention"]}, "layer_types"),
+        (GRANITE_4_H_TINY, {"layer_types": [["mamba"]] * 40}, "layer_types"),
+        (GRANITE_4_H_TINY, {"mamba_expand": -2}, "mamba_expand"),
         (PHI_4_MINI, {"resid_pdrop": 0.1}, "resid_pdrop"),
     ],
 )

@@ -57,7 +57,11 @@ _MODULES = {
 def _layer_kinds(hf: HfConfig) -> tuple[LayerKind, ...]:
     count = positive(hf, "num_hidden_layers")
     types = hf.get("layer_types") or hf.get("layers_block_type") or ["mamba"] * count
-    if not isinstance(types, list | tuple) or len(types) != count or not set(types) <= set(_KINDS):
+    if (
+        not isinstance(types, list | tuple)
+        or len(types) != count
+        or not {str(t) for t in types} <= set(_KINDS)
+    ):
         raise InputError(
             f"config.json: layer_types has to be one of {', '.join(_KINDS)} for each of {count} layers."
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 from pronghorn.errors import InputError
 from pronghorn.models.config import ATTENDING_KINDS, STATE_SPACE_KINDS, DecoderConfig
-from pronghorn.models.config_json import HfConfig, choice, flag, number, positive
+from pronghorn.models.config_json import HfConfig, choice, flag, positive
 from pronghorn.models.state_space_config import StateSpaceConfig
 from pronghorn.models.tensor_names import llama_tensor_names
 
@@ -31,7 +31,7 @@ def read_state_space(hf: HfConfig, *, width: int | None = None, **specific: Any)
     choice(hf, "hidden_act", CONVOLVED_WITH, "silu")
     heads = positive(hf, "mamba_n_heads", 128)
     if width is None:
-        width = int(number(hf, "mamba_expand", 2) * positive(hf, "hidden_size"))
+        width = positive(hf, "mamba_expand", 2) * positive(hf, "hidden_size")
     derived = hf.get("mamba_d_head") in (None, "auto")
     head_dim = width // heads if derived else positive(hf, "mamba_d_head")
     if heads * head_dim != width:
