@@ -166,7 +166,9 @@ def interleaved_tensors(config: DecoderConfig) -> dict[str, InterleavedTensor]:
         moe = f"model.layers.{index}.block_sparse_moe."
         for name, projections in (("input_linear", ("gate", "up")), ("output_linear", ("down",))):
             parts = tuple(f"{moe}experts.{part}_proj.weight" for part in projections)
-            found[f"{moe}{name}.weight"] = InterleavedTensor(parts, False, in_turn=False, by_rows=True)
+            found[f"{moe}{name}.weight"] = InterleavedTensor(
+                parts, transposed=False, in_turn=False, adapters=True, by_rows=True
+            )
     return found
 
 

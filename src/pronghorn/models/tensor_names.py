@@ -59,7 +59,8 @@ class InterleavedTensor:
     Attributes:
       parts: names in `tensor_names`: element j of the last axis belongs to part j mod len(parts).
       transposed: the file has `[.., in, out]` where ours is `[.., out, in]`.
-      adapters: transformers and PEFT take the array as it is, `[experts, in, out]`, so that A of an adapter reads `in`.
+      adapters: transformers and PEFT take the array as it is, `[experts, in, out]`, so that A of an adapter reads `in`;
+        with `by_rows`, transformers has it as it has experts that a file holds one by one.
       in_turn: otherwise the parts lie along that axis one after the other.
       by_rows: the parts lie along the last axis but one instead, one after the other; not with `transposed`.
     """
