@@ -9,8 +9,7 @@ import pytest
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels.state_space import continue_state_space, state_space, state_space_reference
 from tests.lowering import lower_defaults_for_h100
-from tests.pallas_kernels.comparison import assert_matches_oracle, gradient, normal, saved_shapes
-from tests.pallas_kernels.test_gated_delta_rule import segments
+from tests.pallas_kernels.comparison import assert_matches_oracle, gradient, normal, saved_shapes, segments
 from tests.tolerances import assert_close
 
 NAMES = ("out", "dx", "dstep", "drate", "db", "dc", "dskip")
