@@ -157,7 +157,7 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
                 f"lora.targets: {target!r} matches no module; there are {', '.join([*endings, HEAD, EMBEDDING])}, "
                 f'whole names such as {next(name for name in found if "." in name)}, and "{ALL_LINEAR}".'
             )
-        chosen |= matched
+        chosen |= _adapted_by_peft(model, matched, target)
     layers = None if config.layers is None else set(config.layers)
     names = [
         name
@@ -175,10 +175,26 @@ def select(model: Decoder, config: LoRAConfig) -> list[str]:
     return names
 
 
+def _adapted_by_peft(model: Decoder, matched: set[str], target: str) -> set[str]:
+    """What a target matches, of "all-linear" without the linears that PEFT takes no adapters of.
+
+    Raises:
+      InputError: another target chooses one of these.
+    """
+    unadapted = family_named(model.config.family).unadapted
+    refused = {name for name in matched if unadapted and name.endswith(unadapted)}
+    if refused and target != ALL_LINEAR:
+        raise InputError(
+            f"lora.targets: {target!r} chooses {min(refused)}, which PEFT adapts in no model of this family, so that "
+            f'nothing could read the adapter; choose others, or "{ALL_LINEAR}", which leaves it out.'
+        )
+    return matched - refused
+
+
 def transformers_names(model: Decoder) -> dict[str, str]:
     """{our name of a site: the module's path in transformers without its "model."}; parts of one linear share it."""
     family = family_named(model.config.family)
-    tensors = family.tensor_names(model.config)
+    tensors = family.names_in_memory(model.config)
     for fused, parts in family.fused_tensors(model.config).items():
         pieces = {piece for piece, _ in parts}
         tensors = {ours: fused if theirs in pieces else theirs for ours, theirs in tensors.items()}

@@ -330,3 +330,44 @@ def test_dropout_beside_parameters_is_that_of_the_manifest(mixture, tmp_path):
     for wrong in (1.5, "0.1", None):
         manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"dropout": wrong}))
         assert load_adapter(model, tmp_path / "adapter").adapter.dropout == config["lora_dropout"]
+
+
+def test_experts_whose_files_have_other_names_than_the_memory_of_transformers(tmp_path):
+    built = tiny_torch_model(
+        "granitemoehybrid",
+        num_hidden_layers=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        intermediate_size=20,
+        shared_intermediate_size=24,
+        layer_types=["mamba", "attention"],
+        mamba_n_heads=8,
+        mamba_d_state=8,
+        mamba_chunk_size=16,
+        pad_token_id=None,
+    )
+    model = load_model(tiny_models.save(built, tmp_path / "base"))
+    family = family_named("granite4")
+    ways = family.names_in_memory, family.fused_tensors, family.interleaved_tensors
+
+    def merged(adapter):
+        found = PeftModel.from_pretrained(copy.deepcopy(built), str(adapter)).merge_and_unload().state_dict()
+        state = {name: tensor.numpy() for name, tensor in found.items()}
+        return by_our_names(state, *(way(model.config) for way in ways))
+
+    both = ["experts.gate_up_proj", "experts.down_proj"]
+    options = LoraConfig(
+        r=3, lora_alpha=7, target_modules=["in_proj"], target_parameters=both, init_lora_weights=False
+    )
+    get_peft_model(copy.deepcopy(built), options).save_pretrained(str(tmp_path / "peft"))
+    adapted, expected = load_adapter(model, tmp_path / "peft"), merged(tmp_path / "peft")
+    assert len(changed(model, expected)) == 2 * 3 + 1
+    assert_merged_alike(adapted, expected)
+    save_adapter(adapted, tmp_path / "ours")
+    assert_merged_alike(adapted, merged(tmp_path / "ours"))
+    graph, lora, frozen = split(add_lora(model, LoRAConfig(rank=2, targets=("experts.up_proj",))))
+    alone = merge(graph, jax.tree.map(lambda leaf: leaf + 0.1, lora), frozen)
+    save_adapter(alone, tmp_path / "up")
+    again = merged(tmp_path / "up")
+    assert changed(model, again) == {f"layers.{index}.mlp.experts.up_proj" for index in range(2)}
+    assert_merged_alike(alone, again)

@@ -43,6 +43,43 @@ DELTA_NETS = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 12,
 }
+# As Granite 4's: `time_step_limit` cuts off a share of the steps at either end.
+MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 10,
+    "mamba_chunk_size": 16,
+    "mamba_proj_bias": True,
+    "time_step_limit": [0.3, 1.1],
+    "layer_types": ["mamba", "mamba", "attention", "mamba"],
+    "num_hidden_layers": 4,
+}
+FALCON_H1 = {
+    **{key: value for key, value in MAMBA.items() if key not in ("layer_types", "num_hidden_layers")},
+    "mamba_d_ssm": 96,
+    "projectors_bias": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "attention_in_multiplier": 0.8,
+    "attention_out_multiplier": 1.3,
+    "embedding_multiplier": 6.0,
+    "key_multiplier": 0.6,
+    "lm_head_multiplier": 0.7,
+    "mlp_multipliers": [0.9, 1.4],
+    "ssm_in_multiplier": 1.25,
+    "ssm_multipliers": [0.8, 1.2, 0.7, 1.5, 0.6],
+    "ssm_out_multiplier": 0.9,
+}
+GRANITE_4 = {
+    "shared_intermediate_size": 96,
+    "position_embedding_type": "rope",
+    "embedding_multiplier": 6.0,
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "logits_scaling": 2.0,
+    "attention_bias": True,
+}
 # family name -> case. Windows of 17 tokens cut in every check.
 CASES = {
     "llama": Case("llama", {"mlp_bias": True}, "scanned"),
@@ -195,22 +232,7 @@ CASES = {
     "arcee": Case("arcee", {"rope_parameters": YARN | {"rope_theta": 1e4}}, "scanned"),
     "glm": Case("glm", {"head_dim": 12}, "scanned"),
     "glm4": Case("glm4", {"head_dim": 12}, "scanned"),
-    "granite4": Case(
-        "granitemoehybrid",
-        {
-            "num_local_experts": 0,
-            "mamba_n_heads": 32,
-            "layer_types": ["full_attention"] * 2,
-            "shared_intermediate_size": 96,
-            "position_embedding_type": "rope",
-            "embedding_multiplier": 6.0,
-            "attention_multiplier": 0.2,
-            "residual_multiplier": 0.7,
-            "logits_scaling": 2.0,
-            "attention_bias": True,
-        },
-        "scanned",
-    ),
+    "granite4": Case("granitemoehybrid", GRANITE_4 | MAMBA | {"num_local_experts": 0}),
     "vaultgemma": Case(
         "vaultgemma",
         {
@@ -416,5 +438,48 @@ CASES = {
             "moe_intermediate_size": 40,
             "shared_expert_intermediate_size": 64,
         },
+    ),
+    "falcon_h1": Case("falcon_h1", FALCON_H1 | {"mamba_rms_norm": True}, "scanned"),
+    "nemotron_h": Case(
+        "nemotron_h",
+        {
+            "num_hidden_layers": 7,
+            "layers_block_type": ["mamba", "mlp", "mamba", "attention", "mlp", "mamba", "mlp"],
+            "head_dim": 10,
+            "mlp_bias": True,
+            "layer_norm_epsilon": 1e-5,
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 8,
+            "n_groups": 3,
+            "ssm_state_size": 9,
+            "chunk_size": 16,
+            "use_bias": True,
+            "time_step_min": 0.5,
+        },
+    ),
+}
+
+# name -> case of a family that has one above, of another kind: checked alike, and not in the table of docs/models.md.
+VARIANTS = {
+    "granite4_dense": Case(
+        "granitemoehybrid",
+        GRANITE_4 | {"num_local_experts": 0, "mamba_n_heads": 32, "layer_types": ["full_attention"] * 2},
+        "scanned",
+    ),
+    "granite4_moe": Case(
+        "granitemoehybrid",
+        GRANITE_4
+        | MAMBA
+        | {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "intermediate_size": 40,
+            "position_embedding_type": None,
+            "attention_bias": False,  # of keys without positions: see Llama 4's
+        },
+    ),
+    "falcon_h1_without_a_norm": Case("falcon_h1", FALCON_H1),
+    "falcon_h1_with_the_norm_behind_the_gate": Case(
+        "falcon_h1", FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False}
     ),
 }

@@ -19,11 +19,12 @@ import numpy as np
 from pronghorn.converters.huggingface import load_model, save_model
 from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.converters.safetensors_files import open_weights
-from pronghorn.lora import merge, merge_lora, split
+from pronghorn.lora import LoRAConfig, merge, merge_lora, split
+from pronghorn.lora_sites import select, transformers_names
 from pronghorn.models import Decoder, flat_arrays
 from pronghorn.models.families import family_named
 from pronghorn.models.tensor_names import by_our_names
-from tests.models.family_cases import CASES, Case
+from tests.models.family_cases import CASES, VARIANTS, Case
 from tests.models.reference import gradient_error, random_ids, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
 
@@ -46,8 +47,8 @@ class Result:
 
 @functools.cache
 def results(family: str) -> dict[str, Result]:
-    """Every check of a family, by its name."""
-    case = CASES[family]
+    """Every check of a family, or of a variant of one, by its name."""
+    case = (CASES | VARIANTS)[family]
     # A padding token's row of the embedding would get no gradient in torch.
     plain = (
         {"num_hidden_layers": 2} if case.layers == "scanned" else {}
@@ -118,7 +119,7 @@ def _our_results(model: Decoder, ids: np.ndarray, segments: np.ndarray) -> tuple
 def _by_our_names(model: Decoder, theirs: Mapping[str, Any]) -> dict[str, np.ndarray]:
     config = model.config
     family = family_named(config.family)
-    ways = family.tensor_names, family.fused_tensors, family.interleaved_tensors
+    ways = family.names_in_memory, family.fused_tensors, family.interleaved_tensors
     return by_our_names(theirs, *(way(config) for way in ways))
 
 
@@ -222,17 +223,23 @@ def _reread_difference(torch_model: Any, model: Decoder, folder: Path, ids: np.n
 def _is_of_attention(name: str, module: Any) -> bool:
     import torch
 
-    return isinstance(module, torch.nn.Linear) and (".self_attn." in name or ".linear_attn." in name)
+    mixers = (".self_attn.", ".linear_attn.", ".mamba.")
+    return isinstance(module, torch.nn.Linear) and any(mixer in name for mixer in mixers)
 
 
 def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     """Merged weights: PEFT's own adapter as we read it, and as PEFT reads it after we have written it."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    # Of a mixture PEFT would take the experts' names for all-linear, too.
+    # Of a mixture PEFT would take the experts' names for all-linear, too; and it refuses all-linear where that chooses
+    # linears which it adapts in no model of the family.
     sparse = model.config.experts is not None
     attention = [name for name, module in torch_model.named_modules() if _is_of_attention(name, module)]
     targets: Any = sorted({name.rpartition(".")[2] for name in attention}) if sparse else "all-linear"
+    unadapted = family_named(model.config.family).unadapted
+    if unadapted:
+        config = LoRAConfig(targets="all-linear")
+        targets = [transformers_names(model)[name] for name in select(model, config)]
     options = LoraConfig(r=3, lora_alpha=7, target_modules=targets, init_lora_weights=False)
     theirs = get_peft_model(copy.deepcopy(torch_model), options)
     theirs.save_pretrained(str(folder / "peft"))
@@ -249,7 +256,7 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     # Cohere's query and key norms are matrices as well: a row a head.
     linears = sum(
         len(array.shape) == 2
-        and not any(part in name for part in ("norm", "mlp.gate.", "embed_tokens", "lm_head"))
+        and not any(part in name for part in ("norm", "mlp.gate.", "embed_tokens", "lm_head", *unadapted))
         for name, array in base.items()
     )
     assert changed == (len(attention) if sparse else linears), "every linear was adapted"
@@ -260,4 +267,4 @@ def _peft_difference(torch_model: Any, model: Decoder, folder: Path) -> float:
     )
 
 
-__all__ = ["CASES", "CHECKS", "LIMITS", "Result", "results"]
+__all__ = ["CASES", "CHECKS", "LIMITS", "VARIANTS", "Result", "results"]

@@ -33,19 +33,40 @@ def balanced(graph, **options):
     return next_token(graph, router_aux_loss_coef=COEFFICIENT, **options)
 
 
-def test_loss_and_every_gradient_are_those_of_transformers(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "model_type", "overrides"),
+    [
+        (
+            "qwen3_moe",
+            "qwen3_moe",
+            {
+                "head_dim": 12,
+                "num_experts": 6,
+                "num_experts_per_tok": 3,
+                "moe_intermediate_size": 40,
+                "mlp_only_layers": [1],
+            },
+        ),
+        (
+            "granite4",
+            "granitemoehybrid",
+            {
+                "num_local_experts": 6,
+                "num_experts_per_tok": 3,
+                "shared_intermediate_size": 24,
+                "layer_types": ["mamba", "attention", "mamba"],
+                "mamba_n_heads": 8,
+                "mamba_d_state": 8,
+                "mamba_chunk_size": 16,
+            },
+        ),
+    ],
+)
+def test_loss_and_every_gradient_are_those_of_transformers(family, model_type, overrides, tmp_path):
     import torch
 
-    torch_model = tiny_torch_model(
-        "qwen3_moe",
-        head_dim=12,
-        num_experts=6,
-        num_experts_per_tok=3,
-        moe_intermediate_size=40,
-        mlp_only_layers=[1],
-        output_router_logits=True,
-        router_aux_loss_coef=COEFFICIENT,
-    )
+    asked = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
+    torch_model = tiny_torch_model(model_type, **overrides, **asked)
     torch_model.save_pretrained(tmp_path)
     model = load_model(tmp_path, dtype="float32")
     tokens = torch.from_numpy(IDS).long()
@@ -57,9 +78,9 @@ def test_loss_and_every_gradient_are_those_of_transformers(tmp_path):
     (loss, aux), gradient = run(trained, frozen, batch)
     assert abs(float(aux["balance_loss_sum"] / aux["token_count"]) - float(expected.aux_loss.detach())) < 1e-5
     assert abs(float(loss) - float(expected.loss.detach())) < 1e-5
-    family = family_named("qwen3_moe")
+    known, config = family_named(family), model.config
     theirs = {name: p.grad.numpy() for name, p in torch_model.named_parameters()}
-    named = by_our_names(theirs, family.tensor_names(model.config), family.fused_tensors(model.config))
+    named = by_our_names(theirs, known.names_in_memory(config), known.fused_tensors(config))
     ours = flat_arrays(merge(graph, gradient, frozen))
     assert sorted(named) == sorted(ours)
     assert max(gradient_error(ours[name], g) for name, g in named.items()) < MODEL_GRADIENT

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pronghorn.models import FAMILIES
-from tests.models.family_checks import CASES, CHECKS, LIMITS, results
+from tests.models.family_checks import CASES, CHECKS, LIMITS, VARIANTS, results
 from tests.models.write_table import DOCS, table
 
 
@@ -13,7 +13,9 @@ def test_every_family_has_a_case():
     assert sorted(CASES) == sorted(family.name for family in FAMILIES)
 
 
-@pytest.mark.parametrize(("family", "check"), [(name, check) for name in CASES for check in CHECKS])
+@pytest.mark.parametrize(
+    ("family", "check"), [(name, check) for name in CASES | VARIANTS for check in CHECKS]
+)
 def test_family_equals_transformers(family, check):
     worst = results(family)[check].worst
     assert worst <= LIMITS[check], f"{check}: {worst:.2e}"

@@ -1,5 +1,7 @@
 """Keys of published config.json files of the families beyond Llama are read as they are meant."""
 
+import math
+
 import pytest
 from transformers import AutoConfig
 
@@ -8,15 +10,18 @@ from pronghorn.models import family_for
 from tests.models.published_configs import (
     CWM,
     EXAONE_3_5_2_4B,
+    FALCON_H1_0_5B,
     GEMMA_2_2B,
     GEMMA_3_1B,
     GEMMA_3N_E2B_TEXT,
     GEMMA_4_E2B_TEXT,
     GPT_OSS_20B,
+    GRANITE_4_H_TINY,
     GRANITE_4_MICRO,
     JAIS_2_8B,
     LFM_2_1_2B,
     MINISTRAL_3_3B,
+    NEMOTRON_NANO_9B_V2,
     OLMO_7B_0424,
     PHI_4_MINI,
     QWEN_3_5_9B,
@@ -60,8 +65,56 @@ def test_granite_4_micro_is_dense_and_scaled():
     config = read(GRANITE_4_MICRO)
     assert (config.attention_scale, config.logit_scale, config.residual_scale) == (0.015625, 0.1, 0.22)
     assert config.layer_ropes == () and config.rope.base == 1e7
-    with pytest.raises(InputError, match="num_local_experts=62"):
-        read(GRANITE_4_MICRO | {"num_local_experts": 62})
+    assert config.experts is None and config.state_space is None
+
+
+def test_granite_4_h_tiny_has_nine_mixers_to_a_layer_that_attends_and_experts_everywhere():
+    config = read(GRANITE_4_H_TINY)
+    assert config.layer_kinds == (("mamba",) * 5 + ("full",) + ("mamba",) * 4) * 4
+    mixer, experts = config.state_space, config.experts
+    assert (mixer.heads, mixer.head_dim, mixer.groups, mixer.state_dim, mixer.conv_width) == (
+        48,
+        64,
+        1,
+        128,
+        4,
+    )
+    assert (mixer.conv_bias, mixer.input_bias, mixer.step_limits) == (True, False, (0.0, math.inf))
+    assert (experts.num_experts, experts.experts_per_token, experts.width, experts.shared_width) == (
+        64,
+        6,
+        512,
+        1024,
+    )
+    assert config.layer_ropes == ("none",) * 40
+    one_sided = {"time_step_limit": [0.01, {"__float__": "Infinity"}]}
+    assert read(GRANITE_4_H_TINY | one_sided).state_space.step_limits == (0.01, math.inf)
+
+
+def test_falcon_h1_has_mixers_beside_attention_and_factors_everywhere():
+    config = read(FALCON_H1_0_5B)
+    mixer = config.state_space
+    assert config.layer_kinds == ("hybrid",) * 36 and mixer.gated_norm == "none" and mixer.width == 1536
+    assert (config.gate_scale, config.mlp_output_scale) == (0.8838834764831844, 0.5859375)
+    assert (mixer.input_scale, mixer.output_scale, mixer.part_scales[3]) == (1.25, 0.23570226039551587, 0.5)
+    assert config.attention_multiplier == 0.39062499999999994 / 8
+    normed = read(FALCON_H1_0_5B | {"mamba_rms_norm": True})
+    assert normed.state_space.gated_norm == "gate_first"
+
+
+def test_nemotron_nano_2_has_blocks_of_one_part():
+    config = read(NEMOTRON_NANO_9B_V2)
+    assert config.block == "single" and config.activation == "relu2" and not config.gated_mlp
+    assert [config.layer_kinds.count(kind) for kind in ("mamba", "full", "mlp")] == [27, 4, 25]
+    assert config.layer_kinds[:8] == ("mamba", "mlp") * 3 + ("mamba", "mamba")
+    mixer = config.state_space
+    assert (mixer.heads, mixer.head_dim, mixer.groups, mixer.step_limits) == (128, 80, 8, (0.001, math.inf))
+    named = [
+        {"M": "mamba", "*": "attention", "-": "mlp"}[letter]
+        for letter in NEMOTRON_NANO_9B_V2["hybrid_override_pattern"]
+    ]
+    assert read(NEMOTRON_NANO_9B_V2 | {"hybrid_override_pattern": None, "layers_block_type": named}) == config
+    assert family_for(NEMOTRON_NANO_9B_V2).left_out(NEMOTRON_NANO_9B_V2) == ("mtp.",)
 
 
 def test_ministral_3_scales_queries_by_contexts_passed():
@@ -206,6 +259,9 @@ def test_jais_2_has_biases_where_the_file_is_silent():
         PHI_4_MINI,
         LFM_2_1_2B,
         GRANITE_4_MICRO,
+        GRANITE_4_H_TINY,
+        FALCON_H1_0_5B,
+        NEMOTRON_NANO_9B_V2,
         MINISTRAL_3_3B,
         QWEN_3_5_9B,
         EXAONE_3_5_2_4B,
@@ -225,6 +281,26 @@ def test_published_rewritten_and_written_files_are_read_alike(hf):
         (GEMMA_2_2B, {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (GEMMA_2_2B, {"embedding_multiplier": 2.0}, "embedding_multiplier"),
         (PHI_4_MINI, {"lm_head_bias": True}, "lm_head_bias"),
+        (GRANITE_4_MICRO, {"output_router_logits": True}, "output_router_logits"),
+        (FALCON_H1_0_5B, {"mamba_d_ssm": None}, "mamba_d_ssm"),
+        (FALCON_H1_0_5B, {"mamba_use_mlp": False}, "mamba_use_mlp"),
+        (FALCON_H1_0_5B, {"ssm_multipliers": [1.0] * 4}, "ssm_multipliers"),
+        (FALCON_H1_0_5B, {"hidden_act": "gelu"}, "hidden_act"),
+        (NEMOTRON_NANO_9B_V2, {"hybrid_override_pattern": "ME" * 28}, "experts without a gate"),
+        (NEMOTRON_NANO_9B_V2, {"hybrid_override_pattern": "M*-"}, "num_hidden_layers"),
+        (NEMOTRON_NANO_9B_V2, {"hybrid_override_pattern": None}, "lacks hybrid_override_pattern"),
+        (NEMOTRON_NANO_9B_V2, {"tie_word_embeddings": True}, "tie_word_embeddings"),
+        (NEMOTRON_NANO_9B_V2, {"attention_head_dim": 64}, "attention_head_dim"),
+        (NEMOTRON_NANO_9B_V2, {"mamba_hidden_act": "gelu"}, "mamba_hidden_act"),
+        (NEMOTRON_NANO_9B_V2, {"time_step_limit": [0.1, 0.2]}, "time_step_limit"),
+        (GRANITE_4_H_TINY, {"mamba_n_heads": 47}, "mamba_n_heads"),
+        (GRANITE_4_H_TINY, {"mamba_n_groups": 5}, "5 groups"),
+        (GRANITE_4_H_TINY, {"time_step_limit": [0.1]}, "time_step_limit"),
+        (GRANITE_4_H_TINY, {"time_step_limit": [0.2, 0.1]}, "limits of state-space steps"),
+        (GRANITE_4_H_TINY, {"layer_types": ["mamba"] * 40}, "no layer attends"),
+        (GRANITE_4_H_TINY, {"layer_types": ["mamba", "attention"]}, "layer_types"),
+        (GRANITE_4_H_TINY, {"layer_types": [["mamba"]] * 40}, "layer_types"),
+        (GRANITE_4_H_TINY, {"mamba_expand": -2}, "mamba_expand"),
         (PHI_4_MINI, {"resid_pdrop": 0.1}, "resid_pdrop"),
     ],
 )

@@ -16,6 +16,14 @@ def normal(seed, shape, dtype="float32", scale=1.0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape) * scale, dtype)
 
 
+def segments(batch, seq, *cuts):
+    """Segment ids int `[batch, seq]`, 0 but for the last row, whose id grows by one at every cut."""
+    ids = np.zeros((batch, seq), np.int32)
+    for cut in cuts:
+        ids[-1, cut:] += 1
+    return jnp.asarray(ids)
+
+
 def value_and_gradients(function, arguments, cotangent):
     """(outputs, gradients of every argument), compiled as one program."""
 

@@ -16,7 +16,14 @@ from pronghorn.pallas_kernels.gated_delta_rule import (
     unit_lower_inverse,
 )
 from tests.lowering import lower_defaults_for_h100, lower_for_h100
-from tests.pallas_kernels.comparison import DTYPES, assert_matches_oracle, gradient, normal, saved_shapes
+from tests.pallas_kernels.comparison import (
+    DTYPES,
+    assert_matches_oracle,
+    gradient,
+    normal,
+    saved_shapes,
+    segments,
+)
 from tests.tolerances import assert_close
 
 NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
@@ -34,13 +41,6 @@ def arguments(shape, dtype="float32", *, alike=0.0):
     g = -jax.nn.softplus(normal(3, (batch, seq, value_heads), scale=3.0) - 3.0)
     beta = jax.nn.sigmoid(normal(4, (batch, seq, value_heads), scale=2.0))
     return q.astype(dtype), k.astype(dtype), v.astype(dtype), g, beta
-
-
-def segments(batch, seq, *cuts):
-    ids = np.zeros((batch, seq), np.int32)
-    for cut in cuts:
-        ids[-1, cut:] += 1
-    return jnp.asarray(ids)
 
 
 def assert_shape_matches(shape, dtype="float32", segment_ids=None, *, alike=0.0, **options):

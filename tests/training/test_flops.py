@@ -4,6 +4,7 @@ import pytest
 
 from pronghorn.lora import LoRAConfig, add_lora, split
 from pronghorn.models import Decoder
+from pronghorn.models.state_space_config import StateSpaceConfig
 from pronghorn.training.flops import count_flops, device_peak_flops
 from tests.training.small import small_config, small_model
 
@@ -39,6 +40,18 @@ def test_attention_counts_the_pairs_of_each_document():
     pairs, window_pairs = (1 + 2 + 3) + (1 + 2), (1 + 2 + 2) + (1 + 2)
     attention = 12 * 4 * 6 * (pairs + 2 * window_pairs)
     assert count.of_batch(positions, real) == 5 * count.per_token + attention
+
+
+def test_a_state_space_mixer_writes_and_reads_its_state_and_beside_attention_counts_pairs_too():
+    mixer = StateSpaceConfig(heads=4, head_dim=12, groups=2, state_dim=7, conv_width=3)
+    kinds = ("mamba", "hybrid", "full")
+    count = flops_of(num_layers=3, layer_kinds=kinds, state_space=mixer)
+    # A row of in_proj is z, x, b, c or a step; of the convolution's features x, b and c.
+    module = (2 * 48 + 2 * 14 + 4) * 24 + 3 * (48 + 2 * 14) + 48 * 24
+    attention, network = 2 * 24 * 24 + 2 * 12 * 24, 3 * 40 * 24
+    products = 2 * module + 2 * attention + 3 * network + HEAD
+    assert count.per_token == 6 * products + 2 * 3 * (2 + 2) * 48 * 7
+    assert count.per_pair == 2 * 12 * 4 * 6
 
 
 def test_forward_products_are_those_of_the_compiled_program():

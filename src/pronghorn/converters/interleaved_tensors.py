@@ -65,7 +65,7 @@ def part_tensors(
                 f"{whole.file}: {name} is quantised, and is read in 16 or 32 bits only; give the folder that it was "
                 "made from."
             )
-        if len(whole.shape) != 2 + layout.transposed or whole.shape[-1] % count:
+        if not layout.holds(whole.shape):
             raise InputError(
                 f"{whole.file}: {name} has shape {list(whole.shape)}, which does not hold {count} tensors of experts; "
                 "config.json belongs to another model."

@@ -213,6 +213,9 @@ def peft_sites(model: Decoder, *, joined_experts: bool = False) -> dict[str, Sit
     for tensor, layout in family.interleaved_tensors(model.config).items():
         if layout.parts[0].endswith(".weight"):
             linears = tuple(bare[ours[part].removesuffix(".weight")] for part in layout.parts)
+            if layout.by_rows:  # in memory transformers has these as it has stacks
+                stacks |= {site.name: site for site in linears}
+                continue
             name = f"{linears[0].name.rpartition('.')[0]}.{tensor.rpartition('.')[2]}"
             swapped = layout.transposed and not layout.marked
             found[name] = ParameterSite(name, linears, layout, linears[0].experts[0], swapped)
@@ -301,18 +304,20 @@ def module_names(model: Decoder, *, joined_experts: bool = False) -> dict[str, s
     tensors = family.tensor_names(model.config)
     fused = {pieces[0][0]: name for name, pieces in family.fused_tensors(model.config).items()}
     stacks = family.stacked_tensors(model.config)
-    layouts = [(name, layout.parts) for name, layout in family.interleaved_tensors(model.config).items()]
-    modules = tensors if family.module_tensors is None else family.module_tensors(model.config)
+    layouts = family.interleaved_tensors(model.config)
+    modules = family.names_in_memory(model.config)
     names = {}
     for name, site in peft_sites(model, joined_experts=joined_experts).items():
         if isinstance(site, ExpertSite):
             names[name] = _module(stacks[tensors[f"{site.stack}.weight"]][site.expert])
             continue
         if isinstance(site, ParameterSite):
-            first_part = tensors[f"{site.parts[0].name}.weight"]
-            names[name] = next(
-                (tensor for tensor, parts in layouts if parts[0] == first_part), f"model.{name}"
-            )
+            weight = f"{site.parts[0].name}.weight"
+            held = next((t for t, layout in layouts.items() if layout.parts[0] == tensors[weight]), None)
+            names[name] = held or f"model.{name}"
+            if held is not None and layouts[held].by_rows:  # the file has other names
+                holder = _module(modules[weight]).rpartition(".")[0]
+                names[name] = f"{holder}.{name.rpartition('.')[2]}"
             continue
         first = site.parts[0].name if isinstance(site, FusedSite) else name
         tensor = modules.get(f"{first}.weight", "lm_head.weight")

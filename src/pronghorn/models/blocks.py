@@ -15,12 +15,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.altup import cut_off
-from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.config import STATE_SPACE_KINDS, DecoderConfig, LayerKind
 from pronghorn.models.delta_net import add_delta_net
 from pronghorn.models.expert_layers import SparseMLP
 from pronghorn.models.experts import sparse_mlp
 from pronghorn.models.latent_attention import halves, latent_heads
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
+from pronghorn.models.mamba import mamba
 from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
 from pronghorn.models.short_convolution import add_convolution
 from pronghorn.models.token_tiles import in_token_tiles
@@ -35,6 +36,11 @@ from pronghorn.pallas_kernels.rope import apply_rope
 def _scaled_sum(x: jax.Array, out: jax.Array, scale: float) -> jax.Array:
     """x + scale out."""
     return x + (out if scale == 1.0 else out * jnp.asarray(scale, out.dtype))
+
+
+def add_mixed(x: jax.Array, mixed: jax.Array, config: DecoderConfig) -> jax.Array:
+    """The stream and what a state-space mixer makes of it."""
+    return _scaled_sum(x, mixed, config.residual_scale)
 
 
 def project_qkv(
@@ -52,7 +58,13 @@ def project_qkv(
     norm = None if config.block == "post" else layer.input_layernorm
     names = tuple(name for name in ("q_proj", "k_proj", "v_proj") if getattr(attention, name) is not None)
     x, projected = normalized_linears(
-        norm, attention, names, x, dropout_key, joined=config.block != "parallel"
+        norm,
+        attention,
+        names,
+        x,
+        dropout_key,
+        joined=config.block != "parallel",
+        input_scale=config.attention_input_scale,
     )
     if config.qkv_clip is not None:
         projected = [jnp.clip(y, -config.qkv_clip, config.qkv_clip) for y in projected]
@@ -140,14 +152,15 @@ def _gated(heads: jax.Array, gate: jax.Array) -> jax.Array:
 def _add_attention(layer, x, heads, *, config, dropout_key):
     attention = layer.self_attn
     normalized = config.block in ("post", "sandwich")
-    plain = not normalized and config.residual_scale == 1.0
+    scale = config.residual_scale * config.attention_output_scale
+    plain = not normalized and scale == 1.0
     if plain and not row_lengths_trained(attention, ("o_proj",)):
-        (linear,), (scale,), dropout = operands(attention, ("o_proj",), dropout_key)
-        return residual_linear(x, heads, linear, scale=scale, dropout=dropout)
+        (linear,), (lora_scale,), dropout = operands(attention, ("o_proj",), dropout_key)
+        return residual_linear(x, heads, linear, scale=lora_scale, dropout=dropout)
     out = one_linear(attention, "o_proj", heads.reshape(*x.shape[:2], -1), dropout_key)
     if normalized:
         out = layer.post_attention_layernorm(out)
-    return _scaled_sum(x, out, config.residual_scale)
+    return _scaled_sum(x, out, scale)
 
 
 def feed_forward(
@@ -204,23 +217,25 @@ def feed_forward_norm(layer: DecoderLayer, config: DecoderConfig) -> Any:
         "pre": "post_attention_layernorm",
         "sandwich": "pre_feedforward_layernorm",
         "parallel": "input_layernorm",
+        "single": "input_layernorm",
     }
     return getattr(layer, norms[config.block]) if config.block in norms else None
 
 
 @jax.named_scope("mlp")
 def _feed_forward(layer, x, residual, *, config, dropout_key):
-    norm = feed_forward_norm(layer, config)
+    norm, scale = feed_forward_norm(layer, config), config.residual_scale * config.mlp_output_scale
     if isinstance(layer.mlp, SparseMLP):
         linear = functools.partial(one_linear, dropout_key=dropout_key)
         out = sparse_mlp(layer.mlp, x, norm, config=config, linear=linear)
         if config.block in ("post", "sandwich"):
             out = layer.post_feedforward_layernorm(out)
-        return _scaled_sum(residual, out, config.residual_scale)
+        return _scaled_sum(residual, out, scale)
     names = ("gate_proj", "up_proj", "down_proj")
-    joined = config.gated_mlp and not _gate_sparsity(config) and not row_lengths_trained(layer.mlp, names)
+    joined = config.gated_mlp and not row_lengths_trained(layer.mlp, names)
+    joined = joined and not _gate_sparsity(config) and config.gate_scale == 1.0
     if isinstance(norm, RMSNorm) and joined:
-        plain = config.block == "pre" and config.residual_scale == 1.0
+        plain = config.block == "pre" and scale == 1.0
         linears, scales, dropout = operands(layer.mlp, names, dropout_key)
         out = gated_mlp_op(
             x,
@@ -239,7 +254,7 @@ def _feed_forward(layer, x, residual, *, config, dropout_key):
         out = mlp(layer.mlp, x, norm, config=config, dropout_key=dropout_key)
     if config.block in ("post", "sandwich"):
         out = layer.post_feedforward_layernorm(out)
-    return _scaled_sum(residual, out, config.residual_scale)
+    return _scaled_sum(residual, out, scale)
 
 
 def mlp(
@@ -262,6 +277,8 @@ def mlp(
         if config.gated_mlp:
             activation: Any = config.activation
             gate, up = wide
+            if config.gate_scale != 1.0:
+                gate = gate * jnp.asarray(config.gate_scale, gate.dtype)
             if sparsity := _gate_sparsity(config):
                 gate = cut_off(gate, sparsity)
             hidden = gated_activation(gate, up, activation=activation)
@@ -330,10 +347,13 @@ def decoder_layer(
       segment_ids: int `[batch, seq]`, or None for one segment a row.
       query_scale: fp32 `[batch, seq]`, a factor of every query; None for none.
       kind: "full", "sliding" for a window of config.sliding_window tokens, "chunked", whose chunks are `segment_ids`,
-        "conv" or "linear".
+        "conv", "linear", "mamba", "hybrid" or "mlp".
       dropout_key: of this layer; None drops nothing.
       tile_tokens: as in `feed_forward`.
     """
+    tiled: dict[str, Any] = {"config": config, "dropout_key": dropout_key, "tile_tokens": tile_tokens}
+    if kind == "mlp":
+        return feed_forward(layer, x, x, **tiled)
     attended, x = attention_part(
         layer,
         x,
@@ -345,10 +365,9 @@ def decoder_layer(
         query_scale=query_scale,
         dropout_key=dropout_key,
     )
-    read = x if config.block == "parallel" else attended
-    return feed_forward(
-        layer, read, attended, config=config, dropout_key=dropout_key, tile_tokens=tile_tokens
-    )
+    if config.block == "single":
+        return attended
+    return feed_forward(layer, x if config.block == "parallel" else attended, attended, **tiled)
 
 
 def attention_part(
@@ -371,6 +390,12 @@ def attention_part(
     if kind == "linear":
         with jax.named_scope("linear_attention"):
             return add_delta_net(layer, x, segment_ids, config=config, dropout_key=dropout_key)
+    mixed = None
+    if kind in STATE_SPACE_KINDS:
+        with jax.named_scope("state_space"):
+            mixed, x = mamba(layer, x, segment_ids, config=config, dropout_key=dropout_key)
+        if kind == "mamba":
+            return checkpoint_name(add_mixed(x, mixed, config), "stream_after_attention"), x
     options: dict[str, Any] = {"config": config, "dropout_key": dropout_key}
     if config.latent is not None:
         with jax.named_scope("attention"):
@@ -391,6 +416,7 @@ def attention_part(
             sliding_window=config.sliding_window if kind == "sliding" else None,
             softcap=config.attention_softcap,
             sinks=value_or_none(attention.sinks),
-            scale=config.attention_scale,
+            scale=config.attention_multiplier,
         )
-        return add_attention(layer, x, heads, gate, config=config, dropout_key=dropout_key), x
+        stream = x if mixed is None else add_mixed(x, mixed, config)
+        return add_attention(layer, stream, heads, gate, config=config, dropout_key=dropout_key), x

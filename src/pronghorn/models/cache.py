@@ -21,17 +21,20 @@ import jax.numpy as jnp
 from pronghorn.models import rope
 from pronghorn.models.blocks import (
     add_attention,
+    add_mixed,
     behind_rope,
     feed_forward,
     project_qkv,
     scaled_queries,
 )
-from pronghorn.models.config import DecoderConfig, LayerKind, LayerRope
-from pronghorn.models.delta_net import StateCache, cached_delta_net, empty_state
+from pronghorn.models.config import STATE_SPACE_KINDS, DecoderConfig, LayerKind, LayerRope
+from pronghorn.models.delta_net import cached_delta_net, empty_state
 from pronghorn.models.extras import Carried, around_attention
 from pronghorn.models.latent_decoding import latent_slots_attention, project_for_cache
 from pronghorn.models.layers import DecoderLayer, value_or_none
+from pronghorn.models.mamba import cached_mamba, empty_mamba_state
 from pronghorn.models.short_convolution import convolution_inputs, weighted_taps
+from pronghorn.models.state_cache import StateCache
 
 
 class LayerCache(NamedTuple):
@@ -43,6 +46,13 @@ class LayerCache(NamedTuple):
 
     keys: jax.Array
     values: jax.Array
+
+
+class HybridCache(NamedTuple):
+    """Of a layer that attends and has a state-space mixer beside it."""
+
+    attention: LayerCache
+    state: StateCache
 
 
 class Rotation(NamedTuple):
@@ -61,8 +71,18 @@ def empty_cache(
     dtype: Any,
     leading: tuple = (),
     kind: LayerKind = "full",
-) -> LayerCache | StateCache:
-    """Zeros for one layer, or for a stack of `leading[0]` layers."""
+) -> LayerCache | StateCache | HybridCache | tuple[()]:
+    """Zeros for one layer, or for a stack of `leading[0]` layers; nothing for one that looks at no other token."""
+    if kind == "mlp":
+        return ()
+    if kind in STATE_SPACE_KINDS:
+        assert config.state_space is not None
+        state = empty_mamba_state(config.state_space, batch, dtype=dtype, leading=leading)
+        if kind == "mamba":
+            return state
+        heads = empty_cache(config, batch, max_length, dtype=dtype, leading=leading)
+        assert isinstance(heads, LayerCache)
+        return HybridCache(heads, state)
     if kind == "linear":
         return empty_state(config, batch, dtype=dtype, leading=leading)
     if kind == "conv":
@@ -86,6 +106,7 @@ def empty_cache(
 def max_length(cache: Any) -> int:
     """The slots of a model's cache: a state has none, and no model is of states alone."""
     kept = (layer for segment in cache for layer in segment)
+    kept = (layer.attention if isinstance(layer, HybridCache) else layer for layer in kept)
     return int(next(layer.keys.shape[-3] for layer in kept if isinstance(layer, LayerCache)))
 
 
@@ -174,7 +195,7 @@ def _cached_convolution(
         found = slots[rows, jnp.maximum(positions - ago, 0), 0]
         taps.append(jnp.where((positions >= ago)[..., None], found, 0).astype(gated.dtype))
     mixed = x + module.out_proj(gate * weighted_taps(module.conv, taps))
-    return feed_forward(layer, mixed, mixed, config=config), cache._replace(keys=slots)
+    return mixed, cache._replace(keys=slots)
 
 
 def _stored(slots: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -202,15 +223,44 @@ def cached_decoder_layer(
       cache: of this layer.
       positions: int `[batch, tokens]`, increasing in each row, -1 for padding.
     """
-    if kind == "conv":
-        return _cached_convolution(layer, x, cache, positions, config=config)
-    if kind == "linear":
-        mixed, cache = cached_delta_net(layer, x, cache, positions, config=config)
-        return feed_forward(layer, mixed, mixed, config=config), cache
-    x, heads, gate, cache, _ = cached_heads(layer, x, cache, angles, positions, config=config, kind=kind)
-    attended = add_attention(layer, x, heads, gate, config=config)
+    if kind == "mlp":
+        return feed_forward(layer, x, x, config=config), cache
+    attended, x, cache = _cached_attention_part(layer, x, cache, angles, positions, config=config, kind=kind)
+    if config.block == "single":
+        return attended, cache
     read = x if config.block == "parallel" else attended
     return feed_forward(layer, read, attended, config=config), cache
+
+
+def _cached_attention_part(
+    layer: DecoderLayer,
+    x: jax.Array,
+    cache: Any,
+    angles: Rotation,
+    positions: jax.Array,
+    *,
+    config: DecoderConfig,
+    kind: LayerKind,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """(the stream after attention, or what stands in its place, the stream in front of it, the cache with the new
+    tokens in it) of `cached_decoder_layer`'s arguments."""
+    if kind == "conv":
+        attended, cache = _cached_convolution(layer, x, cache, positions, config=config)
+        return attended, x, cache
+    if kind == "linear":
+        attended, cache = cached_delta_net(layer, x, cache, positions, config=config)
+        return attended, x, cache
+    if kind == "mamba":
+        mixed, cache = cached_mamba(layer, x, cache, positions, config=config)
+        return add_mixed(x, mixed, config), x, cache
+    if kind == "hybrid":
+        mixed, state = cached_mamba(layer, x, cache.state, positions, config=config)
+        given = (cache.attention, angles, positions)
+        x, heads, gate, kept, _ = cached_heads(layer, x, *given, config=config, kind=kind)
+        attended = add_attention(layer, add_mixed(x, mixed, config), heads, gate, config=config)
+        return attended, x, HybridCache(kept, state)
+    x, heads, gate, cache, _ = cached_heads(layer, x, cache, angles, positions, config=config, kind=kind)
+    return add_attention(layer, x, heads, gate, config=config), x, cache
 
 
 def cached_heads(

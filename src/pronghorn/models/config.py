@@ -10,12 +10,15 @@ from typing import Any, Literal
 from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.extras_config import ExtrasConfig
 from pronghorn.models.latent_config import LatentConfig
+from pronghorn.models.state_space_config import StateSpaceConfig
 
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "xielu"]
 GATED_ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-LayerKind = Literal["full", "sliding", "chunked", "conv", "linear"]
+LayerKind = Literal["full", "sliding", "chunked", "conv", "linear", "mamba", "hybrid", "mlp"]
+ATTENDING_KINDS: tuple[LayerKind, ...] = ("full", "sliding", "chunked", "hybrid")
+STATE_SPACE_KINDS: tuple[LayerKind, ...] = ("mamba", "hybrid")
 LayerRope = Literal["global", "local", "none"]
-Block = Literal["pre", "post", "sandwich", "parallel"]
+Block = Literal["pre", "post", "sandwich", "parallel", "single"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 
 
@@ -63,6 +66,7 @@ class DecoderConfig:
         "post"      x + post_attention(a(x)),           then x + post_feedforward(f(x))                 (OLMo 2)
         "sandwich"  x + post_attention(a(input(x))),    then x + post_feedforward(f(pre_feedforward(x)))  (Gemma 2)
         "parallel"  x + a(input(x)) + f(input(x))                                                       (Cohere)
+        "single"    x + a(input(x)), or x + f(input(x)) in layers of kind "mlp"                         (Nemotron-H)
       norm: "rms", or "layer" (mean and variance), with norm_bias or without, and that one also without norm_weight
         (OLMo 1); norm_weight_offset is added to the weight;
         rms_norm_eps is the epsilon of either.
@@ -71,17 +75,22 @@ class DecoderConfig:
         weights of its own ("heads"), or all heads as one vector ("width"); in front of rope, or after it.
       embedding_scale, residual_scale, logit_scale: factors on the embedding, on what each half of a layer adds, and on
         the logits (before their softcap).
+      attention_input_scale, attention_output_scale, key_scale: factors on what attention reads behind its norm, on what
+        it adds, and on its keys; gate_scale, mlp_output_scale: on the gate in front of its activation, and on what the
+        feed-forward network adds.
       layer_kinds: what each layer sees: all before it, a window, or the last conv_width tokens through a gated
         convolution in place of attention ("conv", LFM 2; conv_bias gives it and its linears biases), or all before it
         through the state of a gated delta net ("linear", `models/delta_net.py`; linear_*, and conv_width of its own
-        convolution), or in its chunk of attention_chunk positions ("chunked": from the last multiple of it on).
-        layer_ropes: which positions it is told: those of `rope`, of `local_rope`, or none. Empty means
-        all alike.
+        convolution), or in its chunk of attention_chunk positions ("chunked": from the last multiple of it on), or all
+        before it through a state-space mixer in place of attention ("mamba", `models/mamba.py`) or beside one that
+        reads the same norm ("hybrid").
+      layer_ropes: which positions each layer is told: those of `rope`, of `local_rope`, or none. Empty means all alike.
       linear_by_key_head: a delta net has two projections in front, with the rows of one key head after the other.
       qkv_clip: what the projections of queries, keys and values are clipped to, either sign; None for nothing.
       attention_gate: q_proj also projects a gate for every head, behind its query: what attention puts out is
         multiplied by the gate's sigmoid.
       rope_interleaved: pairs are neighbours (2i, 2i + 1) in the checkpoint, not (i, i + R/2).
+      state_space: sizes of the mixers of "mamba" and "hybrid" layers, or None.
       latent: multi-head latent attention in place of grouped heads; qkv_bias is then of its first projections, and rope
         of its dims of positions.
       experts: a mixture of experts in place of the feed-forward network, in all layers but those it names.
@@ -125,6 +134,11 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
+    attention_input_scale: float = 1.0
+    attention_output_scale: float = 1.0
+    key_scale: float = 1.0
+    gate_scale: float = 1.0
+    mlp_output_scale: float = 1.0
     layer_ropes: tuple[LayerRope, ...] = ()
     local_rope: RopeConfig | None = None
     rope_interleaved: bool = False
@@ -143,6 +157,7 @@ class DecoderConfig:
     linear_key_dim: int = 0
     linear_value_dim: int = 0
     linear_by_key_head: bool = False
+    state_space: StateSpaceConfig | None = None
     experts: ExpertsConfig | None = None
     latent: LatentConfig | None = None
     extras: ExtrasConfig | None = None
@@ -174,8 +189,14 @@ class DecoderConfig:
                     f"linear_value_heads {self.linear_value_heads} is no multiple of linear_key_heads "
                     f"{self.linear_key_heads}"
                 )
-            if set(self.layer_kinds) == {"linear"}:
-                raise ValueError("every layer is of linear attention, and at least one has to attend")
+        if set(self.layer_kinds) <= {"linear", "mamba", "mlp"}:
+            raise ValueError("no layer attends, and at least one has to: the others have a state alone")
+        if set(self.layer_kinds) & set(STATE_SPACE_KINDS):
+            self._check_state_space()
+        if "mlp" in self.layer_kinds and self.block != "single":
+            raise ValueError("layers of kind 'mlp' are blocks of one part")
+        if self.block == "single" and (self.experts or self.extras or self.latent):
+            raise ValueError("blocks of one part have no experts, extras or latent attention")
         if self.layer_ropes and len(self.layer_ropes) != self.num_layers:
             raise ValueError(f"layer_ropes has {len(self.layer_ropes)} entries for {self.num_layers} layers")
         if set(self.layer_ropes) <= {"global"}:
@@ -188,12 +209,29 @@ class DecoderConfig:
             raise ValueError("experts are gated, have no bias, and read the stream after attention")
         if self.latent is not None:
             self._check_latent(self.latent)
+        factors = (self.attention_input_scale, self.attention_output_scale, self.gate_scale)
+        if factors != (1.0, 1.0, 1.0) and (
+            self.experts is not None
+            or self.latent is not None
+            or self.extras is not None
+            or not self.gated_mlp
+            or self.block == "post"
+        ):
+            raise ValueError(
+                "factors of attention and of the gate go with plain heads behind a norm, and gated networks"
+            )
         if not self.norm_weight and (self.norm == "rms" or self.norm_bias or self.qk_norm):
             raise ValueError("norms without a weight are layer norms without a bias, and not of heads")
         if self.rope_interleaved and self.qk_norm_after_rope:
             raise ValueError("heads that are normalised after rope keep the order of their dims")
         if self.extras is not None:
             self._check_extras(self.extras)
+
+    def _check_state_space(self) -> None:
+        if self.state_space is None:
+            raise ValueError("layer_kinds has 'mamba' or 'hybrid' and state_space is None")
+        if self.block not in ("pre", "single") or self.norm != "rms":
+            raise ValueError("state-space mixers read an RMS norm in front of them")
 
     def _check_extras(self, extras: ExtrasConfig) -> None:
         extras.check(self.layer_kinds)
@@ -241,7 +279,8 @@ class DecoderConfig:
     @property
     def attention_multiplier(self) -> float:
         """The factor of q kᵀ."""
-        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale * self.key_scale
 
     @property
     def layer_pattern(self) -> tuple[tuple[LayerKind, LayerRope], ...]:

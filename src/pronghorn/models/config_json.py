@@ -31,6 +31,7 @@ class Family:
       module_tensors: as `tensor_names`, where the modules of transformers, and so adapters, have other names than the
         tensors of a file; None where they have the same.
       interleaved_tensors: DecoderConfig -> {name in the file: how it holds several tensors named in `tensor_names`}.
+      unadapted: how our names of linears end that PEFT takes no adapters of in these models.
       tower: where the modules behind "model." are in a model of transformers that wraps this one as its text tower.
       left_out: the dict of a config.json -> how names of tensors begin that files have and the decoder does not, such
         as those of layers that predict further tokens. They are never read, nor written again.
@@ -46,7 +47,12 @@ class Family:
     module_tensors: Callable[[DecoderConfig], dict[str, str]] | None = None
     interleaved_tensors: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
     left_out: Callable[[HfConfig], tuple[str, ...]] = lambda hf: ()
+    unadapted: tuple[str, ...] = ()
     tower: str = "model.language_model"
+
+    def names_in_memory(self, config: DecoderConfig) -> dict[str, str]:
+        """As `tensor_names`, with the names that the modules of transformers have."""
+        return (self.module_tensors or self.tensor_names)(config)
 
 
 # Keys that say nothing about the forward pass.

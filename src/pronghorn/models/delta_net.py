@@ -10,11 +10,10 @@ The convolution is each feature's own, over its last `conv_width` tokens. It and
 
 Saved: x, W_qkv n, z, W_b n, W_a n and o. The convolution, the activations and the norms run again in the backward pass.
 
-For decoding, `StateCache` holds a row's state and the tokens that its next convolution reaches back to: nothing that
-grows. Tokens of a call may be padded anywhere (position −1); a row whose first token stands at position 0 starts anew.
+Decoding keeps the state and W_qkv n of the last tokens (`models/state_cache.py`).
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.layers import DecoderLayer, DeltaNet, RMSNorm
 from pronghorn.models.projections import normalized_linears, one_linear
-from pronghorn.models.short_convolution import earlier_tokens, weighted_taps
+from pronghorn.models.short_convolution import taps_of, weighted_taps
+from pronghorn.models.state_cache import NewTokens, StateCache
 from pronghorn.pallas_kernels.gated_delta_rule import continue_gated_delta_rule, gated_delta_rule
 
 _LENGTH_EPS = 1e-6  # as in the release of the models: under the root, added to the squared length
-
-
-class StateCache(NamedTuple):
-    """What decoding keeps of one layer; stacked layers have a leading axis.
-
-    Attributes:
-      recent: W_qkv n of the last tokens, `[batch, conv_width - 1, features]`, zeros in front of the row.
-      state: fp32 `[batch, value_heads, key_dim, value_dim]`.
-    """
-
-    recent: jax.Array
-    state: jax.Array
 
 
 def empty_state(config: DecoderConfig, batch: int, *, dtype: Any, leading: tuple = ()) -> StateCache:
@@ -66,9 +54,7 @@ def add_delta_net(
 
     @jax.checkpoint
     def mix(wide, b, a):
-        taps = [
-            earlier_tokens(wide, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)
-        ]
+        taps = taps_of(wide, config.conv_width, segment_ids)
         return gated_delta_rule(*_rule_inputs(module, taps, b, a, config), segment_ids=segment_ids)
 
     heads = checkpoint_name(mix(wide, b, a), "attention_out")
@@ -141,28 +127,11 @@ def cached_delta_net(
     layer: DecoderLayer, x: jax.Array, cache: StateCache, positions: jax.Array, *, config: DecoderConfig
 ) -> tuple[jax.Array, StateCache]:
     """`add_delta_net` of tokens `[batch, tokens, d]` that follow those in the cache, and the cache with them in it."""
-    module, history = layer.linear_attn, config.conv_width - 1
+    module, new = layer.linear_attn, NewTokens.at(positions)
     x, (wide, z, b, a) = _projected(layer, x, config, None)
-    real = positions >= 0
-    count = jnp.sum(real, axis=1)
-    # Real tokens move to the front, in their order; what is behind them is padding.
-    order = jnp.argsort(~real, axis=1, stable=True)
-    there = (jnp.arange(x.shape[1]) < count[:, None])[..., None]
-    wide, b, a = (jnp.take_along_axis(values, order[..., None], axis=1) for values in (wide, b, a))
-    fresh = (jnp.take_along_axis(positions, order[:, :1], axis=1) == 0)[..., None]
-    row = jnp.concatenate([jnp.where(fresh, 0, cache.recent).astype(wide.dtype), wide], axis=1)
-    taps = [row[:, i : i + x.shape[1]] for i in range(config.conv_width)]
+    wide, b, a = (new.in_front(values) for values in (wide, b, a))
+    taps, recent = new.taps(cache, wide)
     q, k, v, g, beta = _rule_inputs(module, taps, b, a, config)
-    heads, state = continue_gated_delta_rule(
-        q,
-        k,
-        v,
-        jnp.where(there, g, 0.0),
-        jnp.where(there, beta, 0.0),
-        jnp.where(fresh[..., None], 0.0, cache.state),
-    )
-    last = count[:, None] + jnp.arange(history)
-    recent = jnp.take_along_axis(row, last[..., None], axis=1).astype(cache.recent.dtype)
-    back = jnp.argsort(order, axis=1)
-    heads = jnp.take_along_axis(heads, back[..., None, None], axis=1)
-    return x + _output(module, heads, z, None), StateCache(recent, state)
+    g, beta = (jnp.where(new.real, values, 0.0) for values in (g, beta))
+    heads, state = continue_gated_delta_rule(q, k, v, g, beta, cache.states(new))
+    return x + _output(module, new.in_place(heads), z, None), StateCache(recent, state)

@@ -196,7 +196,7 @@ def extended_layer(
             segment_ids=segment_ids,
             sliding_window=config.sliding_window if kind == "sliding" else None,
             softcap=config.attention_softcap,
-            scale=config.attention_scale,
+            scale=config.attention_multiplier,
         )
         return add_attention(layer, x, heads, gate, config=config, dropout_key=dropout_key), (k, v)
 

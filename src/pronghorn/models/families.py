@@ -17,6 +17,7 @@ from pronghorn.models import (
     ernie4_5_moe,
     exaone,
     exaone4,
+    falcon_h1,
     gemma,
     gemma2,
     gemma3,
@@ -41,6 +42,7 @@ from pronghorn.models import (
     mistral,
     mixtral,
     nemotron,
+    nemotron_h,
     olmo,
     olmo2,
     olmo3,
@@ -116,6 +118,8 @@ FAMILIES: tuple[Family, ...] = (
     llama4.FAMILY,
     qwen3_next.FAMILY,
     qwen3_5_moe.FAMILY,
+    falcon_h1.FAMILY,
+    nemotron_h.FAMILY,
 )
 
 

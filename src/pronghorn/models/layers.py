@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pronghorn.models.config import DecoderConfig, LayerKind
+from pronghorn.models.config import ATTENDING_KINDS, STATE_SPACE_KINDS, DecoderConfig, LayerKind
 from pronghorn.models.extras_config import ExtrasConfig
 from pronghorn.pallas_kernels.dora import dora_linear
 from pronghorn.pallas_kernels.layer_norm import layer_norm, layer_norm_reference
@@ -319,14 +319,41 @@ class DeltaNet(nnx.Module):
             rows = {"qkvz": 2 * keys + 2 * values, "ba": 2 * heads}
         for name, count in rows.items():
             setattr(self, f"in_proj_{name}", Linear(hidden, count, axes=("heads", "hidden"), **common))
-        # As in Mamba 2: a head forgets at a rate of its own, from 1 to 16 times its step.
-        rates = jnp.broadcast_to(jnp.linspace(1.0, 16.0, heads, dtype=jnp.float32), (*leading, heads))
-        self.A_log = _param(jnp.log(rates).astype(dtype), ("heads",), leading)
+        self.A_log = _param(_log_rates(heads, dtype, leading), ("heads",), leading)
         self.dt_bias = _param(jnp.ones((*leading, heads), dtype), ("heads",), leading)
         # Its weight is the scale itself, whatever the other norms of the model store.
         norm: dict[str, Any] = {"axis": "head_dim", "leading": leading, "weight_offset": 0.0}
         self.norm = RMSNorm(config.linear_value_dim, config, dtype=dtype, **norm)
         self.out_proj = Linear(values, hidden, axes=("hidden", "heads"), **common)
+
+
+class Mamba(nnx.Module):
+    """Parameters of a state-space mixer (`models/mamba.py`): `in_proj`, the convolution `conv1d`, of every head
+    `A_log`, `D` and `dt_bias`, the `norm` of the width or None, and `out_proj`."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
+        sizes, hidden = config.state_space, config.hidden_size
+        assert sizes is not None
+        common: dict[str, Any] = {"dtype": dtype, "rngs": rngs, "leading": leading}
+        rows, bias = sizes.projected, sizes.input_bias
+        self.in_proj = Linear(hidden, rows, axes=("heads", "hidden"), bias=bias, **common)
+        self.conv1d = Taps(sizes.conv_features, sizes.conv_width, bias=sizes.conv_bias, **common)
+        self.A_log = _param(_log_rates(sizes.heads, dtype, leading), ("heads",), leading)
+        self.D = _param(jnp.ones((*leading, sizes.heads), dtype), ("heads",), leading)
+        self.dt_bias = _param(jnp.ones((*leading, sizes.heads), dtype), ("heads",), leading)
+        # Its weight is the scale itself, whatever the other norms of the model store.
+        norm: dict[str, Any] = {"dtype": dtype, "axis": "heads", "leading": leading, "weight_offset": 0.0}
+        plain = sizes.gated_norm == "none"
+        self.norm = nnx.data(None if plain else RMSNorm(sizes.width, config, **norm))
+        self.out_proj = Linear(
+            sizes.width, hidden, axes=("hidden", "heads"), bias=sizes.output_bias, **common
+        )
+
+
+def _log_rates(heads: int, dtype: Any, leading: tuple[int, ...]) -> jax.Array:
+    """As Mamba 2 starts: a head forgets at a rate of its own, from 1 to 16 times its step."""
+    rates = jnp.broadcast_to(jnp.linspace(1.0, 16.0, heads, dtype=jnp.float32), (*leading, heads))
+    return jnp.log(rates).astype(dtype)
 
 
 class XIELU(nnx.Module):
@@ -375,16 +402,20 @@ LAYER_NORMS = {
         "post_feedforward_layernorm",
     ),
     "parallel": ("input_layernorm",),
+    "single": ("input_layernorm",),
 }
 
 
 class DecoderLayer(nnx.Module):
-    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv` or
-    `linear_attn`), `mlp` (an `MLP` or a `SparseMLP`), and its LAYER_NORMS."""
+    """Parameters of one layer (or, stacked, of `leading[0]` like layers): `self_attn` (or `conv`, `linear_attn` or
+    `mamba`, or `self_attn` and `mamba`), `mlp` (an `MLP` or a `SparseMLP`), and its LAYER_NORMS. A block of one part
+    has one of these alone."""
 
     self_attn: Any  # Attention or LatentAttention
     conv: ShortConv
     linear_attn: DeltaNet
+    mamba: Mamba
+    mlp: Any  # MLP or SparseMLP
 
     input_layernorm: RMSNorm | LayerNorm
     post_attention_layernorm: RMSNorm | LayerNorm
@@ -415,10 +446,13 @@ class DecoderLayer(nnx.Module):
             self.conv = ShortConv(config, dtype=dtype, rngs=rngs, leading=leading)
         elif kind == "linear":
             self.linear_attn = DeltaNet(config, dtype=dtype, rngs=rngs, leading=leading)
-        else:
+        if kind in STATE_SPACE_KINDS:
+            self.mamba = Mamba(config, dtype=dtype, rngs=rngs, leading=leading)
+        if kind in ATTENDING_KINDS:
             attention = Attention if config.latent is None else LatentAttention
             self.self_attn = attention(config, dtype=dtype, rngs=rngs, leading=leading)
-        self.mlp = mlp(config, dtype=dtype, rngs=rngs, leading=leading)
+        if config.block != "single" or kind == "mlp":
+            self.mlp = mlp(config, dtype=dtype, rngs=rngs, leading=leading)
 
 
 def value_or_none(variable: nnx.Variable | None) -> Any:

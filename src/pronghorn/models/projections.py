@@ -1,6 +1,7 @@
 """Linear layers of a layer, as the ops take them: by themselves, or several that read one normalised input."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from pronghorn.models.layers import LayerNorm, RMSNorm, value_or_none
@@ -54,8 +55,9 @@ def normalized_linears(
     dropout_key: jax.Array | None,
     *,
     joined: bool = True,
+    input_scale: float = 1.0,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """(x, y of every linear layer named): of norm(x), or of x where there is no norm.
+    """(x, y of every linear layer named): of input_scale norm(x), or of x where there is no norm.
 
     The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
     computed. `joined=False` for a stream that others read as well.
@@ -64,18 +66,22 @@ def normalized_linears(
         linears, scales, dropout = operands(holder, names, dropout_key)
         x, outputs = norm_linears(
             x,
-            norm.weight.get_value(),
+            _scaled(norm.weight.get_value(), input_scale),
             linears,
             scales=scales,
             eps=norm.eps,
-            weight_offset=norm.weight_offset,
+            weight_offset=input_scale * norm.weight_offset,
             dropout=dropout,
         )
         return x, list(outputs)
 
     @jax.checkpoint
     def project(x):
-        n = x if norm is None else norm(x)
+        n = x if norm is None else _scaled(norm(x), input_scale)
         return [one_linear(holder, name, n, dropout_key) for name in names]
 
     return x, project(x)
+
+
+def _scaled(values: jax.Array, scale: float) -> jax.Array:
+    return values if scale == 1.0 else values * jnp.asarray(scale, values.dtype)

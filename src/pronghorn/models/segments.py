@@ -180,8 +180,8 @@ def run_segment(
     period, policy = len(split), POLICIES[memory_policy]
     policy = policy if config.latent is None else policy.of_latents()
     # A feed-forward network that reads the stream after attention is a part of its own: that stream is its input.
-    halves = policy.offloaded and bool(policy.saved) and config.block != "parallel" and not return_layers
-    halves &= config.extras is None
+    halves = policy.offloaded and bool(policy.saved) and not return_layers
+    halves &= config.block not in ("parallel", "single") and config.extras is None
     parts: tuple[LayerPart, ...] = ("attention", "feed_forward") if halves else ("layer",)
 
     def part_of(position: int, part: LayerPart) -> Callable[..., jax.Array]:

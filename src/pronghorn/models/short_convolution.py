@@ -30,9 +30,7 @@ def add_convolution(
     @jax.checkpoint
     def narrow(wide):
         gated, gate = convolution_inputs(wide)
-        taps = [
-            earlier_tokens(gated, config.conv_width - 1 - i, segment_ids) for i in range(config.conv_width)
-        ]
+        taps = taps_of(gated, config.conv_width, segment_ids)
         return one_linear(layer.conv, "out_proj", gate * weighted_taps(layer.conv.conv, taps), dropout_key)
 
     return x + narrow(widen(x))
@@ -51,6 +49,11 @@ def weighted_taps(conv: Taps, taps: Sequence[jax.Array]) -> jax.Array:
     if conv.bias is not None:
         total = total + conv.bias.get_value().astype(jnp.float32)
     return jnp.asarray(total, taps[-1].dtype)
+
+
+def taps_of(values: jax.Array, width: int, segment_ids: jax.Array | None) -> list[jax.Array]:
+    """What a convolution over `width` tokens weighs at every token, the token itself last."""
+    return [earlier_tokens(values, ago, segment_ids) for ago in range(width - 1, -1, -1)]
 
 
 def earlier_tokens(values: jax.Array, ago: int, segment_ids: jax.Array | None) -> jax.Array:

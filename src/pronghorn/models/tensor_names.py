@@ -62,32 +62,48 @@ class InterleavedTensor:
       marked: the module of transformers says that it is transposed (`is_transposed`). PEFT takes what does not say so
         for `[experts, out, in]`.
       in_turn: otherwise the parts lie along that axis one after the other.
+      by_rows: the parts lie along the last axis but one instead, one after the other; not with `transposed`.
+        Transformers has such an array as it has experts that a file holds one by one.
     """
 
     parts: tuple[str, ...]
     transposed: bool
     in_turn: bool = True
     marked: bool = False
+    by_rows: bool = False
+
+    def holds(self, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor of the file of this shape can have these parts."""
+        of_matrices = self.transposed or self.by_rows
+        return len(shape) == 2 + of_matrices and shape[-2 if self.by_rows else -1] % len(self.parts) == 0
 
     def part_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of each part, given the file's."""
+        if self.by_rows:
+            return (*shape[:-2], shape[-2] // len(self.parts), shape[-1])
         *leading, last = shape
         last //= len(self.parts)
         return (*leading[:-1], last, leading[-1]) if self.transposed else (*leading, last)
 
     def file_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the file's, given that of each part."""
+        if self.by_rows:
+            return (*shape[:-2], shape[-2] * len(self.parts), shape[-1])
         *leading, inner, last = shape
         inner, last = (last, inner) if self.transposed else (inner, last)
         return (*leading, inner, last * len(self.parts))
 
     def cut(self, array: Any, place: int) -> Any:
         """One part of the file's array; a view."""
+        if self.by_rows:
+            return np.split(array, len(self.parts), axis=-2)[place]
         part = array[..., self._columns(array.shape[-1], place)]
         return np.swapaxes(part, -1, -2) if self.transposed else part
 
     def join(self, arrays: Sequence[Any]) -> np.ndarray:
         """The file's array of all its parts."""
+        if self.by_rows:
+            return np.concatenate(arrays, axis=-2)
         array = np.empty(self.file_shape(arrays[0].shape), arrays[0].dtype)
         for place, part in enumerate(arrays):
             columns = self._columns(array.shape[-1], place)

@@ -19,6 +19,7 @@ from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
 from pronghorn.pallas_kernels.stacked_linears import LinearWeights
+from pronghorn.pallas_kernels.state_space import state_space
 
 __all__ = [
     "LinearWeights",
@@ -37,4 +38,5 @@ __all__ = [
     "norm_linears",
     "residual_linear",
     "rms_norm",
+    "state_space",
 ]

@@ -39,6 +39,17 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import gated_delta_chunks, launch
 from pronghorn.pallas_kernels.gated_delta_chunks import Rows
 from pronghorn.pallas_kernels.gated_delta_scan import chunk_state_gradients, chunk_states
+from pronghorn.pallas_kernels.token_chunks import (
+    chunk_decays,
+    cut,
+    decay_gradient,
+    group_sum,
+    joined,
+    pair_decays,
+    product,
+    segment_runs,
+    segment_starts,
+)
 
 CHUNK = 64
 _SMALLEST = 16  # of a side of a product on tensor cores
@@ -98,7 +109,7 @@ def continue_gated_delta_rule(
     c = _chunks(q, k, v, g.astype(jnp.float32), beta.astype(jnp.float32), runs, size, carried=True)
     out, after = _forward(c, q.shape[-1] ** -0.5, state, with_kernel=False)
     assert after is not None
-    return _joined(out, q.shape[1]).astype(v.dtype), after
+    return joined(out, q.shape[1]).astype(v.dtype), after
 
 
 def gated_delta_rule_reference(
@@ -116,27 +127,19 @@ def gated_delta_rule_reference(
     group = v.shape[2] // k.shape[2]
     q32, k32 = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (q, k))
     runs = segment_runs(segment_ids, q.shape[:2])
-    starts = runs != jnp.pad(runs, ((0, 0), (1, 0)))[:, :-1]
+    starts = segment_starts(runs)
 
     def one_token(state, token):
         q, k, v, g, beta, start = token
         state = jnp.where(start[:, None, None, None], 0.0, state * jnp.exp(g)[..., None, None])
-        stored = _product("bhkv,bhk->bhv", state, k)
+        stored = product("bhkv,bhk->bhv", state, k)
         state = state + k[..., None] * (beta[..., None] * (v - stored))[..., None, :]
-        return state, scale * _product("bhkv,bhk->bhv", state, q)
+        return state, scale * product("bhkv,bhk->bhv", state, q)
 
     tokens = (q32, k32, v.astype(jnp.float32), g.astype(jnp.float32), beta.astype(jnp.float32), starts)
     zero = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), jnp.float32)
     _, out = jax.lax.scan(one_token, zero, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
     return jnp.moveaxis(out, 0, 1).astype(v.dtype)
-
-
-def segment_runs(segment_ids: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-    """The number of the segment of every token in its row, from 0, int32 `[batch, seq]`: an id may come again."""
-    if segment_ids is None:
-        return jnp.zeros(shape, jnp.int32)
-    changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def _check_shapes(q, k, v, g, beta, segment_ids):
@@ -159,10 +162,6 @@ def _check_shapes(q, k, v, g, beta, segment_ids):
         )
 
 
-def _product(pattern: str, *operands: jax.Array) -> jax.Array:
-    return jnp.einsum(pattern, *operands, precision=jax.lax.Precision.HIGHEST)
-
-
 class _Chunks(NamedTuple):
     """Everything by chunk, fp32: q, k, v [chunks, batch, value_heads, C, dim]; the others as in the file's formulas,
     [.., C], `pairs` (D) [.., C, C] and `through` (γ) [chunks, batch, value_heads]."""
@@ -177,57 +176,28 @@ class _Chunks(NamedTuple):
     through: jax.Array
 
 
-def _cut(x: jax.Array, size: int) -> jax.Array:
-    """[batch, seq, heads, ..] -> [chunks, batch, heads, size, ..], zeros behind the last token."""
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), *((0, 0),) * (x.ndim - 2)))
-    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
-    return jnp.moveaxis(jnp.moveaxis(x, 1, 0), 2, 3)
-
-
-def _joined(x: jax.Array, seq: int) -> jax.Array:
-    """The way back."""
-    x = jnp.moveaxis(jnp.moveaxis(x, 3, 2), 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :seq]
-
-
 def _rows(g: jax.Array, beta: jax.Array, runs: jax.Array, size: int, *, carried: bool = False) -> Rows:
-    """`carried`: the first segment continues the state that the first chunk is given."""
-    decay = jnp.cumsum(_cut(g, size), axis=-1)
-    runs = jnp.pad(runs, ((0, 0), (0, -runs.shape[1] % size)), mode="edge")
-    runs = jnp.moveaxis(runs.reshape(runs.shape[0], -1, size), 1, 0)
-    here = runs[:, :, None]  # [chunks, batch, 1, size]
-    last = here[..., -1:]
-    before = jnp.pad(last[:-1], ((1, 0), *((0, 0),) * 3), constant_values=0 if carried else -1)
-    end = decay[..., -1:]
-    return Rows(
-        beta=_cut(beta, size),
-        decay=decay,
-        into=jnp.where(here == before, jnp.exp(decay), 0.0),
-        out_of=jnp.where(here == last, jnp.exp(end - decay), 0.0),
-        through=jnp.where(last == before, jnp.exp(end), 0.0)[..., 0],
-        runs=runs,
-    )
+    """`carried` as in `chunk_decays`."""
+    return Rows(cut(beta, size), *chunk_decays(g, runs, size, carried=carried))
 
 
 def _chunks(q, k, v, g, beta, runs, size: int, *, carried: bool = False) -> _Chunks:
-    """`carried` as in `_rows`."""
+    """`carried` as in `chunk_decays`."""
     group = v.shape[2] // k.shape[2]
     rows = _rows(g, beta, runs, size, carried=carried)
     q, k = (jnp.repeat(x.astype(jnp.float32), group, axis=2) for x in (q, k))
-    here = rows.runs[:, :, None]
-    same = (here[..., :, None] == here[..., None, :]) & jnp.tril(jnp.ones((size, size), bool))
-    q, k, v = (_cut(x, size) for x in (q, k, v.astype(jnp.float32)))
-    pairs = jnp.exp(jnp.where(same, rows.decay[..., :, None] - rows.decay[..., None, :], -jnp.inf))
+    q, k, v = (cut(x, size) for x in (q, k, v.astype(jnp.float32)))
+    pairs = pair_decays(rows.decay, rows.runs)
     return _Chunks(q, k, v, rows.beta, pairs, rows.into, rows.out_of, rows.through)
 
 
 def _solved(c: _Chunks) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """(A, T, U, W)."""
-    coupling = c.beta[..., None] * _product("nbhik,nbhjk->nbhij", c.k, c.k) * c.pairs
+    coupling = c.beta[..., None] * product("nbhik,nbhjk->nbhij", c.k, c.k) * c.pairs
     coupling = jnp.tril(coupling, -1)
     right = jnp.concatenate([c.beta[..., None] * c.v, (c.beta * c.into)[..., None] * c.k], axis=-1)
     inverse = unit_lower_inverse(coupling)
-    both = _product("nbhij,nbhjd->nbhid", inverse, right)
+    both = product("nbhij,nbhjd->nbhid", inverse, right)
     return coupling, inverse, both[..., : c.v.shape[-1]], both[..., c.v.shape[-1] :]
 
 
@@ -248,7 +218,7 @@ def unit_lower_inverse(strict: jax.Array) -> jax.Array:
         blocks = strict.reshape(*strict.shape[:-2], pairs, 2 * width, pairs, 2 * width)
         on_diagonal = jnp.moveaxis(jnp.diagonal(blocks, axis1=-4, axis2=-2), -1, -3)
         first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        below = -_product("...ij,...jk,...kl->...il", second, on_diagonal[..., width:, :width], first)
+        below = -product("...ij,...jk,...kl->...il", second, on_diagonal[..., width:, :width], first)
         above = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         inverse = jnp.concatenate([above, jnp.concatenate([below, second], axis=-1)], axis=-2)
         width *= 2
@@ -260,8 +230,8 @@ def _states(c: _Chunks, u: jax.Array, w: jax.Array, state: jax.Array):
 
     def one_chunk(state, chunk):
         u, w, leaving, through = chunk
-        written = u - _product("bhik,bhkv->bhiv", w, state)
-        after = through[..., None, None] * state + _product("bhik,bhiv->bhkv", leaving, written)
+        written = u - product("bhik,bhkv->bhiv", w, state)
+        after = through[..., None, None] * state + product("bhik,bhiv->bhkv", leaving, written)
         return after, (state, written)
 
     return jax.lax.scan(one_chunk, state, (u, w, c.out_of[..., None] * c.k, c.through))
@@ -272,9 +242,9 @@ def _state_gradients(w, arriving, leaving, through, dout, local, state):
 
     def one_chunk(after, chunk):
         w, arriving, leaving, through, dout, local = chunk
-        d_written = local + _product("bhik,bhkv->bhiv", leaving, after)
-        before = through[..., None, None] * after + _product("bhik,bhiv->bhkv", arriving, dout)
-        return before - _product("bhik,bhiv->bhkv", w, d_written), (after, d_written)
+        d_written = local + product("bhik,bhkv->bhiv", leaving, after)
+        before = through[..., None, None] * after + product("bhik,bhiv->bhkv", arriving, dout)
+        return before - product("bhik,bhiv->bhkv", w, d_written), (after, d_written)
 
     chunks = (w, arriving, leaving, through, dout, local)
     return jax.lax.scan(one_chunk, state, chunks, reverse=True)[1]
@@ -290,9 +260,9 @@ def _forward(
         states, written = _walked(chunk_states, (u, w, c.k), (c.out_of, c.through), ())
     else:
         after, (states, written) = _states(c, u, w, state)
-    inside = _product("nbhik,nbhjk->nbhij", c.q, c.k) * c.pairs
-    out = _product("nbhik,nbhkv->nbhiv", c.into[..., None] * c.q, states)
-    return scale * (out + _product("nbhij,nbhjv->nbhiv", inside, written)), after
+    inside = product("nbhik,nbhjk->nbhij", c.q, c.k) * c.pairs
+    out = product("nbhik,nbhkv->nbhiv", c.into[..., None] * c.q, states)
+    return scale * (out + product("nbhij,nbhjv->nbhiv", inside, written)), after
 
 
 def _walked(kernel, before, numbers, behind) -> tuple[jax.Array, jax.Array]:
@@ -300,9 +270,9 @@ def _walked(kernel, before, numbers, behind) -> tuple[jax.Array, jax.Array]:
     key_dim = before[-1].shape[-1]
     value_dim = (behind or before)[0].shape[-1]
     size = before[0].shape[-2]
-    joined = [[_padded(_joined(x, x.shape[0] * size)) for x in part] for part in (before, behind)]
-    states, tokens = kernel(*joined[0], *numbers, *joined[1])
-    return states[..., :key_dim, :value_dim], _cut(tokens, size)[..., :value_dim]
+    in_rows = [[_padded(joined(x, x.shape[0] * size)) for x in part] for part in (before, behind)]
+    states, tokens = kernel(*in_rows[0], *numbers, *in_rows[1])
+    return states[..., :key_dim, :value_dim], cut(tokens, size)[..., :value_dim]
 
 
 def _padded(x: jax.Array) -> jax.Array:
@@ -367,9 +337,9 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -
     """Gradients by chunk of q, k, v, beta and decay (c of the formulas)."""
     coupling, inverse, u, w = _solved(c)
     arriving, leaving = scale * c.into[..., None] * c.q, c.out_of[..., None] * c.k
-    scores = _product("nbhik,nbhjk->nbhij", c.q, c.k)
+    scores = product("nbhik,nbhjk->nbhij", c.q, c.k)
     inside = scale * scores * c.pairs
-    local = _product("nbhij,nbhiv->nbhjv", inside, dout)
+    local = product("nbhij,nbhiv->nbhjv", inside, dout)
     if with_kernel:
         states, written = _walked(chunk_states, (u, w, c.k), (c.out_of, c.through), ())
         numbers = (scale * c.into, c.out_of, c.through)
@@ -377,24 +347,22 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -
     else:
         _, (states, written) = _states(c, u, w, _no_state(c))
         after, d_written = _state_gradients(w, arriving, leaving, c.through, dout, local, _no_state(c))
-    d_w = -_product("nbhiv,nbhkv->nbhik", d_written, states)
-    x = _product("nbhji,nbhjd->nbhid", inverse, jnp.concatenate([d_written, d_w], axis=-1))
+    d_w = -product("nbhiv,nbhkv->nbhik", d_written, states)
+    x = product("nbhji,nbhjd->nbhid", inverse, jnp.concatenate([d_written, d_w], axis=-1))
     x_v, x_k = x[..., : c.v.shape[-1]], x[..., c.v.shape[-1] :]
-    d_coupling = -jnp.tril(
-        _product("nbhiv,nbhjv->nbhij", x_v, u) + _product("nbhik,nbhjk->nbhij", x_k, w), -1
-    )
-    d_inside = _product("nbhiv,nbhjv->nbhij", dout, written)
-    d_arriving = _product("nbhiv,nbhkv->nbhik", dout, states)  # of e q, but for the scale
-    d_leaving = _product("nbhiv,nbhkv->nbhik", written, after)
+    d_coupling = -jnp.tril(product("nbhiv,nbhjv->nbhij", x_v, u) + product("nbhik,nbhjk->nbhij", x_k, w), -1)
+    d_inside = product("nbhiv,nbhjv->nbhij", dout, written)
+    d_arriving = product("nbhiv,nbhkv->nbhik", dout, states)  # of e q, but for the scale
+    d_leaving = product("nbhiv,nbhkv->nbhik", written, after)
 
     d_scores = scale * d_inside * c.pairs
     d_keys = c.beta[..., None] * d_coupling * c.pairs  # of k_i·k_j
     entering = c.beta * c.into
-    dq = scale * c.into[..., None] * d_arriving + _product("nbhij,nbhjk->nbhik", d_scores, c.k)
+    dq = scale * c.into[..., None] * d_arriving + product("nbhij,nbhjk->nbhik", d_scores, c.k)
     dk = entering[..., None] * x_k + c.out_of[..., None] * d_leaving
-    dk = dk + _product("nbhij,nbhik->nbhjk", d_scores, c.q)
-    dk = dk + _product("nbhij,nbhjk->nbhik", d_keys + jnp.swapaxes(d_keys, -1, -2), c.k)
-    keys = _product("nbhik,nbhjk->nbhij", c.k, c.k)
+    dk = dk + product("nbhij,nbhik->nbhjk", d_scores, c.q)
+    dk = dk + product("nbhij,nbhjk->nbhik", d_keys + jnp.swapaxes(d_keys, -1, -2), c.k)
+    keys = product("nbhik,nbhjk->nbhij", c.k, c.k)
     d_beta = jnp.sum(x_v * c.v, -1) + c.into * jnp.sum(x_k * c.k, -1)
     d_beta = d_beta + jnp.sum(d_coupling * keys * c.pairs, -1)
     # Of the exponents: e and D's rows add, D's columns and w subtract, the last token gets what w and γ add.
@@ -413,7 +381,7 @@ def _gated_delta_rule(scale, with_kernel, q, k, v, g, beta, runs):
         return _forward_in_kernels(scale, q, k, v, g, beta, runs)
     c = _chunks(q, k, v, g, beta, runs, CHUNK)
     out, _ = _forward(c, scale, _no_state(c), with_kernel=with_kernel)
-    return _joined(out, q.shape[1]).astype(v.dtype)
+    return joined(out, q.shape[1]).astype(v.dtype)
 
 
 def _gated_delta_rule_forward(scale, with_kernel, *inputs):
@@ -427,17 +395,10 @@ def _gated_delta_rule_backward(scale, with_kernel, inputs, dout):
         found = _backward_in_kernels(scale, q, k, v, g, beta, runs, dout)
     else:
         c = _chunks(q, k, v, g, beta, runs, CHUNK)
-        found = _backward(c, scale, _cut(dout.astype(jnp.float32), CHUNK), with_kernel=with_kernel)
-        found |= {name: _joined(found[name], seq) for name in ("q", "k", "v")}
-    dg = jnp.cumsum(found["decay"][..., ::-1], axis=-1)[..., ::-1]
-    dg, d_beta = _joined(dg, seq), _joined(found["beta"], seq)
-    return _group_sum(found["q"], q), _group_sum(found["k"], k), found["v"].astype(v.dtype), dg, d_beta, None
-
-
-def _group_sum(gradient: jax.Array, of: Any) -> jax.Array:
-    """Gradients of value heads added up over those that share a head of q or k."""
-    batch, seq, heads, dim = of.shape
-    return jnp.sum(gradient.reshape(batch, seq, heads, -1, dim), axis=3).astype(of.dtype)
+        found = _backward(c, scale, cut(dout.astype(jnp.float32), CHUNK), with_kernel=with_kernel)
+        found |= {name: joined(found[name], seq) for name in ("q", "k", "v")}
+    dg, d_beta = decay_gradient(found["decay"], seq), joined(found["beta"], seq)
+    return group_sum(found["q"], q), group_sum(found["k"], k), found["v"].astype(v.dtype), dg, d_beta, None
 
 
 _gated_delta_rule.defvjp(_gated_delta_rule_forward, _gated_delta_rule_backward)

@@ -11,12 +11,12 @@ that recomputes does not raise it (Chowdhery et al. 2022, PaLM, appendix B).
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from pronghorn.models.config import DecoderConfig
+from pronghorn.models.config import STATE_SPACE_KINDS, DecoderConfig, LayerKind
 from pronghorn.training.optimizers import is_variable
 
 # Dense peak of 16-bit products, FLOP/s, from the vendor's data sheets. The longest name that a device's starts with.
@@ -90,16 +90,20 @@ def count_flops(config: DecoderConfig, trainable: Any, frozen: Any) -> FlopCount
     if config.tie_word_embeddings and "lm_head.weight" not in trained | fixed:
         head = config.vocab_size * config.hidden_size
         (trained if "embed_tokens.weight" in _names(trainable) else fixed)["lm_head.weight"] = head
-    pairs = dict.fromkeys(("full", "sliding", "chunked", "conv", "linear"), 0.0)
+    pairs = dict.fromkeys(get_args(LayerKind), 0.0)
     for index, kind in enumerate(config.layer_kinds):
         layer = config.of_layer(index)
         pairs[kind] += 6.0 * layer.num_heads * (layer.head_dim + layer.value_dim)
     # Of a delta net's state, a token reads what its key had stored, adds to it, and reads it: 6 dk dv a head, forward.
     state = config.linear_value_heads * config.linear_key_dim * config.linear_value_dim
     recurrent = 18.0 * state * config.layer_kinds.count("linear")
+    if config.state_space is not None:  # of a state space a token adds and reads
+        mixer = config.state_space
+        mixers = sum(kind in STATE_SPACE_KINDS for kind in config.layer_kinds)
+        recurrent += 12.0 * mixer.width * mixer.state_dim * mixers
     return FlopCount(
         per_token=4.0 * sum(fixed.values()) + 6.0 * sum(trained.values()) + recurrent,
-        per_pair=pairs["full"],
+        per_pair=pairs["full"] + pairs["hybrid"],
         per_window_pair=pairs["sliding"],
         sliding_window=config.sliding_window,
         per_chunk_pair=pairs["chunked"],

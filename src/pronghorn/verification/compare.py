@@ -231,8 +231,8 @@ def _run_transformers(
             with_kwargs=True,
         )
     ]
-    # Its name differs: LFM 2 says embedding_norm, and Gemma 4 has another norm behind.
-    norms = {name: module for name, module in trunk.named_children() if name.endswith("norm")}
+    # Its name differs: LFM 2 says embedding_norm, Nemotron-H norm_f, and Gemma 4 has another norm behind.
+    norms = {name: m for name, m in trunk.named_children() if name.endswith(("norm", "norm_f"))}
     final_norm = norms.get("norm", next(reversed(norms.values())))
     hooks += [
         m.register_forward_hook(lambda _m, _given, output: record(output))
@@ -267,7 +267,7 @@ def _canonical(model: Any, gradients: dict[str, np.ndarray]) -> dict[str, np.nda
         config = model.config
         return by_our_names(
             {tower_name(name): gradient for name, gradient in gradients.items()},
-            family.tensor_names(config),
+            family.names_in_memory(config),
             family.fused_tensors(config),
             family.interleaved_tensors(config),
         )
