@@ -22,13 +22,18 @@ from pronghorn.models.experts import sparse_mlp
 from pronghorn.models.latent_attention import halves, latent_heads
 from pronghorn.models.layers import MLP, XIELU, Attention, DecoderLayer, RMSNorm, value_or_none
 from pronghorn.models.mamba import mamba
-from pronghorn.models.projections import normalized_linears, one_linear, operands, row_lengths_trained
+from pronghorn.models.projections import (
+    added_linear,
+    normalized_linears,
+    one_linear,
+    operands,
+    row_lengths_trained,
+)
 from pronghorn.models.short_convolution import add_convolution
 from pronghorn.models.token_tiles import in_token_tiles
 from pronghorn.pallas_kernels import gated_mlp as gated_mlp_op
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
-from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
 
@@ -153,10 +158,8 @@ def _add_attention(layer, x, heads, *, config, dropout_key):
     attention = layer.self_attn
     normalized = config.block in ("post", "sandwich")
     scale = config.residual_scale * config.attention_output_scale
-    plain = not normalized and scale == 1.0
-    if plain and not row_lengths_trained(attention, ("o_proj",)):
-        (linear,), (lora_scale,), dropout = operands(attention, ("o_proj",), dropout_key)
-        return residual_linear(x, heads, linear, scale=lora_scale, dropout=dropout)
+    if not normalized and scale == 1.0:
+        return added_linear(attention, "o_proj", heads, x, dropout_key)
     out = one_linear(attention, "o_proj", heads.reshape(*x.shape[:2], -1), dropout_key)
     if normalized:
         out = layer.post_attention_layernorm(out)

@@ -13,6 +13,7 @@ Saved: x, W_qkv n, z, W_b n, W_a n and o. The convolution, the activations and t
 Decoding keeps the state and W_qkv n of the last tokens (`models/state_cache.py`).
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -21,10 +22,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.layers import DecoderLayer, DeltaNet, RMSNorm
-from pronghorn.models.projections import normalized_linears, one_linear
+from pronghorn.models.projections import added_linear, normalized_linears
 from pronghorn.models.short_convolution import taps_of, weighted_taps
 from pronghorn.models.state_cache import NewTokens, StateCache
 from pronghorn.pallas_kernels.gated_delta_rule import continue_gated_delta_rule, gated_delta_rule
+from pronghorn.pallas_kernels.lora_linear import RANK_NAME
 
 _LENGTH_EPS = 1e-6  # as in the release of the models: under the root, added to the squared length
 
@@ -58,8 +60,7 @@ def add_delta_net(
         return gated_delta_rule(*_rule_inputs(module, taps, b, a, config), segment_ids=segment_ids)
 
     heads = checkpoint_name(mix(wide, b, a), "attention_out")
-    out = x + _output(module, heads, z, dropout_key)
-    return checkpoint_name(out, "stream_after_attention"), x
+    return checkpoint_name(_add_output(module, heads, z, x, dropout_key), "stream_after_attention"), x
 
 
 def _projected(
@@ -107,15 +108,17 @@ def _unit_length(x: jax.Array) -> jax.Array:
     return (x32 * jax.lax.rsqrt(square + _LENGTH_EPS)).astype(x.dtype)
 
 
-def _output(module: DeltaNet, heads: jax.Array, z: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
-    """W_out (rms_norm(heads) * silu(z)); saved: heads and z."""
+def _add_output(
+    module: DeltaNet, heads: jax.Array, z: jax.Array, x: jax.Array, dropout_key: jax.Array | None
+) -> jax.Array:
+    """x + W_out (rms_norm(heads) * silu(z)); saved: heads and z."""
 
-    @jax.checkpoint
-    def narrow(heads, z):
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(RANK_NAME))
+    def narrow(heads, z, x):
         gated = _gated_norm(module.norm, heads, z.reshape(heads.shape))
-        return one_linear(module, "out_proj", gated.reshape(z.shape), dropout_key)
+        return added_linear(module, "out_proj", gated, x, dropout_key)
 
-    return narrow(heads, z)
+    return narrow(heads, z, x)
 
 
 def _gated_norm(norm: RMSNorm, heads: jax.Array, z: jax.Array) -> jax.Array:
@@ -134,4 +137,4 @@ def cached_delta_net(
     q, k, v, g, beta = _rule_inputs(module, taps, b, a, config)
     g, beta = (jnp.where(new.real, values, 0.0) for values in (g, beta))
     heads, state = continue_gated_delta_rule(q, k, v, g, beta, cache.states(new))
-    return x + _output(module, new.in_place(heads), z, None), StateCache(recent, state)
+    return _add_output(module, new.in_place(heads), z, x, None), StateCache(recent, state)

@@ -18,9 +18,10 @@ import dataclasses
 from typing import Any
 
 from pronghorn.pallas_kernels.cudnn_attention import FORWARD_PRIMITIVES
+from pronghorn.pallas_kernels.lora_linear import RANK_NAME
 
 # A few numbers a token: always worth more than computing them again.
-_SMALL = ("attention_logsumexp", "lora_linear_rank", "rms_norm_inverse_rms")
+_SMALL = ("attention_logsumexp", RANK_NAME, "rms_norm_inverse_rms")
 _ATTENTION = ("attention_out", "stream_after_attention", *_SMALL)
 _HEADS = ("attention_q", "attention_k", "attention_v")
 _PROJECTIONS = (*_HEADS, *_ATTENTION)

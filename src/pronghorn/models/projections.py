@@ -6,6 +6,7 @@ from flax import nnx
 
 from pronghorn.models.layers import LayerNorm, RMSNorm, value_or_none
 from pronghorn.pallas_kernels.norm_linears import Dropout, norm_linears
+from pronghorn.pallas_kernels.residual_linear import residual_linear
 from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 # A dropout mask of its own for every linear of a layer: the layer's key is folded with this number.
@@ -45,6 +46,16 @@ def one_linear(holder: nnx.Module, name: str, x: jax.Array, dropout_key: jax.Arr
     if dropout_key is not None:
         dropout_key = jax.random.fold_in(dropout_key, _DROPOUT_STREAM[name])
     return getattr(holder, name)(x, dropout_key)
+
+
+def added_linear(
+    holder: nnx.Module, name: str, x: jax.Array, residual: jax.Array, dropout_key: jax.Array | None
+) -> jax.Array:
+    """residual `[batch, seq, d]` + one linear layer of x `[batch, seq, ..]`, whose features may have several axes."""
+    if row_lengths_trained(holder, (name,)):
+        return residual + one_linear(holder, name, x.reshape(*residual.shape[:-1], -1), dropout_key)
+    (linear,), (scale,), dropout = operands(holder, (name,), dropout_key)
+    return residual_linear(residual, x, linear, scale=scale, dropout=dropout)
 
 
 def normalized_linears(

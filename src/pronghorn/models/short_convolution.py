@@ -48,7 +48,16 @@ def weighted_taps(conv: Taps, taps: Sequence[jax.Array]) -> jax.Array:
     total = sum(tap.astype(jnp.float32) * weight[:, i] for i, tap in enumerate(taps))
     if conv.bias is not None:
         total = total + conv.bias.get_value().astype(jnp.float32)
-    return jnp.asarray(total, taps[-1].dtype)
+    return _narrow_gradient(jnp.asarray(total, taps[-1].dtype))
+
+
+@jax.custom_vjp
+def _narrow_gradient(y: jax.Array) -> jax.Array:
+    """y, whose gradient is an array of its dtype: XLA would write it in fp32 for the taps to read."""
+    return y
+
+
+_narrow_gradient.defvjp(lambda y: (y, None), lambda _, dy: (jax.lax.optimization_barrier(dy),))
 
 
 def taps_of(values: jax.Array, width: int, segment_ids: jax.Array | None) -> list[jax.Array]:

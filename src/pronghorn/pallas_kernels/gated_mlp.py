@@ -37,7 +37,7 @@ from pronghorn.pallas_kernels.gated_activation import (
     gated_activation_backward,
     gated_activation_forward,
 )
-from pronghorn.pallas_kernels.lora_linear import over_tokens, rounds_operands, times_transposed
+from pronghorn.pallas_kernels.lora_linear import RANK_NAME, over_tokens, rounds_operands, times_transposed
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
     GatedFactors,
     GatedGradients,
@@ -244,9 +244,9 @@ def _gated_mlp_forward(x, norm_weight, linears, options):
     if wanted.past_norm or any(wanted.linears) or wanted_down & {"lora_a", "weight"}:
         saved["gate"], saved["up"] = done.gate, done.up
         if "t" not in saved and _finished_by_kernels(linears, options.norm.with_kernel):
-            saved["t"] = checkpoint_name(done.t, "lora_linear_rank")
+            saved["t"] = checkpoint_name(done.t, RANK_NAME)
     if "lora_b" in wanted_down:
-        saved["t_down"] = checkpoint_name(done.t_down, "lora_linear_rank")
+        saved["t_down"] = checkpoint_name(done.t_down, RANK_NAME)
     return done.y, (saved, launch.Static((wanted, wanted_down)))
 
 

@@ -33,6 +33,9 @@ from jax.ad_checkpoint import checkpoint_name
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 
+# What T is called, for `jax.checkpoint` policies.
+RANK_NAME = "lora_linear_rank"
+
 
 @runtime_checkable
 class QuantizedWeight(Protocol):
@@ -242,7 +245,7 @@ def _lora_linear_forward(x, weight, lora_a, lora_b, bias, key, scale, rate):
         saved["x"] = x
     y, t = _compute(x, weight, lora_a, lora_b, bias, key, scale, rate)
     if "lora_b" in wanted:
-        saved["t"] = checkpoint_name(t, "lora_linear_rank")
+        saved["t"] = checkpoint_name(t, RANK_NAME)
     return y, (saved, launch.Static((wanted, x.dtype)))
 
 

@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.lora_linear import lora_linear, over_tokens, rounds_operands
+from pronghorn.pallas_kernels.lora_linear import RANK_NAME, lora_linear, over_tokens, rounds_operands
 from pronghorn.pallas_kernels.rms_norm import (
     largest_normalized,
     normalized,
@@ -199,7 +199,7 @@ def save_norm(
         saved["x"] = x
         saved["inverse_rms"] = checkpoint_name(inverse_rms, "rms_norm_inverse_rms")
     if wanted.has("lora_b"):
-        saved["t"] = checkpoint_name(t, "lora_linear_rank")
+        saved["t"] = checkpoint_name(t, RANK_NAME)
     return saved
 
 

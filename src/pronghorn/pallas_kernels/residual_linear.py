@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.lora_linear import over_tokens
+from pronghorn.pallas_kernels.lora_linear import RANK_NAME, over_tokens
 from pronghorn.pallas_kernels.norm_linears import Dropout, drops, one_linear
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
@@ -108,7 +108,7 @@ def _residual_linear_forward(residual, x, linear, scale):
     if wanted & {"lora_a", "weight"}:
         saved["x"] = x
     if "lora_b" in wanted:
-        saved["t"] = checkpoint_name(t, "lora_linear_rank")
+        saved["t"] = checkpoint_name(t, RANK_NAME)
     return y, (saved, launch.Static((wanted_x, wanted, x.shape)))
 
 
