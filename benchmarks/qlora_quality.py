@@ -18,7 +18,12 @@ from typing import Any
 import common
 import jax
 
-from pronghorn.converters.huggingface import load_model, load_tokenizer, resolve_model_path
+from pronghorn.converters.huggingface import (
+    load_model,
+    load_tokenizer,
+    original_weights,
+    resolve_model_path,
+)
 from pronghorn.data import DataConfig, load_rows, tokenize_rows
 from pronghorn.data.docstrings import docstring_rows
 from pronghorn.lora import LoRAConfig, add_lora
@@ -34,7 +39,8 @@ def measure(
     """Train once; the row of one base and start."""
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=config.dtype, layers=config.layers, quantization=how)  # type: ignore[arg-type]
-    model = add_lora(model, LoRAConfig(rank=config.rank, alpha=2 * config.rank, init=init, seed=config.seed))
+    adapter = LoRAConfig(rank=config.rank, alpha=2 * config.rank, init=init, seed=config.seed)
+    model = add_lora(model, adapter, original=original_weights(folder) if init == "loftq" else None)
     with tempfile.TemporaryDirectory() as out:
         train = TrainConfig(
             learning_rate=config.learning_rate,
@@ -89,17 +95,18 @@ def main() -> None:
     parts = docstring_rows("train"), docstring_rows("heldout")[: config.heldout_rows]
     data = tuple(tokenize_rows(load_rows(rows), tokenizer, settings, vocab_size=vocab_size) for rows in parts)
     starts = [(None, "kaiming"), ("nf4", "kaiming"), ("nf4", "loftq")]
-    starts += [(options.recipe, "kaiming"), (options.recipe, "loftq")] if options.recipe else []
-    rows = [measure(folder, data, how, init, config) for how, init in starts]  # type: ignore[arg-type]
-    reference = rows[0]["heldout_loss_after"]
-    for row in rows:
-        row["over_16_bit"] = row["heldout_loss_after"] / reference - 1
+    starts += [(options.recipe, "kaiming")] if options.recipe else []
+    rows: list[dict[str, Any]] = []
+    for how, init in starts:
+        row = measure(folder, data, how, init, config)  # type: ignore[arg-type]
+        rows.append(row)
+        row["over_16_bit"] = row["heldout_loss_after"] / rows[0]["heldout_loss_after"] - 1
         if row is not rows[0]:
             verdict = "within" if row["over_16_bit"] <= LIMIT else "NOT within"
             name = f"{Path(row['base']).name}, {row['init']}"
             print(f"{name}: {row['over_16_bit']:+.2%} of 16-bit LoRA, {verdict} {LIMIT:.0%}")
-    result = {"rows": rows, "config": dataclasses.asdict(config), **common.environment(options.commit)}
-    common.write(options.out, result | {"backend": jax.default_backend()})
+        result = {"rows": rows, "config": dataclasses.asdict(config), **common.environment(options.commit)}
+        common.write(options.out, result | {"backend": jax.default_backend()})
 
 
 if __name__ == "__main__":
