@@ -1,9 +1,10 @@
+import importlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import grouped_linear as grouped_linear_module
 from pronghorn.pallas_kernels import shapes, tuned
 from pronghorn.pallas_kernels.autotune import LIMIT, error
 from pronghorn.pallas_kernels.autotune_grouped import grouped_linear_jobs
@@ -116,7 +117,10 @@ def pair_of(shape, implementation, *, quantized):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("together", [False, True])
 def test_layers_of_one_input_equal_the_oracle(implementation, quantized, together, monkeypatch):
-    monkeypatch.setattr(grouped_linear_module, "_worth_together", lambda *_: together)
+    module = importlib.import_module(
+        "pronghorn.pallas_kernels.grouped_linear"
+    )  # the package has the op by this name
+    monkeypatch.setattr(module, "_worth_together", lambda *_: together)
     shape = shapes.GroupedShape("pair", (5, 0, 12, 1), 21, 32, 64, 2)
     op, oracle, arguments = pair_of(shape, implementation, quantized=quantized)
     cotangent = tuple(normal(seed, (shape.rows, shape.outputs)) for seed in (8, 9))

@@ -10,6 +10,7 @@ from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
 from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
 from pronghorn.pallas_kernels.gated_mlp import gated_mlp
+from pronghorn.pallas_kernels.grouped_linear import grouped_linear
 from pronghorn.pallas_kernels.launch import kernels
 from pronghorn.pallas_kernels.layer_norm import layer_norm
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy, linear_token_losses
@@ -30,6 +31,7 @@ __all__ = [
     "gated_activation",
     "gated_delta_rule",
     "gated_mlp",
+    "grouped_linear",
     "kernels",
     "layer_norm",
     "linear_cross_entropy",

@@ -17,13 +17,16 @@ from pronghorn.pallas_kernels import (
     gated_activation,
     gated_delta_rule,
     gated_mlp,
+    grouped_linear,
     layer_norm,
     linear_cross_entropy,
     lora_linear,
     norm_linears,
     residual_linear,
     rms_norm,
+    state_space,
 )
+from pronghorn.pallas_kernels.state_space import state_space_reference
 from pronghorn.versions import installed_versions
 
 # Largest |fast − oracle| over the largest |oracle|, both in the dtype that a GPU trains in.
@@ -96,6 +99,7 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
     angle = jnp.arange(length)[None, :, None] * 10000.0 ** (-jnp.arange(dim // 2) / (dim // 2))
     cos, sin = jnp.cos(angle).astype(jnp.float32), jnp.sin(angle).astype(jnp.float32)
     labels = jax.random.randint(next(keys), (length,), 0, vocab).at[::7].set(-100)
+    sizes = jnp.asarray([40, 0, 25], jnp.int32)  # of groups, and two rows of none
     return {
         "rms_norm": (
             lambda i, x, w: rms_norm(x, w, eps=1e-6, implementation=i),
@@ -127,6 +131,26 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         "gated_delta_rule": (
             lambda i, *a: gated_delta_rule(*a, segment_ids=segments, implementation=i),
             delta,
+            "pallas",
+        ),
+        "state_space": (
+            lambda i, *a: (state_space_reference if i == "xla" else state_space)(*a, segment_ids=segments),
+            [
+                normal(batch, length, heads, dim),
+                jax.nn.softplus(decays),
+                -jnp.linspace(0.1, 1.0, heads),
+                normal(batch, length, kv_heads, dim),
+                normal(batch, length, kv_heads, dim),
+                jnp.linspace(0.5, 1.5, heads),
+            ],
+            "chunks",
+        ),
+        "grouped_linear": (
+            lambda i, x, w, a, b: grouped_linear(x, w, sizes, a, b, scale=2.0, implementation=i),
+            [
+                normal(length, width),
+                *(jnp.stack(same) for same in zip(*(linear(width, ffn) for _ in range(3)), strict=True)),
+            ],
             "pallas",
         ),
         "cross_entropy": (
