@@ -261,18 +261,26 @@ def mixture(request, tmp_path_factory):
     return torch_model, folder, load_model(folder)
 
 
+OPTIONS = {
+    "all linears": {},
+    "experts": {"targets": EXPERTS},
+    "ranks": {"targets": (*EXPERTS, "all-linear"), "use_rslora": True, "rank_pattern": {"down_proj": 3}},
+    "dropout": {"dropout": 0.1},
+    "last layer": {"targets": EXPERTS, "layers": (1,)},
+    "up alone": {"targets": EXPERTS[1:2]},
+    "alphas": {"targets": (*EXPERTS, "q_proj"), "alpha_pattern": {"re:.*experts.*": 2.5}},
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("mixture", "options"),
     [
-        {},
-        {"dropout": 0.1},
-        {"targets": EXPERTS},
-        {"targets": EXPERTS, "layers": (1,)},
-        {"targets": EXPERTS[1:2]},
-        {"targets": (*EXPERTS, "all-linear"), "use_rslora": True, "rank_pattern": {"down_proj": 3}},
-        {"targets": (*EXPERTS, "q_proj"), "alpha_pattern": {"re:.*experts.*": 2.5}},
+        pytest.param(family, options, id=f"{family}, {name}")
+        for family in MIXTURES
+        for name, options in OPTIONS.items()
+        if family == "qwen3_moe" or name in ("all linears", "experts", "ranks")
     ],
-    ids=["all linears", "dropout", "experts", "last layer", "up alone", "ranks", "alphas"],
+    indirect=["mixture"],
 )
 def test_linears_that_share_names_with_experts_mean_the_same_to_peft_and_to_us(mixture, tmp_path, options):
     torch_model, _, model = mixture
