@@ -12,10 +12,11 @@ def lower_for_h100(function, *arguments) -> str:
         # A fresh function object: a cached trace might hold interpreted kernels.
         fresh = jax.jit(lambda *a: function(*a))
         if jax.__version_info__ >= (0, 11):
-            from jax.sharding import AbstractDevice
+            from jax.sharding import AbstractDevice, AxisType
 
             device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-            with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+            mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+            with jax.sharding.use_abstract_mesh(mesh):
                 return fresh.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
         return fresh.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
