@@ -58,7 +58,7 @@ def measure(
         started = time.perf_counter()
         result = trainer.train()
     row = {
-        "base": how or config.dtype,
+        "base": Path(how).name if how else config.dtype,
         "init": init,
         "heldout_loss_before": before,
         "heldout_loss_after": result.evaluations[-1].loss,
@@ -67,7 +67,7 @@ def measure(
         "seconds": time.perf_counter() - started,
     }
     print(
-        f"{Path(row['base']).name:<44} {init:<8} held-out loss {before:.4f} -> {row['heldout_loss_after']:.4f}, "
+        f"{row['base']:<44} {init:<8} held-out loss {before:.4f} -> {row['heldout_loss_after']:.4f}, "
         f"{row['tokens_per_second']:,.0f} tokens/s, peak {row['peak_device_gib']:.2f} GiB",
         flush=True,
     )
@@ -103,7 +103,7 @@ def main() -> None:
         row["over_16_bit"] = row["heldout_loss_after"] / rows[0]["heldout_loss_after"] - 1
         if row is not rows[0]:
             verdict = "within" if row["over_16_bit"] <= LIMIT else "NOT within"
-            name = f"{Path(row['base']).name}, {row['init']}"
+            name = f"{row['base']}, {row['init']}"
             print(f"{name}: {row['over_16_bit']:+.2%} of 16-bit LoRA, {verdict} {LIMIT:.0%}")
         result = {"rows": rows, "config": dataclasses.asdict(config), **common.environment(options.commit)}
         common.write(options.out, result | {"backend": jax.default_backend()})
