@@ -55,9 +55,8 @@ def project_qkv(
     `[.., kv_heads, head_dim]` (None where the layer has none of its own), and what gates attention's output, like the
     queries, or None.
 
-    The stream has to be read on from the
-    array that is returned, so that its gradient is added where this op's is computed. Heads are normalised where the
-    family does so in front of rope; nothing is rotated yet.
+    The stream has to be read on from the array that is returned, so that its gradient is added where this op's is
+    computed. Heads are normalised where the family does so in front of rope; nothing is rotated yet.
     """
     attention = layer.self_attn
     norm = None if config.block == "post" else layer.input_layernorm

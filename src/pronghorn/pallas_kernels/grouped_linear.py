@@ -37,7 +37,13 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.grouped_products import LowRank, by_columns, by_rows, group_of_rows, over_rows
 from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, is_quantized
-from pronghorn.pallas_kernels.stacked_linears import LinearWeights, instantiate, wanted_fields
+from pronghorn.pallas_kernels.stacked_linears import (
+    LinearWeights,
+    adapter_ranks,
+    instantiate,
+    stacked_a,
+    wanted_fields,
+)
 
 RANK_NAME = "grouped_linear_rank"
 
@@ -171,16 +177,6 @@ def _of_groups(rows, group_sizes, weight, *stacks):
     return dense(weight, weight.dtype), group_sizes, *stacks
 
 
-def _ranks(linears):
-    return [0 if linear.lora_a is None else linear.lora_a.shape[1] for linear in linears]
-
-
-def _stacked_a(linears, dtype):
-    """A [groups, Σr, in]; None without any adapter."""
-    parts = [linear.lora_a.astype(dtype) for linear in linears if linear.lora_a is not None]
-    return jnp.concatenate(parts, axis=1) if parts else None
-
-
 def _scaled_b(linear, scale, dtype):
     """The scale goes on the smallest matrix of the product, before the one rounding of B."""
     return (scale * linear.lora_b).astype(dtype)
@@ -195,8 +191,8 @@ def _columns(array, index, ranks):
 
 def _compute(x, linears, group_sizes, scales, implementation):
     """((y_1, ..), T); T is None without an adapter."""
-    rows, dtype, ranks = x.shape[0], x.dtype, _ranks(linears)
-    a = _stacked_a(linears, dtype)
+    rows, dtype, ranks = x.shape[0], x.dtype, adapter_ranks(linears)
+    a = stacked_a(linears, dtype)
     t: Any = None if a is None else by_rows(x, a, group_sizes, implementation=implementation)
     outputs: list[jax.Array] = []
     for index, (linear, scale) in enumerate(zip(linears, scales, strict=True)):
@@ -234,7 +230,7 @@ def _grouped_linears_forward(x, linears, group_sizes, scales, implementation):
 def _grouped_linears_backward(scales, implementation, residuals, cotangents):
     saved, static = residuals
     wanted_x, wanted, dtype, shape = static.value
-    linears, sizes, ranks = saved["linears"], saved["group_sizes"], _ranks(saved["linears"])
+    linears, sizes, ranks = saved["linears"], saved["group_sizes"], adapter_ranks(saved["linears"])
     dys = [instantiate(dy) for dy in cotangents]
     if any(is_quantized(linear.weight) for linear in linears):
         # Or XLA would find the forward's dequantised weight equal to this one, and keep it alive in between.
@@ -276,7 +272,7 @@ def _grouped_linears_backward(scales, implementation, residuals, cotangents):
 def _input_gradient(dys, g, linears, sizes, shape, implementation):
     """dX [rows, in]: of all layers in one product where their matrices may exist at once, else one by one."""
     rows, dtype = shape[0], dys[0].dtype
-    a = _stacked_a(linears, dtype)
+    a = stacked_a(linears, dtype)
     alike = len({linear.weight.shape for linear in linears}) == 1
     if alike and rows >= sizes.shape[0] and _worth_together(linears, shape, dtype):
         pairs = [

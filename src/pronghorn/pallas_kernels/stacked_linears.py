@@ -202,17 +202,18 @@ def instantiate(cotangent: Any) -> jax.Array:
     return cotangent
 
 
-def _ranks(linears):
-    return [0 if linear.lora_a is None else linear.lora_a.shape[0] for linear in linears]
+def adapter_ranks(linears: Sequence[LinearWeights]) -> list[int]:
+    """r_i of each layer, 0 for one without an adapter; A may have an axis of experts in front."""
+    return [0 if linear.lora_a is None else linear.lora_a.shape[-2] for linear in linears]
 
 
 def share_rank_products(linears: Sequence[LinearWeights]) -> bool:
     """Whether every layer reads the whole of T."""
-    return sum(_ranks(linears)) <= MOST_SHARED_RANK
+    return sum(adapter_ranks(linears)) <= MOST_SHARED_RANK
 
 
 def _columns(linears) -> list[Any]:
-    ranks, shared = _ranks(linears), share_rank_products(linears)
+    ranks, shared = adapter_ranks(linears), share_rank_products(linears)
     places: list[_Columns | None] = []
     first = 0
     for rank in ranks:
@@ -228,14 +229,14 @@ def _read(t, columns):
 
 
 def stacked_a(linears: Sequence[LinearWeights], dtype: Any) -> Any:
-    """A [Σr, in]; None without any adapter."""
+    """A [Σr, in], or [experts, Σr, in]; None without any adapter."""
     parts = [linear.lora_a.astype(dtype) for linear in linears if linear.lora_a is not None]
-    return jnp.concatenate(parts, axis=0) if parts else None
+    return jnp.concatenate(parts, axis=-2) if parts else None
 
 
 def shared_factors(linears: Sequence[LinearWeights], scales: Sequence[float], dtype: Any) -> list[jax.Array]:
     """B̂_i [out_i, Σr] of each layer, all zeros for one without an adapter; for layers that share T whole."""
-    rank = sum(_ranks(linears))
+    rank = sum(adapter_ranks(linears))
     return [
         jnp.zeros((linear.weight.shape[0], rank), dtype)
         if columns is None
