@@ -49,6 +49,36 @@ def close(actual, expected) -> None:
     assert np.max(np.abs(np.asarray(actual) - np.asarray(expected))) <= MODEL_LOGITS
 
 
+def check_rows_of_different_lengths(model):
+    """Rows of different lengths equal each row alone."""
+    ids, lengths = random_ids(14, batch=3), [9, 4, 6]
+    step, cache = stepper(model), model.init_cache(3, 16)
+    positions = np.where(np.arange(9) < np.array(lengths)[:, None], np.arange(9), -1)
+    first, cache = step(ids[:, :9], cache, positions)
+    rows = [[np.asarray(first[i, : lengths[i]])] for i in range(3)]
+    for offset in range(5):
+        at = np.array(lengths)[:, None] + offset
+        logits, cache = step(np.take_along_axis(ids, at, axis=1), cache, at)
+        for i in range(3):
+            rows[i].append(np.asarray(logits[i]))
+    full = forward(model, ids)  # causal: what follows in a row changes nothing
+    for i, length in enumerate(lengths):
+        close(np.concatenate(rows[i]), full[i, : length + 5])
+
+
+def check_later_padding(model):
+    """Padding to the right, at later positions, is overwritten before it is seen."""
+    ids = random_ids(12)
+    step, cache = stepper(model), model.init_cache(1, 12)
+    padded = np.concatenate([ids[:, :6], np.zeros((1, 3), np.int32)], axis=1)
+    first, cache = step(padded, cache, np.arange(9)[None])
+    logits = [first[:, :6]]
+    for at in range(6, 12):
+        piece, cache = step(ids[:, at : at + 1], cache, np.array([[at]]))
+        logits.append(piece)
+    close(np.concatenate(logits, axis=1), forward(model, ids))
+
+
 @pytest.mark.parametrize("layers", ["unrolled", "scanned"])
 def test_token_by_token_equals_the_full_forward_pass(layers):
     model, ids = build(layers), random_ids(23, batch=2)
@@ -66,31 +96,11 @@ def test_a_prefill_and_steps_equal_the_full_forward_pass():
 
 
 def test_rows_of_different_lengths_equal_each_row_alone():
-    model, ids, lengths = build(), random_ids(14, batch=3), [9, 4, 6]
-    step, cache = stepper(model), model.init_cache(3, 16)
-    positions = np.where(np.arange(9) < np.array(lengths)[:, None], np.arange(9), -1)
-    first, cache = step(ids[:, :9], cache, positions)
-    rows = [[np.asarray(first[i, : lengths[i]])] for i in range(3)]
-    for offset in range(5):
-        at = np.array(lengths)[:, None] + offset
-        logits, cache = step(np.take_along_axis(ids, at, axis=1), cache, at)
-        for i in range(3):
-            rows[i].append(np.asarray(logits[i]))
-    full = forward(model, ids)  # causal: what follows in a row changes nothing
-    for i, length in enumerate(lengths):
-        close(np.concatenate(rows[i]), full[i, : length + 5])
+    check_rows_of_different_lengths(build())
 
 
 def test_padding_to_the_right_at_later_positions_is_overwritten_before_it_is_seen():
-    model, ids = build(), random_ids(12)
-    step, cache = stepper(model), model.init_cache(1, 12)
-    padded = np.concatenate([ids[:, :6], np.zeros((1, 3), np.int32)], axis=1)
-    first, cache = step(padded, cache, np.arange(9)[None])
-    logits = [first[:, :6]]
-    for at in range(6, 12):
-        piece, cache = step(ids[:, at : at + 1], cache, np.array([[at]]))
-        logits.append(piece)
-    close(np.concatenate(logits, axis=1), forward(model, ids))
+    check_later_padding(build())
 
 
 def test_dynamic_frequencies_equal_the_full_pass_within_the_context_and_in_a_prefill_beyond():

@@ -13,7 +13,14 @@ from pronghorn.models.latent_config import LatentConfig
 from pronghorn.models.latent_decoding import absorbs
 from pronghorn.quantization import QuantizationConfig, quantize
 from tests.models.reference import forward, random_ids, tiny_decoder
-from tests.models.test_cache import DYNAMIC, LONGROPE, close, decode_in_pieces, stepper
+from tests.models.test_cache import (
+    DYNAMIC,
+    LONGROPE,
+    check_later_padding,
+    check_rows_of_different_lengths,
+    close,
+    decode_in_pieces,
+)
 from tests.tolerances import MODEL_LOGITS
 
 LATENT = LatentConfig(rank=20, content_dim=8, position_dim=10, value_dim=14, query_rank=24)
@@ -118,31 +125,11 @@ def test_a_quantized_expansion_with_an_adapter_is_absorbed(layers, how):
 
 
 def test_rows_of_different_lengths_equal_each_row_alone():
-    model, ids, lengths = build(), random_ids(14, batch=3), [9, 4, 6]
-    step, cache = stepper(model), model.init_cache(3, 16)
-    positions = np.where(np.arange(9) < np.array(lengths)[:, None], np.arange(9), -1)
-    first, cache = step(ids[:, :9], cache, positions)
-    rows = [[np.asarray(first[i, : lengths[i]])] for i in range(3)]
-    for offset in range(5):
-        at = np.array(lengths)[:, None] + offset
-        logits, cache = step(np.take_along_axis(ids, at, axis=1), cache, at)
-        for i in range(3):
-            rows[i].append(np.asarray(logits[i]))
-    full = forward(model, ids)
-    for i, length in enumerate(lengths):
-        close(np.concatenate(rows[i]), full[i, : length + 5])
+    check_rows_of_different_lengths(build())
 
 
 def test_padding_to_the_right_at_later_positions_is_overwritten_before_it_is_seen():
-    model, ids = build(), random_ids(12)
-    step, cache = stepper(model), model.init_cache(1, 12)
-    padded = np.concatenate([ids[:, :6], np.zeros((1, 3), np.int32)], axis=1)
-    first, cache = step(padded, cache, np.arange(9)[None])
-    logits = [first[:, :6]]
-    for at in range(6, 12):
-        piece, cache = step(ids[:, at : at + 1], cache, np.array([[at]]))
-        logits.append(piece)
-    close(np.concatenate(logits, axis=1), forward(model, ids))
+    check_later_padding(build())
 
 
 @pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])

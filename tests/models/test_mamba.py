@@ -12,7 +12,8 @@ from pronghorn.lora import LoRAConfig, merge, split
 from pronghorn.lora_sites import select
 from pronghorn.models import DecoderConfig
 from pronghorn.models.state_space_config import StateSpaceConfig
-from tests.models.reference import compiled, forward, random_ids, tiny_decoder
+from tests.models.decoding_checks import check_packed_document, check_pieces_and_restart
+from tests.models.reference import random_ids, tiny_decoder
 from tests.tolerances import MODEL_LOGITS, assert_close
 
 MIXER = StateSpaceConfig(heads=4, head_dim=6, groups=2, state_dim=8, conv_width=4, step_limits=(0.3, 1.1))
@@ -52,28 +53,12 @@ def close(actual, expected):
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_a_packed_document_is_the_document_alone(model):
-    packed = compiled(lambda model, ids, segments: model(ids, segment_ids=segments), model)
-    segments = np.repeat([[0, 1]], 2, axis=0).repeat([13, 17], axis=1)
-    close(np.asarray(packed(IDS, segments))[:, 13:], forward(model, IDS[:, 13:]))
+    check_packed_document(model, IDS, close)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_padded_pieces_single_tokens_and_a_row_that_starts_anew_equal_full_passes(model):
-    step = compiled(lambda model, ids, cache, positions: model.decode(ids, cache, positions), model)
-    expected = forward(model, IDS)
-    # Row 0 has 7 tokens in front of its padding, row 1 has 9 behind its own, then one each at a time.
-    at = np.full((2, 10), -1)
-    at[0, :7], at[1, 1:] = np.arange(7), np.arange(9)
-    ids = np.take_along_axis(IDS, np.maximum(at, 0), axis=1)
-    logits, cache = step(ids, model.init_cache(2, 30), at)
-    close(logits[0, :7], expected[0, :7])
-    close(logits[1, 1:], expected[1, :9])
-    for ahead in range(3):
-        at = np.array([[7 + ahead], [9 + ahead]])
-        logits, cache = step(np.take_along_axis(IDS, at, axis=1), cache, at)
-        close(logits[:, 0], np.take_along_axis(expected, at[..., None], axis=1)[:, 0])
-    logits, _ = step(IDS[:, :10], cache, np.repeat(np.arange(10)[None], 2, axis=0))
-    close(logits, expected[:, :10])
+    check_pieces_and_restart(model, IDS, close)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
