@@ -98,6 +98,43 @@ def test_a_kernel_interpreted_before_can_be_lowered_for_a_gpu():
     assert "add_one" in lower_for_h100(function, jax.ShapeDtypeStruct((6,), jnp.float32))
 
 
+def test_a_kernel_launched_twice_is_traced_once():
+    traced = []
+
+    def kernel(x_ref, out_ref, *, value):
+        traced.append(value)
+        out_ref[...] = x_ref[...] + value
+
+    def add(x, value):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return launch.pallas_call(
+            functools.partial(kernel, value=value), name="add", grid=(1,), out_shape=shape
+        )(x)
+
+    jaxpr = jax.make_jaxpr(lambda x: add(add(x, 2), 2))(jnp.ones(4))
+    assert traced == [2]
+    calls = [equation for equation in jaxpr.jaxpr.eqns if equation.primitive.name == "pallas_call"]
+    assert len(calls) == 2
+    assert calls[0].params["jaxpr"] is calls[1].params["jaxpr"]
+
+
+def test_parameters_that_are_equal_and_of_other_types_are_other_kernels():
+    seen = []
+
+    def kernel(x_ref, out_ref, *, values):
+        seen.append(values)
+        out_ref[...] = x_ref[...]
+
+    for values in ((1, 2), (1.0, 2), (True, 2)):
+        launch.pallas_call(
+            functools.partial(kernel, values=values),
+            name="copy",
+            grid=(1,),
+            out_shape=jax.ShapeDtypeStruct((4,), jnp.float32),
+        )(jnp.ones(4))
+    assert [type(values[0]) for values in seen] == [int, float, bool]
+
+
 def test_a_static_value_survives_jit_as_itself():
     assert jax.jit(lambda s: s)(launch.Static(("x", 1))).value == ("x", 1)
 
