@@ -11,7 +11,9 @@ fla refuses its backward pass on Hopper with Triton 3.4 to 3.7.0 (its issue 640)
 """
 
 import argparse
+import concurrent.futures
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -46,17 +48,15 @@ def as_numpy(x: Any) -> np.ndarray:
     return np.asarray(x.astype(jnp.float32)) if isinstance(x, jax.Array) else x.detach().float().cpu().numpy()
 
 
-def all_outputs(
-    function: Callable[..., Any], arguments: tuple[Any, ...], cotangent: jax.Array
-) -> list[np.ndarray]:
-    """What `function` gives, and its gradients by every argument: in the order of NAMES."""
+def compile_outputs(case: kernel_cases.Case) -> Any:
+    """Compiled, of (cotangent, *arguments): what a case gives and its gradients, in the order of NAMES."""
 
-    @jax.jit
     def both(cotangent, *arguments):
-        out, pull = jax.vjp(function, *arguments)
+        out, pull = jax.vjp(case.function, *arguments)
         return out, *pull(cotangent)
 
-    return [as_numpy(x) for x in both(cotangent, *arguments)]
+    arguments = jax.eval_shape(case.arguments)
+    return jax.jit(both).trace(arguments[2], *arguments).lower().compile()
 
 
 def errors(found: list[np.ndarray], expected: list[np.ndarray]) -> dict[str, float]:
@@ -141,24 +141,33 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     common.add_arguments(parser, "delta-rule-fla")
+    parser.add_argument("--only", default="", help="a regular expression of cases")
     options = parser.parse_args()
     ceiling = kernels.ceilings()
     by_arguments: dict[Any, list[kernel_cases.Case]] = {}
     for case in kernel_cases.delta_rules():
-        by_arguments.setdefault(case.arguments, []).append(case)
+        if re.search(options.only, case.name):
+            by_arguments.setdefault(case.arguments, []).append(case)
+    # Side by side, and before anything is timed.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        every = [case for cases in by_arguments.values() for case in cases]
+        programs = dict(zip(map(id, every), pool.map(kernels.compile_case, every), strict=True))
+        graded = [case for case in every if case.gradient]
+        both = dict(zip(map(id, graded), pool.map(compile_outputs, graded), strict=True))
     rows: list[dict[str, Any]] = []
     for make, cases in by_arguments.items():
         arguments = jax.jit(make)()
         # A gradient of noise: of ones, most of what the gradients sum up would cancel or be far too regular.
         cotangent = kernel_cases.normal(9, arguments[2].shape)
         outputs = {
-            c.implementation: all_outputs(c.function, arguments, cotangent) for c in cases if c.gradient
+            c.implementation: [as_numpy(x) for x in both[id(c)](cotangent, *arguments)]
+            for c in cases
+            if c.gradient
         }
         for case in cases:
-            row = case.row() | kernels.measure(arguments, kernels.compile_case(case), 5)
+            row = case.row() | kernels.measure(arguments, programs[id(case)], 5)
             row["errors"] = errors(outputs[case.implementation], outputs["xla"])
             rows.append(measured(case, row, ceiling[case.unit]))
-        jax.clear_caches()
         base = {c.direction: c for c in cases if c.implementation == "pallas"}
         found: dict[str, float] = {}
         done: set[str] = set()

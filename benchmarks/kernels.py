@@ -96,15 +96,17 @@ def main() -> int:
             for f in dict.fromkeys(c.arguments for c in cases)
         }
         futures = [pool.submit(compile_case, case) for case in cases]
-        # XLA tries products out on the GPU while it compiles: nothing is timed before it has ended.
+        # XLA tries products out on the GPU while it compiles: nothing is timed before it has ended. What has not begun
+        # to compile when half of the time is over is left out.
         concurrent.futures.wait(futures, timeout=options.budget / 2)
+        concurrent.futures.wait([future for future in futures if not future.cancel()])
         print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
         rows, made, arguments = [], None, ()
         for case, future in zip(cases, futures, strict=True):
             row: dict[str, Any] = case.row()
             left = options.budget - (time.perf_counter() - start)
             try:
-                if left <= 0:
+                if left <= 0 or future.cancelled():
                     raise TimeoutError("the budget was used up")
                 if case.arguments is not made:
                     made, arguments = case.arguments, ()
