@@ -45,6 +45,9 @@ def figures_block() -> str:
     rows = [row for row in rows if "error" not in row]
     for run in dict.fromkeys(row["run"] for row in rows):
         parts.append(step_table([row for row in rows if row["run"] == run]))
+    longest = read("longest-context.json")
+    if longest is not None:
+        parts.append(longest_table(longest))
     return "\n\n".join(parts)
 
 
@@ -118,6 +121,30 @@ def step_table(rows: list[dict]) -> str:
     ours = next((row for row in rows if row["framework"] == "pronghorn"), None)
     if ours is not None:
         lines += ["", f"Commit {ours['commit'][:8]}, jax {ours['versions']['jax']}: `{ours['command']}`"]
+    return "\n".join(lines)
+
+
+def longest_table(record: dict) -> str:
+    """The runs of benchmarks/longest_context.py, a pool each."""
+    lines = [
+        f"Rows that NF4 LoRA (r=32, Llama-3.1-8B shape, one row) trains on in capped pools of device memory of one "
+        f"{record['device']}, beside the lengths that Unsloth publishes; what a pool had no real step for is read from "
+        "the compiled program (`python benchmarks/longest_context.py`):",
+        "",
+        "| pool GB | tokens | Unsloth's | | device GB | pinned host GiB | seconds a step | loss | gradient norm |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        step = (
+            f"{row['step_seconds']:,.0f} | {row['loss']:.3f} | {row['grad_norm']:.3f}"
+            if "step_seconds" in row
+            else "not run | | "
+        )
+        lines.append(
+            f"| {row['pool_gb']} | {row['tokens']:,} | {row['published_unsloth']:,} | "
+            f"{row['tokens'] / row['published_unsloth']:.2f}x | {row['planned_device_gb']:.1f} | "
+            f"{row['pinned_host_gib']:.1f} | {step} |"
+        )
     return "\n".join(lines)
 
 
