@@ -166,7 +166,8 @@ def test_paged_moments_are_host_memory_of_the_compiled_step_on_a_gpu(name):
     compiled, states = {}, {}
     for paged in (False, True):
         config = TrainConfig(optimizer=name, paged_optimizer=paged)
-        step, state = make_step(graph, trainable, config)
+        # The step takes its state over, and the weights with it.
+        step, state = make_step(graph, jax.tree.map(jnp.copy, trainable), config)
         step = make_train_step(graph, make_optimizer(config, 20), config)
         if paged:
             assert isinstance(make_optimizer(config, 20), SelfGating)
