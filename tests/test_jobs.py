@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from pronghorn import jobs
-from pronghorn.converters import peft
+from pronghorn.configuration import JobConfig, from_mapping
+from pronghorn.converters import huggingface, peft
 from pronghorn.converters.huggingface import load, load_model
 from pronghorn.data import DataConfig
 from pronghorn.errors import InputError, RunError
@@ -16,7 +18,8 @@ from pronghorn.lora import LoRAConfig, add_lora, merge, split
 from pronghorn.lora_sites import select
 from pronghorn.models import Decoder
 from pronghorn.models.experts_config import ExpertsConfig
-from pronghorn.training import TrainConfig, Trainer
+from pronghorn.training import TrainConfig, Trainer, compile_run, memory_plan
+from pronghorn.training.compile_run import program_key
 from tests import tiny
 
 TEMPLATE = (
@@ -153,3 +156,143 @@ def test_template_of_the_job_goes_with_the_adapter_and_the_merged_model(trainer,
     _, beside_merged = load(tmp_path / "merged")
     assert beside_adapter.chat_template == beside_merged.chat_template == TEMPLATE
     assert live.tokenizer.chat_template == tiny.tiny_tokenizer().chat_template != TEMPLATE
+
+
+def job_of(model, rows, folder, **changes):
+    """A job of two steps."""
+    settings = {
+        "model": str(model),
+        "dtype": "float32",
+        "lora": {"rank": 2, "targets": ["q_proj", "up_proj"]},
+        "data": {"path": rows, "max_length": 64, "eval_fraction": 0.25},
+        "train": {"max_steps": 2, "learning_rate": 0.05, "output_dir": str(folder), "general_text": None},
+    }
+    for key, value in changes.items():
+        settings[key] = settings[key] | value if isinstance(value, dict) and key in settings else value
+    return from_mapping(JobConfig, settings)
+
+
+def test_rows_are_read_then_the_step_is_compiled_then_weights_are_read(
+    model_dir, rows, tmp_path, monkeypatch
+):
+    events = []
+
+    def record(owner, name):
+        real = getattr(owner, name)
+
+        def spy(*arguments, **options):
+            events.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    record(jobs, "read_data")
+    record(compile_run, "compile_step")
+    record(memory_plan, "compile_evaluation")
+    record(huggingface, "read_weights")
+    trainer = jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run"))
+    assert events == ["read_data", "compile_evaluation", "compile_step", "read_weights"]
+    trainer.train()
+    assert len(events) == 4  # nothing is compiled a second time
+
+
+def test_plan_is_told_before_weights_are_read(model_dir, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface, "read_weights", None)  # the first call to fail
+    with pytest.raises(TypeError):
+        jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run"))
+    assert "device memory " in (told := capsys.readouterr().out) and "the weights are loaded now" in told
+
+
+def test_job_that_does_not_fit_is_refused_before_weights_are_read(model_dir, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface, "read_weights", None)
+    monkeypatch.setattr(memory_plan, "device_limit", lambda: 1 << 16)
+    with pytest.raises(InputError, match="no policy fits"):
+        jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run"))
+
+
+def test_rank_that_a_weight_does_not_have_is_refused_before_anything_is_compiled(
+    model_dir, rows, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compile_run, "compile_step", None)
+    with pytest.raises(InputError, match=r"lora.rank=17 is over 16"):
+        jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run", lora={"rank": 17, "init": "pissa"}))
+
+
+def test_earlier_run_is_found_before_anything_is_compiled(model_dir, rows, tmp_path):
+    job = job_of(model_dir, rows, tmp_path)
+    jobs.require_run_folder(job)
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match="holds an earlier run"):
+        jobs.require_run_folder(job)
+    jobs.require_run_folder(job_of(model_dir, rows, tmp_path, train={"resume": True}))
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """What programs would have been compiled for, in the place of programs."""
+    found = []
+
+    def compile_nothing(trainer):
+        found.append(program_key(trainer))
+        return types.SimpleNamespace(memory_lines=lambda: [""], compile_seconds=0.0)
+
+    monkeypatch.setattr(Trainer, "compile", compile_nothing)
+    return found
+
+
+RECIPE = {
+    "format": "pronghorn-recipe-1",
+    "kind": "nf4",
+    "modules": {
+        "model.layers.0.self_attn.q_proj": "int8",
+        "model.layers.1.mlp.down_proj": "16bit",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": None},
+        {"lora": None, "dtype": "bfloat16", "layers": "scanned"},
+        {"lora": {"targets": "all-linear", "dropout": 0.1, "rank_pattern": {"q_proj": 3}}},
+        {"lora": {"use_dora": True}, "quantization": "nf4"},
+        {"lora": {"init": "pissa", "targets": ["q_proj", "embed_tokens"]}},
+        {"lora": {"init": "pissa_niter_2"}, "layers": "scanned"},
+        {"lora": {"init": "loftq", "targets": ["o_proj"]}, "quantization": "int8"},
+        {"lora": {"targets": ["lm_head", "down_proj"]}, "quantization": "fp8"},
+        {"quantization": RECIPE},
+        {"new_tokens": ["lazy fox"], "layers": "scanned"},
+        {"train": {"paged_optimizer": True, "deterministic": True, "memory_policy": "layer_inputs"}},
+    ],
+    ids=str,
+)
+def test_programs_compiled_from_shapes_are_for_the_model_that_is_loaded(
+    model_dir, rows, tmp_path, changes, keys
+):
+    if changes.get("quantization") is RECIPE:
+        (tmp_path / "recipe.json").write_text(json.dumps(RECIPE))
+        changes = changes | {"quantization": str(tmp_path / "recipe.json")}
+    if "new_tokens" in changes:
+        rows = str(tiny.write_rows(tmp_path / "new.jsonl", [tiny.chat("a", "the lazy fox")] * 8))
+    trainer = jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run", **changes))
+    assert keys == [program_key(trainer)]
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "lm_head", "embed_tokens")], ids=str)
+def test_programs_are_for_the_model_with_an_adapter_that_is_gone_on_with(
+    model_dir, rows, tmp_path, targets, keys
+):
+    lora = LoRAConfig(rank=2, targets=targets, use_dora=targets == "all-linear")
+    peft.save_adapter(add_lora(load_model(model_dir), lora), tmp_path / "adapter")
+    adapter = str(tmp_path / "adapter")
+    trainer = jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run", adapter=adapter, lora=None))
+    assert keys == [program_key(trainer)]
+
+
+def test_programs_are_for_a_folder_that_is_quantised_already(model_dir, rows, tmp_path, keys):
+    jobs.convert_model(str(model_dir), tmp_path / "nf4", "bfloat16", 1 << 30, "nf4")
+    trainer = jobs.prepare_job(job_of(tmp_path / "nf4", rows, tmp_path / "run"))
+    assert keys == [program_key(trainer)]
+    jobs.prepare_job(job_of(model_dir, rows, tmp_path / "run"))
+    assert keys[0] != keys[1]

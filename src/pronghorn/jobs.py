@@ -1,7 +1,8 @@
 """What the commands do, as functions: the pieces of the library joined for one job.
 
 Order matters to the user: rows are read, tokenised and counted before any weight is loaded, so that an empty file or a
-wrong template costs seconds.
+wrong template costs seconds. Then the step is compiled, of shapes, so that a job that does not fit is refused before
+its weights are loaded; and what XLA tries out while it compiles never lies on the device beside them.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ ADAPTER_KL_LIMIT = 1e-9
 HELDOUT_SHARE = 0.4  # of a text, where no other is given to judge on
 
 if TYPE_CHECKING:
+    from pronghorn.models.decoder import Decoder
     from pronghorn.training import MemoryPlan, Trainer
 
 
@@ -46,15 +48,12 @@ def read_architecture(folder: Path) -> DecoderConfig:
 
 
 def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Trainer":
-    """A `Trainer` for the job: data first, then weights, then the adapter.
+    """A `Trainer` for the job, its step compiled: data first, then the programs, then weights and the adapter.
 
     Args:
       merge_into: the folder that `save_results` will be given; that it can be written is checked now, not after hours.
     """
-    from pronghorn.converters.huggingface import load_model, original_weights, resolve_model_path
-    from pronghorn.converters.peft import load_adapter
-    from pronghorn.lora import add_lora
-    from pronghorn.new_tokens import with_tokens
+    from pronghorn.converters.huggingface import open_model, read_weights, resolve_model_path
     from pronghorn.training import Trainer
 
     adapted = job.adapter is not None or job.lora is not None
@@ -74,19 +73,36 @@ def prepare_job(job: JobConfig, *, merge_into: str | Path | None = None) -> "Tra
             "new_tokens: not one of them occurs in the rows, so nothing could be learned about them; leave them out, "
             "or look at the rows with pronghorn preview."
         )
-    model = load_model(folder, dtype=job.dtype, layers=job.layers, quantization=job.quantization)
-    if job.new_tokens:
-        model = with_tokens(model, first_new, len(job.new_tokens))
-    if job.adapter is not None:
-        model = load_adapter(model, job.adapter)
-    elif job.lora is not None:
-        model = add_lora(model, job.lora, original=original_weights(folder))
+    opened = open_model(folder, dtype=job.dtype, layers=job.layers, quantization=job.quantization)
     answers = None
     if job.train.sample_every is not None:
         from pronghorn.generation import sampler
 
         answers = sampler(tokenizer, job.train.sample_prompts, max_new_tokens=job.train.sample_tokens)
-    return Trainer(model, tokenizer, train, job.train, data=job.data, eval_dataset=held_out, sampler=answers)
+    shapes = with_adapter(opened.model, job, folder, first_new)
+    trainer = Trainer(
+        shapes, tokenizer, train, job.train, data=job.data, eval_dataset=held_out, sampler=answers
+    )
+    plan = trainer.compile()
+    print(
+        f"{plan.memory_lines()[0]}\ncompiled in    {plan.compile_seconds:.1f} s; the weights are loaded now"
+    )
+    trainer.model = with_adapter(read_weights(opened), job, folder, first_new)
+    return trainer
+
+
+def with_adapter(model: "Decoder", job: JobConfig, folder: Path, first_new: int) -> "Decoder":
+    """The base model of a job, of arrays or of shapes, with the job's new tokens and adapter; see `tokenizer_of`."""
+    from pronghorn.converters.huggingface import original_weights
+    from pronghorn.converters.peft import load_adapter
+    from pronghorn.lora import add_lora
+    from pronghorn.new_tokens import with_tokens
+
+    if job.new_tokens:
+        model = with_tokens(model, first_new, len(job.new_tokens))
+    if job.adapter is not None:
+        return load_adapter(model, job.adapter)
+    return model if job.lora is None else add_lora(model, job.lora, original=original_weights(folder))
 
 
 def tokenizer_of(job: JobConfig, folder: Path, architecture: DecoderConfig) -> tuple[Any, int, int]:
@@ -113,6 +129,21 @@ def tokenizer_of(job: JobConfig, folder: Path, architecture: DecoderConfig) -> t
         first = min(tokenizer.convert_tokens_to_ids(list(job.new_tokens)))
         vocab_size = max(vocab_size, first + len(job.new_tokens))
     return tokenizer, vocab_size, first
+
+
+def require_run_folder(job: JobConfig) -> None:
+    """Refuse a folder that the run will not begin in, before anything is compiled or loaded for it.
+
+    A checkpoint to resume is looked for when training starts: its files are read whole for that.
+
+    Raises:
+      InputError: it holds another run that is neither resumed nor replaced.
+    """
+    from pronghorn.training.run_folder import open_run_folder
+
+    if not job.train.resume:
+        folder = Path(job.train.output_dir)
+        open_run_folder(folder, resume=False, overwrite=job.train.overwrite, say=print)
 
 
 def require_free_folder(path: str | Path) -> None:

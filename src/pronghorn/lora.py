@@ -45,7 +45,7 @@ from pronghorn.lora_sites import (
     select,
     sites,
 )
-from pronghorn.lora_start import start_factors
+from pronghorn.lora_start import refuse_rank, start_factors
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.decoder import Decoder
 from pronghorn.models.layers import Constant, Embedding, Linear, LoRAParam
@@ -122,6 +122,8 @@ def _start(
         )
     if is_abstract(site):
         fan_out, fan_in = site.shape
+        if weight is not None:
+            refuse_rank(config, site.shape, rank)
         leading = site.experts
         shapes = [
             jax.ShapeDtypeStruct((*leading, *s), jnp.float32)

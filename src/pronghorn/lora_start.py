@@ -61,10 +61,7 @@ def start_factors(
         return jax.random.uniform(key, (rank, fan_in), jnp.float32, -bound, bound), zeros, None
     if config.init == "gaussian":
         return jax.random.normal(key, (rank, fan_in), jnp.float32) / rank, zeros, None
-    if rank > min(shape):
-        raise InputError(
-            f"lora.rank={rank} is over {min(shape)}, the rank of a weight that lora.init={config.init} cuts."
-        )
+    refuse_rank(config, shape, rank)
     quantized = hasattr(weight, "dequantize")
     dense = (weight.dequantize() if quantized else weight).astype(jnp.float32)
     if config.init == "loftq":
@@ -82,6 +79,18 @@ def start_factors(
     else:
         a, b = _singular_parts(dense, rank, scale)
     return a, b, (a, b)
+
+
+def refuse_rank(config: LoRAConfig, shape: tuple[int, int], rank: int) -> None:
+    """A start that is cut out of a weight has no more parts than the weight.
+
+    Raises:
+      InputError: the rank is larger.
+    """
+    if config.init not in ("kaiming", "gaussian") and rank > min(shape):
+        raise InputError(
+            f"lora.rank={rank} is over {min(shape)}, the rank of a weight that lora.init={config.init} cuts."
+        )
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -96,7 +96,7 @@ def run_quickstart(
       InputError: no model, or `out` holds something else.
       RunError: training or an export failed its check.
     """
-    from pronghorn.converters.huggingface import load_model, load_tokenizer
+    from pronghorn.converters.huggingface import load_tokenizer, open_model, read_weights
     from pronghorn.converters.merged import save_merged
     from pronghorn.evaluation.losses import heldout_loss
     from pronghorn.generation import generate
@@ -109,10 +109,10 @@ def run_quickstart(
     say(f"1/6  model      {Path(source).name} -> Hugging Face folder")
     base_dir = _base_folder(source, out)
     tokenizer = load_tokenizer(base_dir)
-    base = load_model(base_dir, dtype=config.dtype, layers=config.layers)  # type: ignore[arg-type]
+    opened = open_model(base_dir, dtype=config.dtype, layers=config.layers)  # type: ignore[arg-type]
 
     data = DataConfig(max_length=config.max_length, overlong="drop", seed=config.seed)
-    vocab_size = base.config.vocab_size
+    vocab_size = opened.model.config.vocab_size
     rows = docstring_rows("train")
     held_out_rows = docstring_rows("heldout")
     train = tokenize_rows(load_rows(rows), tokenizer, data, vocab_size=vocab_size)
@@ -124,7 +124,7 @@ def run_quickstart(
         f"{len(held_out_rows):,} held out in modules of their own"
     )
     general = general_batches(tokenizer, config.max_length)
-    adapted = add_lora(base, LoRAConfig(rank=config.rank, alpha=2 * config.rank, seed=config.seed))
+    lora = LoRAConfig(rank=config.rank, alpha=2 * config.rank, seed=config.seed)
     train_config = TrainConfig(
         learning_rate=config.learning_rate,
         max_steps=config.steps,
@@ -136,7 +136,12 @@ def run_quickstart(
         seed=config.seed,
         output_dir=str(out / "run"),
     )
-    trainer = Trainer(adapted, tokenizer, train, train_config, data=data, eval_dataset=held_out)
+    # Compiled of shapes, before any weight is on the device: see `Trainer.compile`.
+    trainer = Trainer(
+        add_lora(opened.model, lora), tokenizer, train, train_config, data=data, eval_dataset=held_out
+    )
+    trainer.compile()
+    adapted = trainer.model = add_lora(read_weights(opened), lora)
     say(f"3/6  before     held-out loss on {len(held_out)} functions, general text, one sample")
     before = trainer.evaluate().loss
     general_before = heldout_loss(adapted, general)["loss"]

@@ -33,8 +33,9 @@ def run(options: argparse.Namespace) -> int:
     use_compile_cache()
     import dataclasses
 
-    from pronghorn.jobs import prepare_job, save_results
+    from pronghorn.jobs import prepare_job, require_run_folder, save_results
 
+    require_run_folder(job)
     trainer = prepare_job(job, merge_into=options.merge)
     result = trainer.train(resume=job.train.resume)
     saved: dict[str, Any] = {}

@@ -5,6 +5,7 @@ belongs to the model (`config.json`, tokenizer, chat template, generation config
 that were not touched keep every bit, and `config.json` keeps every byte unless it would tell something untrue.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -47,7 +48,7 @@ from pronghorn.models.decoder import Decoder, Source
 from pronghorn.models.families import WRAPPERS, Family, family_for, family_named
 from pronghorn.models.parameters import assign, named_parameters, reading_order
 from pronghorn.quantization import QuantizationConfig, read_quantization
-from pronghorn.quantization.quantize_model import choose, make_abstract
+from pronghorn.quantization.quantize_model import QuantizedArray, choose, make_abstract
 
 __all__ = ["load", "load_model", "load_tokenizer", "read_config", "resolve_model_path", "save_model"]
 
@@ -114,6 +115,40 @@ def load_model(
     Raises:
       InputError: naming the file, tensor or key that is wrong.
     """
+    return read_weights(open_model(path, dtype=dtype, layers=layers, quantization=quantization))
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A folder whose tensors are matched with an architecture, none of them read.
+
+    Attributes:
+      folder: of the weights.
+      model: with `jax.ShapeDtypeStruct` leaves, of the shapes, dtypes and quantised forms that `read_weights` gives it.
+      table: {our name: stored tensor}.
+      dtype: what every weight is cast to, or None.
+      forms: {our name: quantised weight with abstract leaves}; ways: how those are quantised that are not stored so.
+    """
+
+    folder: Path
+    model: Decoder
+    table: Mapping[str, Any]
+    dtype: str | None
+    forms: dict[str, QuantizedArray]
+    ways: Mapping[str, QuantizationConfig]
+
+
+def open_model(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    layers: Literal["unrolled", "scanned"] | None = None,
+    quantization: str | QuantizationConfig | None = None,
+) -> OpenedModel:
+    """What `load_model` reads, by the headers of its files: enough to compile for, and nothing on the device.
+
+    Arguments and errors are those of `load_model`, but for weights that turn out not to be finite.
+    """
     dtype = _dtype_name(dtype)
     quantization = read_quantization(quantization)
     folder = resolve_model_path(path, gguf_dtype=dtype or "bfloat16")
@@ -148,13 +183,23 @@ def load_model(
         ways = choose(named_parameters(model), names, quantization)
     forms = quantized_forms(folder, table, quantization, ways, dtype, commonest)
     make_abstract(named_parameters(model), forms)
+    model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=has_tower(joined))
+    return OpenedModel(folder, model, table, dtype, forms, ways)
+
+
+def read_weights(opened: OpenedModel) -> Decoder:
+    """`opened.model`, whose leaves are arrays on the default device from now on.
+
+    Raises:
+      InputError: naming the file or tensor that is wrong.
+    """
+    model, table = opened.model, opened.table
     as_stored = frozenset(
         name for name, parameter in named_parameters(model).items() if parameter.keeps_dtype
     )
     with ReadAhead(table, (name for name in reading_order(model) if name in table)) as files:
-        assign(model, LazyWeights(files, table, dtype, forms, ways, as_stored))
-    check_scales(folder, model, forms)
-    model.source = Source(path=str(folder), hf_config=text, dtype=commonest, wrapped=has_tower(joined))
+        assign(model, LazyWeights(files, table, opened.dtype, opened.forms, opened.ways, as_stored))
+    check_scales(opened.folder, model, opened.forms)
     return model
 
 

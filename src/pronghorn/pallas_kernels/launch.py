@@ -48,6 +48,11 @@ def target() -> Target | None:
     return _target.value
 
 
+def choices() -> tuple[Any, ...]:
+    """What of this module a program that is traced now depends on; equal tuples give equal programs."""
+    return _forced.value, _interpret.value, _target.value, on_gpu()
+
+
 @contextlib.contextmanager
 def kernels(implementation: Implementation) -> Iterator[None]:
     """Force one implementation for every op traced inside the block.

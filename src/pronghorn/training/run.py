@@ -1,6 +1,6 @@
 """One call of `Trainer.train`: the loop around the compiled step, and everything a run promises its user.
 
-One step is compiled ahead of time; its memory is reported before it runs. The loop only picks the next batch, calls
+One step is compiled ahead of time, by `Trainer.compile` or here; its memory is reported before it runs. The loop only picks the next batch, calls
 the program and hands metrics on; it waits for the device where a number must be looked at (the first batch's
 gradients, an evaluation, a checkpoint) and nowhere else.
 """
@@ -15,7 +15,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from pronghorn.compile_cache import keep_programs_in
 from pronghorn.converters.carried_files import chat_template_hash
 from pronghorn.data.preview import visible
 from pronghorn.errors import RunError
@@ -30,7 +29,7 @@ from pronghorn.training.checkpoints import (
     check_settings,
     restore,
 )
-from pronghorn.training.compile_run import compile_run
+from pronghorn.training.compile_run import require_weights
 from pronghorn.training.flat_tree import as_tree
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.guards import SkippedStreak, check_leaf_gradients, excused_leaves, leaf_names
@@ -79,13 +78,12 @@ class Run:
 
     def _prepare(self, resume: bool | str) -> None:
         trainer, config = self.trainer, self.config
-        if config.compile_cache is not None:
-            keep_programs_in(config.compile_cache)
         checkpoint = run_folder.open_run_folder(
             self.folder, resume=resume, overwrite=config.overwrite, say=lambda text: print(text)
         )
         model = trainer.model
         self.graph, trainable, self.frozen = split(model)
+        require_weights(trainable, self.frozen)
         self.settings = run_folder.run_settings(
             model,
             config,
@@ -99,7 +97,8 @@ class Run:
         self.names = leaf_names(trainable, model)
         self.dtypes = compute_dtypes(trainable)
         self.frozen_leaves = jax.tree.leaves(self.frozen)
-        self.plan, prepared, self.compiled = compile_run(trainer, self.graph, trainable, self.frozen)
+        programs = trainer.take_compiled()
+        self.plan, prepared, self.compiled = programs.plan, programs.prepared, programs.compiled
         if config.save_every is not None:
             # The newest is written before the oldest goes.
             check_free_space(

@@ -15,6 +15,7 @@ from pronghorn.lora import split
 from pronghorn.models.parameters import named_parameters
 from pronghorn.quantization import is_quantized
 from pronghorn.training import memory_plan
+from pronghorn.training.compile_run import CompiledRun, compile_run, program_key, require_weights
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.losses import step_batch
 from pronghorn.training.result import Evaluation, TrainResult
@@ -29,7 +30,7 @@ class Trainer:
       >>> trainer.train().final_loss
 
     Args:
-      model: a Decoder. While `train` runs, its trainable leaves belong to the trainer (their buffers are reused by the
+      model: a Decoder, or one of shapes to `compile` for. While `train` runs, its trainable leaves belong to the trainer (their buffers are reused by the
         step); when it returns or raises, they are the trained ones.
       tokenizer: of the model; None is fine for a dataset that is tokenised already.
       dataset: a path or hub name, rows, or tokenised rows; None reads `data.path` or `data.mixture`.
@@ -93,6 +94,7 @@ class Trainer:
             seed=self.data.seed,
         )
         self.total_steps = self.config.total_steps(len(self.loader))
+        self._compiled: CompiledRun | None = None
         self._evaluation: Any = None
         self._eval_loader: Any = None
         self._general_loader: Any = None
@@ -126,6 +128,29 @@ class Trainer:
             )
         return dataset
 
+    def compile(self) -> memory_plan.MemoryPlan:
+        """Compile the step, and the evaluation, for the shapes of the model as it is; `train` compiles them otherwise.
+
+        While it compiles, XLA tries products out on the device, with operands as large as the largest weight. So that
+        these never lie beside weights, compile with a model of shapes alone, and set `model` afterwards:
+
+          >>> trainer = ph.Trainer(abstract_model, tokenizer, "rows.jsonl")
+          >>> trainer.compile()
+          >>> trainer.model = model
+
+        The next `train` takes the programs where all that they depend on is still the same (the model's structure,
+        shapes and dtypes, the settings, the batches); otherwise it compiles its own.
+
+        Returns:
+          The memory that a step takes.
+
+        Raises:
+          InputError: no memory policy fits the device.
+        """
+        self._compiled = self._evaluation = None
+        self._compiled = compile_run(self)
+        return self._compiled.plan
+
     def evaluate(self) -> Evaluation:
         """Loss on the held-out rows with the model as it is, weighted by token, without dropout.
 
@@ -133,6 +158,8 @@ class Trainer:
           InputError: there are no held-out rows.
         """
         _, trainable, frozen = split(self.model)
+        require_weights(trainable, frozen)
+        self._forget_stale_programs()
         return self._evaluate(trainable, frozen, step=0)
 
     def train(self, resume: bool | str = False, *, stop_after: int | None = None) -> TrainResult:
@@ -150,6 +177,16 @@ class Trainer:
           RunError: a trainable leaf without a gradient, too many skipped steps, no room on the disk.
         """
         return Run(self, resume or self.config.resume, stop_after).result()
+
+    def take_compiled(self) -> CompiledRun:
+        """What `compile` made, if it is for this model and these settings, and else made now; it is kept no longer."""
+        self._forget_stale_programs()
+        compiled, self._compiled = self._compiled, None
+        return compile_run(self) if compiled is None else compiled
+
+    def _forget_stale_programs(self) -> None:
+        if self._compiled is not None and self._compiled.key != program_key(self):
+            self._compiled = self._evaluation = None
 
     def _evaluate(self, trainable: Any, frozen: Any, *, step: int) -> Evaluation:
         if self.eval_dataset is None:
@@ -199,10 +236,15 @@ class Trainer:
             weighted=False,
         )
 
+    @property
+    def _evaluates(self) -> bool:
+        """Whether the run has anything to evaluate on."""
+        general = self.config.general_text is not None and self.tokenizer is not None
+        return self.eval_dataset is not None or general
+
     def _compiled_evaluation(self, trainable: Any, frozen: Any) -> Any:
         """The program of every evaluation of the run; None where there is nothing to evaluate on."""
-        general = self.config.general_text is not None and self.tokenizer is not None
-        if self.eval_dataset is None and not general:
+        if not self._evaluates:
             return None
         if self._evaluation is None:
             graph, _, _ = split(self.model)
