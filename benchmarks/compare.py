@@ -117,6 +117,14 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
     ],
     FULL: [
         ours(FULL, 8, 2048, "--adapter", "full"),
+        # In the memory of Unsloth's recomputing default, which updates weights and moments in 16 bits.
+        ours(
+            FULL,
+            8,
+            2048,
+            *("--adapter", "full", "--memory-policy", "layer_inputs", "--head-tile-rows", "512"),
+            *("--optimizer", "adamw_8bit", "--no-master-weights"),
+        ),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full", "--checkpointing", "offload"),
         peer(LIGER, FULL, 8, 2048, "--adapter", "full", "--attention", "cudnn"),

@@ -97,6 +97,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         memory_policy=policy,
         mlp_tile_tokens=options.mlp_tile_tokens,
         head_tile_rows=options.head_tile_rows,
+        optimizer=options.optimizer,
+        master_weights=options.master_weights,
     )
     graph, trainable, frozen = parts_of(random_weights.abstract_model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
@@ -184,6 +186,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         or {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[options.dtype],
         "adapter": options.adapter,
         "rank": options.rank,
+        "optimizer": options.optimizer,
+        "master_weights": options.master_weights,
         "trained_parameters": trained,
         "batch": options.batch,
         "seq": options.seq,
@@ -232,6 +236,13 @@ def main() -> None:
     )
     parser.add_argument("--adapter", default="lora", choices=("lora", "full"))
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--optimizer", default="adamw", help="of TrainConfig")
+    parser.add_argument(
+        "--no-master-weights",
+        dest="master_weights",
+        action="store_false",
+        help="fully trained weights are updated in 16 bits, as Unsloth does it, and not in fp32",
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--documents", type=int, default=1, help="equal documents packed into each row")
