@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -139,15 +140,18 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     from pronghorn.training.step import compile_step
 
     config = shapes.MODELS[options.model]
-    model = random_weights.random_model(config, "nf4", dtype=jnp.bfloat16, layers=options.layers)
-    model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank))
-    graph, trainable, frozen = ph.split(model)
-    del model
+
+    def parts_of(make_model: Callable[..., Any]) -> tuple[Any, Any, Any]:
+        model = make_model(config, "nf4", dtype=jnp.bfloat16, layers=options.layers)
+        return ph.split(ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank)))
+
+    # Compiled before any weight is on the device, where XLA's trials of products would lie beside them.
+    graph, trainable, frozen = parts_of(random_weights.abstract_model)
     train = train_config(tokens, options)
     prepared = prepare_step(graph, trainable, train, 1000)
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 1, tokens), np.int32)
     positions = np.arange(tokens, dtype=np.int32)[None, None]
-    batch = jax.device_put({"input_ids": ids, "labels": ids, "positions": positions})
+    batch = {"input_ids": ids, "labels": ids, "positions": positions}
     compiled = compile_step(prepared.step, prepared.state, frozen, batch, memory_policy=train.memory_policy)
     plan = plan_from_compiled(
         config,
@@ -159,8 +163,15 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
         memory_policy=train.memory_policy,
         compile_seconds=compiled.seconds,
     )
-    leaves = jax.tree.leaves(start_state(trainable, prepared.optimizer, train))
-    del trainable
+    compiled_for = random_weights.shapes_of((prepared.state, frozen))
+    _, trainable, frozen = parts_of(random_weights.random_model)
+    state = start_state(trainable, prepared.optimizer, train)
+    if random_weights.shapes_of((state, frozen)) != compiled_for:
+        raise RuntimeError(
+            f"{options.model}: the drawn weights are not those that the step was compiled for."
+        )
+    leaves, batch = jax.tree.leaves(state), jax.device_put(batch)
+    del trainable, state
     frozen_leaves = jax.tree.leaves(frozen)
     jax.block_until_ready((leaves, frozen_leaves))
     if options.compact:

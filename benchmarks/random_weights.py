@@ -22,16 +22,33 @@ _LARGEST_DRAWN = 1 << 26
 
 def random_model(config: DecoderConfig, kind: str | None, *, dtype: Any, layers: LayerLayout) -> Decoder:
     """Linears inside of layers of one kind ("nf4", None for `dtype`), the rest in `dtype`; norms multiply by one."""
+    model, how = _abstract(config, kind, dtype, layers)
+    sizes = {name: parameter.shape for name, parameter in named_parameters(model).items()}
+    assign(model, _Drawn(sizes, how, dtype, 1.0 - config.norm_weight_offset))
+    return model
+
+
+def abstract_model(config: DecoderConfig, kind: str | None, *, dtype: Any, layers: LayerLayout) -> Decoder:
+    """`random_model` with shapes in the place of arrays: to compile for before anything is on the device."""
+    return _abstract(config, kind, dtype, layers)[0]
+
+
+def _abstract(
+    config: DecoderConfig, kind: str | None, dtype: Any, layers: LayerLayout
+) -> tuple[Decoder, dict[str, QuantizationConfig]]:
+    """The model of shapes, and which of its weights are quantised how."""
     model = Decoder.abstract(config, dtype=dtype, layers=layers)
-    parameters = named_parameters(model)
-    sizes, norm = {name: p.shape for name, p in parameters.items()}, 1.0 - config.norm_weight_offset
     if kind is None:
-        assign(model, _Drawn(sizes, {}, dtype, norm))
-        return model
+        return model, {}
+    parameters = named_parameters(model)
     how = choose(parameters, family_named(config.family).tensor_names(config), QuantizationConfig(kind))  # type: ignore[arg-type]
     make_abstract(parameters, {name: empty_like(parameters[name].shape, dtype, how[name]) for name in how})
-    assign(model, _Drawn(sizes, how, dtype, norm))
-    return model
+    return model, how
+
+
+def shapes_of(tree: Any) -> Any:
+    """What a program that is compiled for `tree` takes for granted of it; for arrays and shapes alike."""
+    return jax.tree.structure(tree), [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -1,6 +1,7 @@
 """A LoRA training step of pronghorn: tokens/s, MFU, memory, loss and gradient norm of real optimizer steps.
 
-Random weights of the true shape, random tokens without padding, one document a row unless --documents says more.
+Random weights of the true shape, random tokens without padding, one document a row unless --documents says more. As in
+`pronghorn train` the step is compiled, of shapes, before any weight is on the device.
 
     python benchmarks/step.py --model llama-3.1-8b --batch 1 --seq 4096 --memory-policy keep
 """
@@ -9,7 +10,7 @@ import argparse
 import itertools
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ from pronghorn.compile_cache import keep_programs_in
 from pronghorn.training.config import TrainConfig
 from pronghorn.training.flops import count_flops, device_peak_flops
 from pronghorn.training.losses import step_batch
-from pronghorn.training.memory_plan import plan_from_compiled, start_state
-from pronghorn.training.optimizers import make_optimizer
-from pronghorn.training.schedules import make_schedule
-from pronghorn.training.step import compile_step, compute_dtypes, make_train_step
+from pronghorn.training.memory_plan import plan_from_compiled, prepare_step, start_state
+from pronghorn.training.step import compile_step
 
 WARM_UP = 3
 
@@ -71,14 +70,25 @@ def streamed(compiled: Any, state: Any, frozen: Any, loader: Any, steps: int) ->
     return state, best | {"streaming_cost": best["streamed_milliseconds"] / best["resident_milliseconds"] - 1}
 
 
+def peak_device_gib() -> float:
+    """The most that this process has had on the device so far; 0 where the device does not say."""
+    memory: dict[str, int] = jax.devices()[0].memory_stats() or {}
+    return memory.get("peak_bytes_in_use", 0) / 2**30
+
+
 def measure(options: argparse.Namespace, policy: str) -> dict:
     """One row of results/step-*.json, and more."""
+    start_seconds = {"imports": common.seconds_since_start()}
     config = shapes.MODELS[options.model]
     dtype = jnp.dtype(options.dtype)
-    model = random_weights.random_model(config, options.weights, dtype=dtype, layers=options.layers)
-    if options.adapter == "lora":
-        targets = shapes.lora_targets(options.model)
-        model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank, targets=targets))
+
+    def parts_of(make_model: Callable[..., Any]) -> tuple[Any, Any, Any]:
+        model = make_model(config, options.weights, dtype=dtype, layers=options.layers)
+        if options.adapter == "lora":
+            targets = shapes.lora_targets(options.model)
+            model = ph.add_lora(model, ph.LoRAConfig(rank=options.rank, alpha=options.rank, targets=targets))
+        return ph.split(model)
+
     train = TrainConfig(
         learning_rate=1e-4,
         max_steps=1000,
@@ -88,11 +98,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         mlp_tile_tokens=options.mlp_tile_tokens,
         head_tile_rows=options.head_tile_rows,
     )
-    graph, trainable, frozen = ph.split(model)
-    optimizer = make_optimizer(train, 1000)
-    state = start_state(trainable, optimizer, train)
-    dtypes = compute_dtypes(trainable)
-    del model
+    graph, trainable, frozen = parts_of(random_weights.abstract_model)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     flops = count_flops(config, trainable, frozen)
     loader = None
@@ -106,13 +112,12 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         batch = dict(np.load(options.data))
     real_documents = options.data is not None or options.stream
     packing = options.documents > 1 or real_documents
-    device_batch = jax.device_put(step_batch(batch, packing=packing))
-    step = make_train_step(graph, optimizer, train, schedule=make_schedule(train, 1000), dtypes=dtypes)
+    prepared = prepare_step(graph, trainable, train, 1000)
     compiled = compile_step(
-        step,
-        state,
+        prepared.step,
+        prepared.state,
         frozen,
-        device_batch,
+        step_batch(batch, packing=packing),
         memory_policy=policy,
         compiler_options=dict(option.split("=", 1) for option in options.xla),
     )
@@ -121,15 +126,27 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     plan = plan_from_compiled(
         config,
         compiled.executable,
-        state,
+        prepared.state,
         trainable,
         frozen,
         (1, options.batch, options.seq),
         memory_policy=policy,
         compile_seconds=compiled.seconds,
     )
+    start_seconds["compiled"] = common.seconds_since_start()
+    compiled_for = random_weights.shapes_of((prepared.state, frozen))
+    _, trainable, frozen = parts_of(random_weights.random_model)
+    state = start_state(trainable, prepared.optimizer, train)
+    if random_weights.shapes_of((state, frozen)) != compiled_for:
+        raise RuntimeError(
+            f"{options.model}: the drawn weights are not those that the step was compiled for."
+        )
     state_leaves, frozen_leaves = jax.tree.leaves(state), jax.tree.leaves(frozen)
-    del state, trainable
+    del state, trainable, frozen
+    device_batch = jax.block_until_ready(jax.device_put(step_batch(batch, packing=packing)))
+    jax.block_until_ready((state_leaves, frozen_leaves))
+    start_seconds["weights"] = common.seconds_since_start()
+    peak_before = peak_device_gib()
     found = []
     # Steps are queued as the trainer queues them: the host prepares the next one while the device works.
     for index in range(WARM_UP + options.steps):
@@ -140,7 +157,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         found.append(metrics)
         if index == 0:
             jax.block_until_ready(metrics)
-            first_step = common.seconds_since_start()
+            first_step = start_seconds["first_step"] = common.seconds_since_start()
     jax.block_until_ready(found)
     step_seconds = (time.perf_counter() - start) / options.steps
     records = [{name: float(metrics[name]) for name in ("loss", "grad_norm")} for metrics in found]
@@ -160,7 +177,6 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     real = batch["segment_ids"] > 0
     tokens = int(real.sum())
     peak = device_peak_flops(jax.devices()[0].device_kind)
-    memory = jax.devices()[0].memory_stats() or {}
     row = {
         "framework": "pronghorn",
         "model": options.model,
@@ -180,7 +196,8 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "tokens_per_second": tokens / step_seconds,
         "step_milliseconds": step_seconds * 1e3,
         "mfu": flops.of_batch(batch["positions"], real) / step_seconds / peak if peak else None,
-        "peak_device_gib": memory.get("peak_bytes_in_use", 0) / 2**30,
+        "peak_device_gib": peak_device_gib(),
+        "device_gib_before_steps": peak_before,
         "planned_device_gib": plan.peak_device_bytes / 2**30,
         "peak_host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         "loss": records[-1]["loss"],
@@ -189,6 +206,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
         "grad_norms": [record["grad_norm"] for record in records],
         "compile_seconds": compiled.seconds,
         "seconds_to_first_step": first_step,
+        "start_seconds": start_seconds,
         **streaming,
         "run": options.run,
         **common.environment(options.commit),
