@@ -30,8 +30,8 @@ class Trainer:
       >>> trainer.train().final_loss
 
     Args:
-      model: a Decoder, or one of shapes to `compile` for. While `train` runs, its trainable leaves belong to the trainer (their buffers are reused by the
-        step); when it returns or raises, they are the trained ones.
+      model: a Decoder, or one of shapes to `compile` for. While `train` runs, its trainable leaves belong to the
+        trainer (their buffers are reused by the step); when it returns or raises, they are the trained ones.
       tokenizer: of the model; None is fine for a dataset that is tokenised already.
       dataset: a path or hub name, rows, or tokenised rows; None reads `data.path` or `data.mixture`.
       config: how to train.
