@@ -1,14 +1,8 @@
 """One call of `Trainer.train`: the loop around the compiled step, and everything a run promises its user.
 
-<<<<<<< HEAD
-One step is compiled ahead of time, by `Trainer.compile` or here; its memory is reported before it runs. The loop only picks the next batch, calls
-the program and hands metrics on; it waits for the device where a number must be looked at (the first batch's
-gradients, an evaluation, a checkpoint) and nowhere else.
-=======
 One step is compiled ahead of time, by `Trainer.compile` or here; its memory is reported before it runs. The loop only
 picks the next batch, calls the program and hands metrics on; it waits for the device where a number must be looked at
 (the first batch's gradients, an evaluation, a checkpoint) and nowhere else.
->>>>>>> early
 """
 
 import contextlib
