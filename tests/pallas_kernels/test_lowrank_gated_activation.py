@@ -8,6 +8,8 @@ import pytest
 
 from pronghorn.pallas_kernels import launch, shapes, tuned
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
+    BACKWARD,
+    FORWARD,
     GatedFactors,
     lowrank_gated_backward,
     lowrank_gated_forward,
@@ -87,7 +89,7 @@ def test_forward_tiles_match_oracle(tile, dtype):
         assert_kernels_match((37, 128, 16, 8), dtype, wanted=())
 
 
-# rows, columns, warps, runs, ahead, tall, with G.
+# rows, columns, warps, runs, ahead, tall, with G. The last block of the first one's last run has no row.
 @pytest.mark.parametrize(
     "tile", [(16, 32, 1, 3, 0, 1, 1), (16, 64, 2, 8, 1, 0, 1), (32, 16, 1, 1, 1, 1, 0)], ids=str
 )
@@ -95,12 +97,13 @@ def test_forward_tiles_match_oracle(tile, dtype):
 def test_backward_tiles_match_oracle(tile, dtype):
     wanted = ("h", *SUMS, *(("g_both",) if tile[-1] else ()), *LARGEST)
     with tuned.candidate("lowrank_gated_backward", tile):
-        assert_kernels_match((45, 70, 24, 5), dtype, wanted=wanted)
+        assert_kernels_match((77, 70, 24, 5), dtype, wanted=wanted)
 
 
 def test_g_is_left_to_cublas_where_the_tile_says_so():
     args = arguments(*SMALL[0], "float32")
-    assert lowrank_gated_backward(*args, activation="silu", wanted=("g_both",)).g_both is None
+    with tuned.candidate("lowrank_gated_backward", BACKWARD):
+        assert lowrank_gated_backward(*args, activation="silu", wanted=("g_both",)).g_both is None
 
 
 def test_how_often_a_sum_is_split_follows_from_the_shape():
@@ -110,7 +113,8 @@ def test_how_often_a_sum_is_split_follows_from_the_shape():
             lambda shape=(rows, width): arguments(*shape, 32, 16, "bfloat16")
         )
         call = functools.partial(lowrank_gated_forward, activation="silu")
-        outputs = kernel_outputs(call, gate, up, factors._replace(g=None))["lowrank_gated_forward"]
+        with tuned.candidate("lowrank_gated_forward", FORWARD):
+            outputs = kernel_outputs(call, gate, up, factors._replace(g=None))["lowrank_gated_forward"]
         assert outputs == [(rows, width), (runs * rows, 16)]
 
 
@@ -138,7 +142,7 @@ def test_matches_oracle_on_a_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [(32, 64, 4, 8, 1, 1, 0), (32, 128, 8, 8, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("tile", [(32, 64, 4, 7, 1, 1, 0), (32, 128, 16, 7, 1, 0, 1)], ids=str)
 @pytest.mark.parametrize("shape", [SMALL[2], (577, 1536, 16, 8), (4096, 8192, 32, 16)], ids=str)
 def test_backward_tiles_match_oracle_on_a_gpu(shape, tile):
     wanted = ("h", *SUMS, *(("g_both",) if tile[-1] else ()))

@@ -12,19 +12,36 @@ from pronghorn.pallas_kernels import shapes, tuned
 from pronghorn.pallas_kernels.autotune import Job
 from pronghorn.pallas_kernels.lora_linear import times
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
-    BACKWARD,
-    FORWARD,
-    BackwardTile,
-    ForwardTile,
     GatedFactors,
     lowrank_gated_backward,
     lowrank_gated_forward,
     lowrank_gated_reference,
 )
 
-# Read off compiled kernels for an H100, rank 16: none of them spills.
-FORWARD_TILES: tuple[ForwardTile, ...] = (FORWARD,)
-BACKWARD_TILES: tuple[BackwardTile, ...] = (BACKWARD,)
+# Read off compiled kernels for an H100, ranks 32 and 16: none of them spills, and a multiprocessor holds 8 to 32 warps.
+# Several programs wait at their barriers one at a time; eight and sixteen warps pass half as many barriers as four do.
+# Each run of rows costs backward a partial sum, and each strip of columns one of G: strips are wide where G is summed.
+FORWARD_TILES = (
+    (64, 64, 4, 1024, 1), (64, 64, 4, 512, 1), (64, 64, 4, 2048, 1), (64, 64, 4, 256, 1),
+    (64, 64, 4, 512, 0), (64, 64, 4, 1024, 0), (64, 64, 4, 2048, 0),
+    (64, 32, 4, 1024, 1), (64, 32, 4, 512, 1), (64, 32, 4, 2048, 1), (64, 32, 4, 1024, 0), (64, 32, 8, 1024, 1),
+    (128, 32, 8, 512, 1), (128, 32, 8, 1024, 1), (128, 32, 4, 1024, 1), (256, 32, 16, 512, 1),
+    (128, 64, 8, 256, 1), (128, 64, 8, 512, 1), (128, 64, 8, 1024, 1), (128, 64, 8, 512, 0),
+    (64, 64, 8, 512, 1), (64, 64, 8, 1024, 1), (64, 128, 8, 512, 0), (32, 64, 4, 1024, 1), (32, 64, 4, 1024, 0),
+    (32, 32, 4, 1024, 1), (32, 32, 4, 2048, 1), (64, 16, 4, 1024, 1), (128, 16, 8, 1024, 1),
+)  # fmt: skip
+BACKWARD_TILES = (
+    (32, 64, 4, 8, 1, 0, 0), (32, 64, 8, 8, 1, 0, 0), (32, 64, 8, 4, 1, 0, 0), (32, 64, 8, 7, 1, 0, 0),
+    (32, 64, 8, 2, 1, 0, 0), (32, 64, 8, 16, 1, 0, 0), (32, 64, 8, 8, 0, 0, 0), (32, 64, 8, 8, 0, 1, 0),
+    (32, 64, 4, 8, 1, 1, 0), (32, 64, 4, 7, 1, 1, 0), (32, 64, 4, 4, 1, 1, 0), (32, 64, 4, 8, 0, 1, 0),
+    (16, 64, 4, 8, 1, 0, 0), (16, 64, 4, 8, 1, 1, 0), (16, 128, 8, 8, 1, 0, 0), (16, 128, 8, 8, 1, 1, 0),
+    (32, 128, 16, 8, 1, 0, 0), (32, 128, 16, 7, 1, 0, 0), (32, 128, 16, 8, 1, 1, 0), (32, 128, 8, 8, 1, 1, 0),
+    (16, 256, 16, 7, 1, 0, 0), (64, 64, 8, 8, 1, 0, 0), (64, 64, 8, 8, 0, 1, 0), (32, 32, 4, 8, 1, 0, 0),
+    (32, 128, 16, 8, 1, 0, 1), (32, 128, 16, 7, 1, 0, 1), (32, 128, 16, 4, 1, 0, 1), (32, 128, 16, 8, 0, 0, 1),
+    (16, 256, 16, 7, 1, 0, 1), (16, 256, 16, 4, 1, 0, 1), (16, 256, 16, 2, 1, 0, 1), (16, 256, 16, 7, 0, 0, 1),
+    (16, 256, 16, 4, 0, 1, 1), (16, 256, 16, 7, 0, 1, 1), (16, 256, 8, 7, 1, 0, 1), (16, 128, 8, 8, 0, 0, 1),
+    (32, 128, 8, 8, 1, 0, 1), (32, 128, 8, 8, 0, 1, 1),
+)  # fmt: skip
 
 GRADIENTS = ("da_down", "db_gate", "db_up", "g_both")
 
@@ -55,7 +72,7 @@ def lowrank_gated_jobs(shape: shapes.LowrankShape, dtype) -> list[Job]:
             op="lowrank_gated_forward",
             run=forward,
             expected=lambda: oracle()[:2],
-            candidates=tuple(map(tuple, FORWARD_TILES)),
+            candidates=FORWARD_TILES,
             work=(3 * size / 1e12, "B"),
             **common,
         ),
@@ -63,7 +80,7 @@ def lowrank_gated_jobs(shape: shapes.LowrankShape, dtype) -> list[Job]:
             op="lowrank_gated_backward",
             run=backward_and_g,
             expected=expected_gradients,
-            candidates=tuple(map(tuple, BACKWARD_TILES)),
+            candidates=BACKWARD_TILES,
             work=(5 * size / 1e12, "B"),
             **common,
         ),

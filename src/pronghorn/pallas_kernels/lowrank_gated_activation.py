@@ -52,7 +52,7 @@ FORWARD_BLOCK = (64, 64, 4)
 
 
 class ForwardTile(NamedTuple):
-    """How forward with T of down is launched; `tuned` may replace it, by the rank of gate and up together.
+    """How forward with T of down is launched; `tuned` may replace it, by rank.
 
     Attributes:
       programs: at least this many, where there are as many tiles: a block of rows is shared by so many programs.
@@ -70,7 +70,8 @@ class BackwardTile(NamedTuple):
     """How backward is launched, like `ForwardTile`.
 
     Attributes:
-      runs: of rows, and so partial sums of the adapters' gradients, at most.
+      runs: of rows, and so partial sums of the adapters' gradients, at most; each is written and read again, which at
+        rank 16 of three adapters is a 25th of what the tiles of a run of 512 rows take.
       tall: 1 holds tiles as [columns, rows]. Sums over rows then take what is computed from the registers where it is,
         and 64 columns are a side of Hopper's products; G takes it through shared memory instead.
       with_g: 1 sums G too, one partial sum a strip of columns. 0 leaves it to cuBLAS, which reads dgate and dup again.
@@ -85,9 +86,13 @@ class BackwardTile(NamedTuple):
     with_g: int
 
 
-# How often a sum is split, and so its last bit, follows from these and the shape alone.
+# How often a sum is split, and so its last bit, follows from these and the shape alone. Those of fp32 and of ranks past
+# `MOST_RANK` spill no register where the others do.
 FORWARD = ForwardTile(64, 64, 4, 1024, 1)
+FORWARD_LARGE = ForwardTile(64, 32, 4, 1024, 1)
 BACKWARD = BackwardTile(32, 64, 4, 8, 1, 0, 0)
+BACKWARD_LARGE = BackwardTile(32, 64, 8, 8, 1, 0, 0)
+MOST_RANK = 64
 
 
 class GatedFactors(NamedTuple):
@@ -151,7 +156,7 @@ def lowrank_gated_forward(
             num_warps=num_warps,
         )(*inputs)
         return h.reshape(shape), None
-    tile = ForwardTile(*(_measured("lowrank_gated_forward", factors) or FORWARD))
+    tile = ForwardTile(*_choice("lowrank_gated_forward", factors, FORWARD, FORWARD_LARGE))
     block, num_warps = _clipped(tile, rows, width)
     blocks, tiles = launch.cdiv(rows, block[0]), launch.cdiv(width, block[1])
     dividing = [count for count in range(1, tiles + 1) if tiles % count == 0]
@@ -185,10 +190,11 @@ def lowrank_gated_backward(
       in_place: dgate, dup and h take the memory of gate, up and dh.
     """
     shape, (rows, width) = gate.shape, _flat(gate)
-    tile = BackwardTile(*(_measured("lowrank_gated_backward", factors) or BACKWARD))
+    tile = BackwardTile(*_choice("lowrank_gated_backward", factors, BACKWARD, BACKWARD_LARGE))
     block, num_warps = _clipped(tile, rows, width)
     blocks, strips = launch.cdiv(rows, block[0]), launch.cdiv(width, block[1])
-    runs = max(count for count in range(1, tile.runs + 1) if blocks % count == 0)
+    rounds = launch.cdiv(blocks, tile.runs)
+    runs = launch.cdiv(blocks, rounds)
     inputs = {
         "dh": dh.reshape(rows, width),
         "gate": gate.reshape(rows, width),
@@ -223,7 +229,7 @@ def lowrank_gated_backward(
             names=(*inputs, *outputs),
             activation=activation,
             block=block,
-            runs=runs,
+            rounds=rounds,
             ahead=bool(tile.ahead),
             tall=bool(tile.tall),
             native=not launch.interpreting(),
@@ -282,9 +288,15 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, x.shape[-1])
 
 
-def _measured(op: str, factors: GatedFactors) -> tuned.Choice | None:
-    """What was measured for this device: sums take registers by the rank, so that a smaller rank's does not do."""
-    return tuned.choice(op, factors.t.dtype, max(LEAST_SIDE, factors.t.shape[-1]), at_least=True)
+def _choice(op: str, factors: GatedFactors, usual: tuned.Choice, large: tuned.Choice) -> tuned.Choice:
+    """What was measured for this device, or one of the two. Sums take registers by the rank: a smaller rank's tile does
+    not do. Of three adapters of one rank, gate and up have twice that together."""
+    rank = max(LEAST_SIDE, factors.t.shape[-1], 0 if factors.a_down is None else 2 * factors.a_down.shape[0])
+    dtype = factors.t.dtype
+    found = tuned.choice(op, dtype, rank, at_least=True)
+    if found is None:
+        return large if rank > MOST_RANK or dtype == jnp.float32 else usual
+    return found
 
 
 def _clipped(block: Sequence[int], rows: int, width: int) -> tuple[tuple[int, int], int]:
@@ -301,10 +313,17 @@ def _place(rows, columns, tall=False):
     return (rows[None, :], columns[:, None]) if tall else (rows[:, None], columns[None, :])
 
 
-def _mask(shape, rows, columns, tall=False):
-    """Which elements of a tile exist; None where all do, which is known from the sizes alone."""
+def _mask(shape, rows, columns, tall=False, *, past_end=False):
+    """Which elements of a tile exist; None where all do, which is known from the sizes alone.
+
+    past_end: the whole tile may lie behind the last row.
+    """
     place = _place(rows, columns, tall)
-    masks = [index < extent for extent, index in zip(shape, place, strict=True) if extent % index.size]
+    masks = [
+        index < extent
+        for extent, index, checked in zip(shape, place, (past_end, False), strict=True)
+        if checked or extent % index.size
+    ]
     if not masks:
         return None
     return jnp.broadcast_to(
@@ -312,9 +331,9 @@ def _mask(shape, rows, columns, tall=False):
     )
 
 
-def _load(ref, rows, columns, tall=False):
-    tile, mask = ref.at[_place(rows, columns, tall)], _mask(ref.shape, rows, columns, tall)
-    return triton.load(tile) if mask is None else triton.load(tile, mask=mask, other=0.0)
+def _load(ref, rows, columns, tall=False, *, mask=_mask):
+    tile, exists = ref.at[_place(rows, columns, tall)], mask(ref.shape, rows, columns, tall)
+    return triton.load(tile) if exists is None else triton.load(tile, mask=exists, other=0.0)
 
 
 def _side(count: int) -> jax.Array:
@@ -399,8 +418,8 @@ def _over_tiles(rounds, load, work, start, ahead):
     return lax.fori_loop(0, rounds, one, (start, load(0)))[0]
 
 
-def _backward_kernel(*refs, names, activation, block, runs, ahead, tall, native):
-    """Grid (strip of columns, run of rows)."""
+def _backward_kernel(*refs, names, activation, block, rounds, ahead, tall, native):
+    """Grid (strip of columns, run of `rounds` blocks of rows)."""
     ref = dict(zip(names, refs, strict=True))
     num_rows, width = ref["gate"].shape
     dtype = ref["dgate"].dtype
@@ -412,6 +431,9 @@ def _backward_kernel(*refs, names, activation, block, runs, ahead, tall, native)
         down_ranks = _side(ref["g"].shape[1])
         a_down = _load(ref["a_down"], down_ranks, columns, tall)
     product = functools.partial(tile_product, native=native)
+    runs = launch.cdiv(num_rows, block[0] * rounds)
+    # Of some runs the last block may lie behind the last row.
+    masked = functools.partial(_mask, past_end=block[0] * rounds * runs != num_rows)
 
     def rows_of(index):
         return (index * runs + run) * block[0] + jnp.arange(block[0])
@@ -419,8 +441,10 @@ def _backward_kernel(*refs, names, activation, block, runs, ahead, tall, native)
     def load(index):
         # Rows and columns that do not exist load as zeros and add nothing to any sum.
         rows = rows_of(index)
-        thin = [_load(ref["t"], rows, ranks)] + ([_load(ref["g"], rows, down_ranks)] if "g" in ref else [])
-        return [_load(ref[name], rows, columns, tall) for name in ("dh", "gate", "up")], thin
+        thin = [_load(ref["t"], rows, ranks, mask=masked)]
+        if "g" in ref:
+            thin.append(_load(ref["g"], rows, down_ranks, mask=masked))
+        return [_load(ref[name], rows, columns, tall, mask=masked) for name in ("dh", "gate", "up")], thin
 
     def one_block(index, tiles, sums):
         rows, (wide, thin) = rows_of(index), tiles
@@ -439,7 +463,7 @@ def _backward_kernel(*refs, names, activation, block, runs, ahead, tall, native)
             "dup": (dh * value).astype(dtype),
             "h": (value * up).astype(dtype),
         }
-        mask = _mask((num_rows, width), rows, columns, tall)
+        mask = masked((num_rows, width), rows, columns, tall)
         for name in ("dgate", "dup", "h"):
             if name in ref:
                 triton.store(ref[name].at[_place(rows, columns, tall)], tile[name], mask=mask)
@@ -447,7 +471,7 @@ def _backward_kernel(*refs, names, activation, block, runs, ahead, tall, native)
             contract = COLUMNS_BY_COLUMNS if tall else ROWS_BY_COLUMNS
             g_both = product(tile["dgate"], b_gate, contract) + product(tile["dup"], b_up, contract)
             at = ref["g_both"].at[_place(strip * num_rows + rows, ranks)]
-            triton.store(at, g_both, mask=_mask(ref["t"].shape, rows, ranks))
+            triton.store(at, g_both, mask=masked(ref["t"].shape, rows, ranks))
         right = {"db_gate": tile["dgate"], "db_up": tile["dup"], "da_down": tile["h"]}
         totals = {}
         for name, total in sums.items():
@@ -467,7 +491,7 @@ def _backward_kernel(*refs, names, activation, block, runs, ahead, tall, native)
         name: jnp.zeros((block[1], side.size) if tall else (side.size, block[1]), jnp.float32)
         for name, side in sides.items()
     } | {name: jnp.zeros(block[1], jnp.float32) for name in magnitudes}
-    sums = _over_tiles(launch.cdiv(num_rows, block[0] * runs), load, one_block, start, ahead)
+    sums = _over_tiles(rounds, load, one_block, start, ahead)
     for name in magnitudes:
         ref[name][run, strip] = jnp.max(sums[name])
     for name, side in sides.items():
