@@ -71,7 +71,7 @@ class BackwardTile(NamedTuple):
 
     Attributes:
       runs: of rows, and so partial sums of the adapters' gradients, at most; each is written and read again, which at
-        rank 16 of three adapters is a 25th of what the tiles of a run of 512 rows take.
+        rank 16 of three adapters is an eighth of what the tiles of a run of 512 rows take.
       tall: 1 holds tiles as [columns, rows]. Sums over rows then take what is computed from the registers where it is,
         and 64 columns are a side of Hopper's products; G takes it through shared memory instead.
       with_g: 1 sums G too, one partial sum a strip of columns. 0 leaves it to cuBLAS, which reads dgate and dup again.
@@ -86,8 +86,8 @@ class BackwardTile(NamedTuple):
     with_g: int
 
 
-# How often a sum is split, and so its last bit, follows from these and the shape alone. Those of fp32 and of ranks past
-# `MOST_RANK` spill no register where the others do.
+# How often a sum is split, and so its last bit, follows from these and the shape alone. The large ones, of fp32 and of
+# ranks of gate and up together past `MOST_RANK`, spill no register where the others do (but for both at once).
 FORWARD = ForwardTile(64, 64, 4, 1024, 1)
 FORWARD_LARGE = ForwardTile(64, 32, 4, 1024, 1)
 BACKWARD = BackwardTile(32, 64, 4, 8, 1, 0, 0)
