@@ -12,6 +12,7 @@ import numpy as np
 from pronghorn.models.experts import order_by_expert, rows_by_expert, weighted_sum
 from pronghorn.pallas_kernels import shapes
 from pronghorn.pallas_kernels.attention_blocks import attention_blocks
+from pronghorn.pallas_kernels.autotune_lowrank import backward_and_g, lowrank_gated_inputs
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import (
@@ -21,6 +22,11 @@ from pronghorn.pallas_kernels.gated_activation import (
 from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
 from pronghorn.pallas_kernels.grouped_linear import grouped_linear
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pronghorn.pallas_kernels.lowrank_gated_activation import (
+    lowrank_gated_backward,
+    lowrank_gated_forward,
+    lowrank_gated_reference,
+)
 from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize
 from pronghorn.pallas_kernels.nf4_product import nf4_product
 from pronghorn.pallas_kernels.rms_norm import rms_norm
@@ -68,6 +74,7 @@ def cases() -> Iterator[Case]:
     yield from attention()
     yield from rms_norms()
     yield from gated_activations()
+    yield from lowrank_gated_activations()
     yield from ropes()
     yield from heads()
     yield from nf4()
@@ -264,6 +271,50 @@ def gated_activations() -> Iterator[Case]:
                     passes * size,
                     "TB/s",
                 )
+
+
+def lowrank_gated_activations() -> Iterator[Case]:
+    """Bytes are those of gate, up and h, or of dh, gate, up and both gradients. "G": by whom the tile says."""
+    (large,) = shapes.TUNED_LOWRANK
+    small = large._replace(name="Llama-3.2-1B", width=shapes.LLAMA_3_2_1B.ffn)
+
+    def forward(dh, gate, up, factors):
+        return lowrank_gated_forward(gate, up, factors._replace(g=None), activation="silu")
+
+    def forward_alone(dh, gate, up, factors):
+        bare = factors._replace(g=None, a_down=None)
+        return lowrank_gated_forward(gate, up, bare, activation="silu")[0]
+
+    def backward(*arguments):
+        sums = ("da_down", "db_gate", "db_up")
+        return lowrank_gated_backward(*arguments, activation="silu", wanted=sums, in_place=False)
+
+    def oracle_forward(*arguments):
+        h, t, _ = lowrank_gated_reference(*arguments, activation="silu")
+        return h.astype(BF16), t.astype(BF16)
+
+    def oracle_backward(*arguments):
+        found = lowrank_gated_reference(*arguments, activation="silu")[2]
+        whole = found.dgate.astype(BF16), found.dup.astype(BF16)
+        return *whole, found.da_down, found.db_gate, found.db_up, found.g_both
+
+    for shape in (large, small):
+
+        def arguments(shape=shape):
+            return lowrank_gated_inputs(shape, BF16)
+
+        for direction, passes, function, oracle in (
+            ("forward", 3, forward_alone, None),
+            ("forward, T", 3, forward, oracle_forward),
+            ("backward", 5, backward, None),
+            ("backward, G", 5, backward_and_g, oracle_backward),
+        ):
+            for implementation, f in (("pallas", function), ("xla", oracle)):
+                if f is not None:
+                    yield Case(
+                        "lowrank_gated", f"[{shape.rows}, {shape.width}], r {shape.down_rank}", direction,
+                        implementation, f, arguments, passes * shape.rows * shape.width * 2, "TB/s",
+                    )  # fmt: skip
 
 
 def ropes() -> Iterator[Case]:

@@ -14,6 +14,7 @@ from pronghorn.pallas_kernels.autotune import Job
 SMALL = {
     shapes.AttentionShape: {"batch": 1, "seq": 20, "num_heads": 2, "num_kv_heads": 1},
     shapes.RowShape: {"rows": 5, "width": 24},
+    shapes.LowrankShape: {"rows": 37, "width": 70, "rank": 6, "down_rank": 3},
     shapes.RopeShape: {"batch": 1, "seq": 5, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "rotated": 8},
     shapes.HeadShape: {"rows": 3, "vocab": 300},
     shapes.WeightShape: {"outputs": 6, "inputs": 64},
@@ -81,7 +82,7 @@ def test_oracle_and_kernel_of_every_job_give_the_same_shapes(group):
         assert shapes_of(found) == shapes_of(expected), one.op
 
 
-@pytest.mark.parametrize("group", ["attention", "rms_norm", "grouped_linear"])
+@pytest.mark.parametrize("group", ["attention", "rms_norm", "lowrank_gated", "grouped_linear"])
 def test_kernels_of_the_tuner_pass_its_check_and_wrong_ones_do_not(group):
     jobs = autotune_jobs.jobs([group], largest=small, head_dims=[64] if group == "attention" else ())
     for op, one in {one.op: one for one in jobs}.items():

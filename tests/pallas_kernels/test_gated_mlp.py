@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels import shapes
+from pronghorn.pallas_kernels import shapes, tuned
 from pronghorn.pallas_kernels.gated_mlp import gated_mlp, gated_mlp_reference
+from pronghorn.pallas_kernels.lowrank_gated_activation import BACKWARD, FORWARD
 from pronghorn.pallas_kernels.norm_linears import Dropout
 from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 from tests.lowering import lower_for_h100
@@ -78,6 +79,26 @@ def test_matches_oracle_with_only_adapters_trained(dtype):
 def test_kernels_match_oracle(activation):
     op, reference = (functools.partial(f, activation=activation) for f in (kernels, oracle))
     assert_gradients_match(layers(), ADAPTERS, op=op, reference=reference, trained="x")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ranks", [(8, 16, 64), (16, 0, 8), (8, 8, 0)], ids=str)
+def test_kernels_match_oracle_at_any_ranks(ranks, dtype):
+    assert_gradients_match(layers(dtype, ranks), ADAPTERS, dtype, op=kernels, trained="x")
+
+
+def test_kernels_that_sum_g_match_oracle():
+    with tuned.candidate("lowrank_gated_backward", BACKWARD._replace(columns=16, with_g=1)):
+        assert_gradients_match(layers(), op=kernels)
+
+
+def test_h_is_not_read_for_the_rank_product_of_down():
+    function, arguments = adapters_trained(kernels)
+    dots = [e for e in equations(function, *arguments) if e.primitive.name == "dot_general"]
+    shapes_of = [tuple(v.aval.shape for v in e.invars) for e in dots]
+    assert ((ROWS, FFN), (WIDTH, FFN)) in shapes_of and ((ROWS, FFN), (5, FFN)) not in shapes_of
+    with tuned.candidate("lowrank_gated_forward", FORWARD):
+        assert kernel_outputs(function, *arguments)["lowrank_gated_forward"] == [(ROWS, FFN), (ROWS, 5)]
 
 
 @pytest.mark.parametrize("ranks", [(0, 0, 0), (3, 0, 2), (0, 4, 0)], ids=str)
@@ -178,7 +199,8 @@ def test_training_b_of_down_alone_saves_its_rank_product():
 
 def test_h_is_never_written_where_only_adapters_are_trained():
     function, arguments = adapters_trained(kernels)
-    launched = kernel_outputs(gradient(function), *arguments)
+    with tuned.candidate("lowrank_gated_backward", BACKWARD):
+        launched = kernel_outputs(gradient(function), *arguments)
     assert launched["lowrank_gated_backward"] == [(ROWS, FFN)] * 2 + [(5, FFN)] * 3
 
 
@@ -191,7 +213,8 @@ def test_h_is_rebuilt_for_a_trained_down_projection_in_the_launch_that_makes_bot
 
 def test_h_is_not_rebuilt_for_a_frozen_down_projection():
     function, arguments = adapters_trained(kernels, ranks=(3, 2, 0))
-    launched = kernel_outputs(gradient(function), *arguments)
+    with tuned.candidate("lowrank_gated_backward", BACKWARD):
+        launched = kernel_outputs(gradient(function), *arguments)
     assert launched["lowrank_gated_backward"] == [(ROWS, FFN)] * 2 + [(5, FFN)] * 2
 
 

@@ -6,21 +6,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pronghorn.pallas_kernels import launch, shapes
-from pronghorn.pallas_kernels.gated_activation import gated_activation_reference
+from pronghorn.pallas_kernels import launch, shapes, tuned
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
+    BACKWARD,
+    FORWARD,
     GatedFactors,
     lowrank_gated_backward,
     lowrank_gated_forward,
+    lowrank_gated_reference,
 )
 from tests.lowering import lower_for_h100
-from tests.pallas_kernels.comparison import normal
+from tests.pallas_kernels.comparison import kernel_outputs, normal
 from tests.tolerances import assert_close
 
 SUMS = ("da_down", "db_gate", "db_up")
 LARGEST = ("largest_dgate", "largest_dup")
 # rows, width, rank of gate and up together, rank of down: no side fits a block; one row; several runs of rows.
-SMALL = ((13, 37, 5, 3), (1, 3, 1, 1), (150, 70, 33, 17))
+SMALL = ((13, 37, 5, 3), (1, 3, 1, 1), (150, 70, 33, 17), (19, 100, 16, 64))
 
 
 def arguments(rows, width, rank, down_rank, dtype):
@@ -29,37 +31,25 @@ def arguments(rows, width, rank, down_rank, dtype):
     return dh, gate, up, GatedFactors(*(normal(3 + i, shape, dtype) for i, shape in enumerate(thin)))
 
 
-def oracle(dh, gate, up, factors, activation):
-    """(h, dgate, dup, da_down, db_gate, db_up) in fp32, the 16-bit operands of the last three rounded as they would
-    be."""
-    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    dtype = gate.dtype
-    f = GatedFactors(*(a.astype(jnp.float32) for a in factors))
-    gate = gate.astype(jnp.float32) + exact(f.t, f.b_gate.T)
-    up = up.astype(jnp.float32) + exact(f.t, f.b_up.T)
-    h, pullback = jax.vjp(functools.partial(gated_activation_reference, activation=activation), gate, up)
-    dgate, dup = pullback(dh.astype(jnp.float32) + exact(f.g, f.a_down))
-    rounded = [a.astype(dtype).astype(jnp.float32) for a in (h, dgate, dup)]
-    return h, dgate, dup, exact(f.g.T, rounded[0]), exact(f.t.T, rounded[1]), exact(f.t.T, rounded[2])
-
-
 def assert_kernels_match(shape, dtype, activation="silu", wanted=("h", *SUMS, *LARGEST)):
     dh, gate, up, factors = arguments(*shape, dtype)
-    expected = dict(zip(("h", "dgate", "dup", *SUMS), oracle(dh, gate, up, factors, activation), strict=True))
-    h = jax.jit(functools.partial(lowrank_gated_forward, activation=activation))(gate, up, factors)
-    assert_close(h, expected["h"], dtype=dtype, what="h")
+    h, t_down, expected = lowrank_gated_reference(dh, gate, up, factors, activation=activation)
+    forward = jax.jit(functools.partial(lowrank_gated_forward, activation=activation))
+    found_h, found_t = forward(gate, up, factors._replace(g=None))
+    assert_close(found_h, h, dtype=dtype, what="h")
+    assert found_t.dtype == gate.dtype
+    assert_close(found_t, t_down, dtype=dtype, what="T of down")
+    h_alone, nothing = forward(gate, up, factors._replace(g=None, a_down=None))
+    assert nothing is None
+    assert_close(h_alone, h, dtype=dtype, what="h without T")
     backward = functools.partial(lowrank_gated_backward, activation=activation, wanted=wanted)
     found = jax.jit(backward)(dh, gate, up, factors)
-    for name in ("dgate", "dup"):
-        largest = getattr(found, f"largest_{name}")
-        assert (
-            largest == jnp.max(jnp.abs(getattr(found, name)))
-            if f"largest_{name}" in wanted
-            else largest is None
-        )
-    for name in ("dgate", "dup", *(name for name in wanted if name not in LARGEST)):
-        assert_close(getattr(found, name), expected[name], dtype=dtype, what=name)
-    assert all(getattr(found, name) is None for name in ("h", *SUMS) if name not in wanted)
+    for name in ("dgate", "dup", *wanted):
+        if name in LARGEST:
+            assert getattr(found, name) == jnp.max(jnp.abs(getattr(found, name.removeprefix("largest_"))))
+        else:
+            assert_close(getattr(found, name), getattr(expected, name), dtype=dtype, what=name)
+    assert all(getattr(found, name) is None for name in ("h", *SUMS, *LARGEST) if name not in wanted)
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=str)
@@ -87,17 +77,55 @@ def test_without_an_adapter_on_down_its_gradient_is_used_as_it_is():
         dh, gate, up, factors._replace(g=None, a_down=None), activation="silu", wanted=()
     )
     zeros = factors._replace(g=jnp.zeros_like(factors.g))
-    assert_close(found.dgate, oracle(dh, gate, up, zeros, "silu")[1], what="dgate")
+    expected = lowrank_gated_reference(dh, gate, up, zeros, activation="silu")[2]
+    assert_close(found.dgate, expected.dgate, what="dgate")
 
 
-@pytest.mark.parametrize("shape", [(4096, 14336, 32, 16), (577, 1536, 6, 3)], ids=str)
+# rows, columns, warps, programs, ahead: several runs of columns, and one.
+@pytest.mark.parametrize("tile", [(16, 16, 1, 20, 0), (32, 16, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_forward_tiles_match_oracle(tile, dtype):
+    with tuned.candidate("lowrank_gated_forward", tile):
+        assert_kernels_match((37, 128, 16, 8), dtype, wanted=())
+
+
+# rows, columns, warps, runs, ahead, tall, with G. The last block of the first one's last run has no row.
+@pytest.mark.parametrize(
+    "tile", [(16, 32, 1, 3, 0, 1, 1), (16, 64, 2, 8, 1, 0, 1), (32, 16, 1, 1, 1, 1, 0)], ids=str
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_backward_tiles_match_oracle(tile, dtype):
+    wanted = ("h", *SUMS, *(("g_both",) if tile[-1] else ()), *LARGEST)
+    with tuned.candidate("lowrank_gated_backward", tile):
+        assert_kernels_match((77, 70, 24, 5), dtype, wanted=wanted)
+
+
+def test_g_is_left_to_cublas_where_the_tile_says_so():
+    args = arguments(*SMALL[0], "float32")
+    with tuned.candidate("lowrank_gated_backward", BACKWARD):
+        assert lowrank_gated_backward(*args, activation="silu", wanted=("g_both",)).g_both is None
+
+
+def test_how_often_a_sum_is_split_follows_from_the_shape():
+    """1024 programs or as many as there are tiles; runs divide the tiles."""
+    for rows, width, runs in ((4096, 14336, 16), (4096, 8192, 16), (65536, 14336, 1), (256, 64 * 6, 6)):
+        _, gate, up, factors = jax.eval_shape(
+            lambda shape=(rows, width): arguments(*shape, 32, 16, "bfloat16")
+        )
+        call = functools.partial(lowrank_gated_forward, activation="silu")
+        with tuned.candidate("lowrank_gated_forward", FORWARD):
+            outputs = kernel_outputs(call, gate, up, factors._replace(g=None))["lowrank_gated_forward"]
+        assert outputs == [(rows, width), (runs * rows, 16)]
+
+
+@pytest.mark.parametrize("shape", [(4096, 14336, 32, 16), (577, 1536, 6, 3), (1000, 2050, 128, 64)], ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_lowers_for_an_h100(shape, dtype):
     args = jax.eval_shape(lambda: arguments(*shape, dtype))
 
     def both(dh, gate, up, factors):
-        h = lowrank_gated_forward(gate, up, factors, activation="silu")
-        return h, lowrank_gated_backward(dh, gate, up, factors, activation="silu", wanted=SUMS)
+        h_and_t = lowrank_gated_forward(gate, up, factors._replace(g=None), activation="silu")
+        return h_and_t, lowrank_gated_backward(dh, gate, up, factors, activation="silu", wanted=SUMS)
 
     text = lower_for_h100(both, *args)
     assert "lowrank_gated_forward" in text and "lowrank_gated_backward" in text
@@ -114,8 +142,22 @@ def test_matches_oracle_on_a_gpu(shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tile", [(32, 64, 4, 7, 1, 1, 0), (32, 128, 16, 7, 1, 0, 1)], ids=str)
+@pytest.mark.parametrize("shape", [SMALL[2], (577, 1536, 16, 8), (4096, 8192, 32, 16)], ids=str)
+def test_backward_tiles_match_oracle_on_a_gpu(shape, tile):
+    wanted = ("h", *SUMS, *(("g_both",) if tile[-1] else ()))
+    with launch.interpret(False), tuned.candidate("lowrank_gated_backward", tile):
+        assert_kernels_match(shape, "bfloat16", wanted=wanted)
+
+
+@pytest.mark.gpu
 def test_a_rerun_is_bit_exact_on_a_gpu():
     args = arguments(shapes.TOKENS, 8192, 32, 16, "bfloat16")
-    call = jax.jit(functools.partial(lowrank_gated_backward, activation="silu", wanted=SUMS))
+
+    @jax.jit
+    def call(dh, gate, up, factors):
+        forward = lowrank_gated_forward(gate, up, factors._replace(g=None), activation="silu")
+        return forward, lowrank_gated_backward(dh, gate, up, factors, activation="silu", wanted=SUMS)
+
     first, second = call(*args), call(*args)
     assert all((a == b).all() for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "kernels",
         nargs="*",
-        help="attention, rms_norm, gated_activation, rope, cross_entropy, nf4, grouped_linear; default all",
+        help="attention, rms_norm, gated_activation, lowrank_gated, rope, cross_entropy, nf4, grouped_linear; "
+        "default all",
     )
     parser.add_argument(
         "--head-dim", type=int, action="append", default=None, help="attention's; may be repeated"

@@ -23,6 +23,7 @@ from pronghorn.pallas_kernels.attention_blocks import (
 from pronghorn.pallas_kernels.attention_tiles import AttentionSpec
 from pronghorn.pallas_kernels.autotune import Job
 from pronghorn.pallas_kernels.autotune_grouped import grouped_linear_jobs
+from pronghorn.pallas_kernels.autotune_lowrank import lowrank_gated_jobs
 from pronghorn.pallas_kernels.flash_attention import flash_attention_reference
 from pronghorn.pallas_kernels.gated_activation import gated_activation_backward, gated_activation_forward
 from pronghorn.pallas_kernels.launch import next_power_of_2
@@ -343,6 +344,7 @@ GROUPS: dict[str, tuple[Callable[..., list[Job]], tuple[Any, ...]]] = {
     "attention": (attention_jobs, shapes.TUNED_FLASH_ATTENTION),
     "rms_norm": (rms_norm_jobs, shapes.TUNED_RMS_NORM),
     "gated_activation": (gated_activation_jobs, shapes.TUNED_GATED_ACTIVATION),
+    "lowrank_gated": (lowrank_gated_jobs, shapes.TUNED_LOWRANK),
     "rope": (rope_jobs, shapes.TUNED_ROPE),
     "cross_entropy": (cross_entropy_jobs, shapes.TUNED_CROSS_ENTROPY),
     "nf4": (nf4_jobs, shapes.TUNED_NF4),

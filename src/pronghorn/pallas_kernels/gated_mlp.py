@@ -11,8 +11,8 @@ its adapter as in `stacked_linears`:
 Saved: x (as it came in), r, e, u, and the T of the adapters, under the names that `rms_norm`, `gated_activation` and
 `lora_linear` give them; neither n nor h. Without `residual`, y = down(h) and dx lacks dY.
 
-Where kernels run and adapters are thin, the rank-r products of gate, up and dh are left to the kernels of
-`lowrank_gated_activation`: e and u are then saved without them, and neither h nor a second pass over de and du is
+Where kernels run and adapters are thin, the rank-r products of gate, up and dh, and T of down, are left to the kernels
+of `lowrank_gated_activation`: e and u are then saved without them, and neither h nor a second pass over de and du is
 needed for the gradients of the adapters.
 
 With dropout nothing is shared between adapters, so the op is then made of `rms_norm`, `lora_linear` and
@@ -202,9 +202,11 @@ def _compute(x, norm_weight, linears, options) -> _Forward:
     factors = None
     if finished:
         t = times_transposed(n, stacked_a(linears[:2], n.dtype), n.dtype)
-        factors = GatedFactors(t, *shared_factors(linears[:2], norm.scales, n.dtype))
-    h = _activated(gate, up, factors, options)
-    (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=x if options.residual else None)
+        b_gate, b_up = shared_factors(linears[:2], norm.scales, n.dtype)
+        factors = GatedFactors(t, b_gate, b_up, a_down=stacked_a(linears[2:], n.dtype))
+    h, t_down = _activated(gate, up, factors, options)
+    add = x if options.residual else None
+    (y,), t_down = apply_linears(h, linears[2:], (options.down_scale,), add=add, t=t_down)
     return _Forward(y, inverse_rms, gate, up, t, t_down)
 
 
@@ -216,12 +218,13 @@ def _finished_by_kernels(linears, with_kernel) -> bool:
 
 
 def _activated(gate, up, factors, options):
-    """h; `factors` are the rank-r products that gate and up lack, or None."""
+    """(h, T of down or None); `factors` are the rank-r products that gate and up lack, or None."""
     if factors is not None:
         return lowrank_gated_forward(gate, up, factors, activation=options.activation)
-    return gated_activation_forward(
+    h = gated_activation_forward(
         gate, up, activation=options.activation, with_kernel=options.norm.with_kernel
     )
+    return h, None
 
 
 def _without_adapters(linears):
@@ -267,7 +270,8 @@ def _gated_mlp_backward(options, residuals, dy):
         found = _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options)
     elif wanted_down & {"lora_a", "weight"}:
         gate, up, dy = jax.lax.optimization_barrier((saved["gate"], saved["up"], dy))
-        found = GatedGradients(h=_activated(gate, up, factors, options))
+        h, _ = _activated(gate, up, factors, options)
+        found = GatedGradients(h=h)
     da = found.da_down
     if da is None and "lora_a" in wanted_down:
         da = over_tokens(g, found.h, jnp.float32)
@@ -284,7 +288,7 @@ def _gated_mlp_backward(options, residuals, dy):
     )
     largest = (found.largest_dgate, found.largest_dup)
     dx, dnorm_weight, of_both = backward_to_norm(
-        (found.dgate, found.dup), passing, saved, others, norm, largest=largest
+        (found.dgate, found.dup), passing, saved, others, norm, largest=largest, g=found.g_both
     )
     of_both = tuple(
         gradient
@@ -318,6 +322,7 @@ def _past_activation(saved, factors, g, dy, down, wanted, wanted_down, options) 
         "da_down": "lora_a" in wanted_down,
         "db_gate": "lora_b" in wanted.linears[0],
         "db_up": "lora_b" in wanted.linears[1],
+        "g_both": wanted.past_norm or wanted.has("lora_a"),
         "largest_dgate": wanted.past_norm and rounds_operands(saved["linears"][0].weight),
         "largest_dup": wanted.past_norm and rounds_operands(saved["linears"][1].weight),
     }

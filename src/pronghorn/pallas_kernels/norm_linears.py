@@ -211,6 +211,7 @@ def backward_to_norm(
     options: NormOptions,
     *,
     largest: Sequence[Any] | None = None,
+    g: Any = None,
 ) -> tuple[jax.Array | None, jax.Array | None, tuple[LinearWeights, ...]]:
     """(dx, dnorm_weight, gradients of the layers) of norm and linear layers; None for what is not `wanted`.
 
@@ -218,13 +219,15 @@ def backward_to_norm(
       dys: dY_i [..., out_i]. residual_gradient: dX [..., d], which passes by the norm; None counts as zero.
       saved: from `save_norm`.
       largest: magnitudes of dY_i where they are known.
+      g: G where it is known.
     """
     x: Any = saved.get("x")
     inverse_rms: Any = saved.get("inverse_rms")
     norm_weight = saved["norm_weight"]
     linears = saved["linears"]
     dtype = dys[0].dtype
-    g: Any = rank_gradient(dys, linears, options.scales) if wanted.past_norm or wanted.has("lora_a") else None
+    if g is None and (wanted.past_norm or wanted.has("lora_a")):
+        g = rank_gradient(dys, linears, options.scales)
 
     n = da = None
     if wanted.has("weight") or (wanted.has("lora_a") and dtype == jnp.float16):

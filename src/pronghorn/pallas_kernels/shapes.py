@@ -169,6 +169,19 @@ TUNED_RMS_NORM = (
     RowShape("Qwen3 query heads", 32 * 8192, 128),
 )
 TUNED_GATED_ACTIVATION = (RowShape("Llama-3.1-8B", 8192, 14336), RowShape("Qwen3-0.6B", 8192, 3072))
+
+
+class LowrankShape(NamedTuple):
+    """lowrank_gated_forward and _backward: gate and up [rows, width], their rank together, and the rank of down."""
+
+    name: str
+    rows: int
+    width: int
+    rank: int
+    down_rank: int
+
+
+TUNED_LOWRANK = (LowrankShape("Llama-3.1-8B", TOKENS, 14336, 2 * RANK, RANK),)
 TUNED_ROPE = (
     RopeShape("Llama-3.1-8B", 2, 4096, 32, 8, 128, 128),
     RopeShape("Llama-3.2-1B", 2, 4096, 32, 8, 64, 64),

@@ -87,17 +87,20 @@ def apply_linears(
     *,
     add: jax.Array | None = None,
     largest: jax.Array | None = None,
+    t: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """((y_1, ..), T): y_i [..., out_i] and T [..., Σr] in the dtype of n [..., in]; T is None without any adapter.
 
     `add` [..., out_i], such as a residual stream, is added to every y_i: to the small product first, so that cuBLAS
-    can add the sum to the large one. `largest` is as in `project`.
+    can add the sum to the large one. `largest` is as in `project`; `t` is T where that is known.
     """
     dtype, tokens = n.dtype, n.shape[:-1]
     if add is not None:
         n, add = n.reshape(-1, n.shape[-1]), add.reshape(-1, add.shape[-1])
-    a = stacked_a(linears, dtype)
-    t = None if a is None else times_transposed(n, a, dtype)
+    if t is not None:
+        t = t.reshape(*n.shape[:-1], -1)
+    elif any(adapter_ranks(linears)):
+        t = times_transposed(n, stacked_a(linears, dtype), dtype)
     outputs: list[jax.Array] = []
     for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
         if not rounds_operands(linear.weight):  # one that is dequantised

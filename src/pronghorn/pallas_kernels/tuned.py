@@ -1,10 +1,10 @@
 """Launch parameters that were measured: a few small integers for an op and a size, by device kind.
 
 `tuning/<device kind>.json` holds {"device", "compute_capability", "versions", "choices": {op: {key: [integers]}}}. A
-key is "<bits>-bit/<size>": the width of the data type and what the op's tile grows with (head dim, columns), rounded up
-to a power of two. What the integers mean stands where an op asks for them. A size nobody measured takes the nearest
-measured one's within a factor of four, a device nobody measured those of another with its compute capability, and
-else the op's own rule holds. `pronghorn tune` writes the files.
+key is "<bits>-bit/<size>": the width of the data type and what the op's tile grows with (head dim, columns, rank),
+rounded up to a power of two. What the integers mean stands where an op asks for them. A size nobody measured takes the
+nearest measured one's within a factor of four, a device nobody measured those of another with its compute capability,
+and else the op's own rule holds. `pronghorn tune` writes the files.
 """
 
 import contextlib
