@@ -75,7 +75,7 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
         peer(UNSLOTH, BIG, 1, 4096, "--data", PACKED),
         peer(LIGER, BIG, 1, 4096, "--data", PACKED),
     ],
-    SMALL: [*kept(SMALL, 1, 512)[:2], *kept(SMALL, 4, 2048)[:2], *kept(SMALL, 2, 512)[:2]],
+    SMALL: [*kept(SMALL, 2, 512)[:2], *kept(SMALL, 1, 512)[:2], *kept(SMALL, 4, 2048)[:2]],
     GEMMA: kept(GEMMA, 1, 4096)[:2],
     # Nothing recomputed it takes 46 GiB, with adapters of 128 experts a layer.
     SPARSE: [
@@ -110,8 +110,8 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
     # (its issue 640); Unsloth then takes another tile. So each peer runs with a newer Triton, Unsloth without it too.
     HYBRID: [
         ours(HYBRID, 1, 4096),
-        peer(UNSLOTH, HYBRID, 1, 4096),
         peer(UNSLOTH, HYBRID, 1, 4096, "--packages", NEWER),
+        peer(UNSLOTH, HYBRID, 1, 4096),
         peer(LIGER, HYBRID, 1, 4096, "--packages", NEWER),
         peer(TRANSFORMERS, HYBRID, 1, 4096, "--checkpointing", "full", "--packages", NEWER),
     ],

@@ -90,7 +90,8 @@ def blocks(op: str, dtype, rows: int, columns: int, inner: int, *, pairs: int = 
         shared_memory_limit()
     ):
         stages -= 1
-    return Blocks(m, n, k, min(most.warps, max(1, m * n // 2048)), stages, most.together)
+    # Not fewer than four where one side is a rank: the tile is small then, and what it reads is not.
+    return Blocks(m, n, k, min(most.warps, max(4, m * n // 2048)), stages, most.together)
 
 
 def shared_memory_bytes(block: Blocks, dtype) -> int:
