@@ -13,6 +13,7 @@ from pronghorn.models.experts import order_by_expert, rows_by_expert, weighted_s
 from pronghorn.pallas_kernels import shapes
 from pronghorn.pallas_kernels.attention_blocks import attention_blocks
 from pronghorn.pallas_kernels.autotune_lowrank import backward_and_g, lowrank_gated_inputs
+from pronghorn.pallas_kernels.convolved_heads import convolved_heads
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import (
@@ -78,6 +79,7 @@ def cases() -> Iterator[Case]:
     yield from ropes()
     yield from heads()
     yield from nf4()
+    yield from convolutions()
     yield from delta_rules()
     yield from grouped_linears()
     yield from routings()
@@ -363,6 +365,27 @@ def delta_rules() -> Iterator[Case]:
                     implementation, function, arguments, times * work, "TFLOP/s", gradient=direction == "backward",
                     wrt=5,
                 )  # fmt: skip
+
+
+def convolutions() -> Iterator[Case]:
+    """What stands in front of Qwen3.5-9B's delta rule. Forward reads and writes its features once; backward reads them
+    and the gradient, writes and reads the sums' gradient, and writes their own."""
+    batch, seq, heads, value_heads, dim, width = 1, 4096, 16, 32, 128, 4
+    features = (2 * heads + value_heads) * dim
+
+    def arguments():
+        return normal(0, (batch, seq, features)), normal(1, (features, width), factor=0.5)
+
+    for implementation in ("pallas", "xla"):
+        function = functools.partial(
+            convolved_heads, key_heads=heads, dim=dim, eps=1e-6, implementation=implementation
+        )
+        for direction, passes in (("forward", 2), ("backward", 5)):
+            yield Case(
+                "convolved_heads", f"{batch} x {seq} tokens, {heads}/{value_heads} heads, D{dim}", direction,
+                implementation, function, arguments, passes * 2 * batch * seq * features, "TB/s",
+                gradient=direction == "backward", wrt=1,
+            )  # fmt: skip
 
 
 def grouped_linears() -> Iterator[Case]:

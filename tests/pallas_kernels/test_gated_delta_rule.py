@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import gated_delta_chunks
 from pronghorn.pallas_kernels.gated_delta_rule import (
+    INVERSE_NAME,
     continue_gated_delta_rule,
     gated_delta_rule,
     gated_delta_rule_reference,
     unit_lower_inverse,
 )
+from pronghorn.pallas_kernels.token_chunks import chunk_decays, cut
 from tests.lowering import lower_defaults_for_h100, lower_for_h100
 from tests.pallas_kernels.comparison import (
     DTYPES,
@@ -148,6 +151,26 @@ def test_saves_its_inputs_only():
     given = arguments(SHAPES[0])
     runs = given[0].shape[:2]
     assert saved_shapes(gated_delta_rule, *given) == sorted([*(x.shape for x in given), runs])
+
+
+def test_16_bit_kernels_save_the_inverse_as_well_under_a_name_for_policies():
+    given = arguments(SHAPES[1], "bfloat16")
+    op = functools.partial(gated_delta_rule, implementation="pallas")
+    shapes, inverse = [*(x.shape for x in given), given[0].shape[:2]], (2, 2, 2, 64, 64)
+    assert saved_shapes(op, *given) == sorted([*shapes, inverse])
+    policies = jax.checkpoint_policies
+    kept = jax.checkpoint(op, policy=policies.save_only_these_names(INVERSE_NAME))
+    assert inverse in saved_shapes(kept, *given)
+    assert inverse not in saved_shapes(jax.checkpoint(op), *given)
+
+
+def test_u_and_w_of_the_saved_inverse_are_those_of_the_forward_pass():
+    _, k, v, g, beta = arguments((1, 64, 2, 4, 16, 16), "bfloat16")
+    one = jnp.zeros((1, 64), jnp.int32)
+    rows = gated_delta_chunks.Rows(cut(beta, 64), *chunk_decays(g, one, 64))
+    inverse, *prepared = gated_delta_chunks.prepare(k, v, rows)
+    for again, first in zip(gated_delta_chunks.solve(k, v, inverse, rows), prepared, strict=True):
+        np.testing.assert_array_equal(np.asarray(again, np.float32), np.asarray(first, np.float32))
 
 
 @pytest.mark.parametrize(

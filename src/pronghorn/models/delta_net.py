@@ -8,7 +8,8 @@ With n = norm(x), and for every value head the numbers A_log and dt_bias,
 
 The convolution is each feature's own, over its last `conv_width` tokens. It and the state are cut where segments are.
 
-Saved: x, W_qkv n, z, W_b n, W_a n and o. The convolution, the activations and the norms run again in the backward pass.
+Saved: x, W_qkv n, z, W_b n, W_a n, o, and what the rule names (T of its chunks). The convolution, the activations and
+the norms run again in the backward pass.
 
 Decoding keeps the state and W_qkv n of the last tokens (`models/state_cache.py`).
 """
@@ -25,7 +26,13 @@ from pronghorn.models.layers import DecoderLayer, DeltaNet, RMSNorm
 from pronghorn.models.projections import added_linear, normalized_linears
 from pronghorn.models.short_convolution import taps_of, weighted_taps
 from pronghorn.models.state_cache import NewTokens, StateCache
-from pronghorn.pallas_kernels.gated_delta_rule import continue_gated_delta_rule, gated_delta_rule
+from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels.convolved_heads import convolved_heads, fits
+from pronghorn.pallas_kernels.gated_delta_rule import (
+    INVERSE_NAME,
+    continue_gated_delta_rule,
+    gated_delta_rule,
+)
 from pronghorn.pallas_kernels.lora_linear import RANK_NAME
 
 _LENGTH_EPS = 1e-6  # as in the release of the models: under the root, added to the squared length
@@ -54,10 +61,10 @@ def add_delta_net(
     module = layer.linear_attn
     x, (wide, z, b, a) = _projected(layer, x, config, dropout_key)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(INVERSE_NAME))
     def mix(wide, b, a):
-        taps = taps_of(wide, config.conv_width, segment_ids)
-        return gated_delta_rule(*_rule_inputs(module, taps, b, a, config), segment_ids=segment_ids)
+        heads = _heads(module, wide, segment_ids, config)
+        return gated_delta_rule(*heads, *_gates(module, b, a), segment_ids=segment_ids)
 
     heads = checkpoint_name(mix(wide, b, a), "attention_out")
     return checkpoint_name(_add_output(module, heads, z, x, dropout_key), "stream_after_attention"), x
@@ -86,20 +93,35 @@ def _projected(
     return x, (jnp.concatenate([q, k, v], axis=-1), z, b, a)
 
 
-def _rule_inputs(
-    module: DeltaNet, taps: list[jax.Array], b: jax.Array, a: jax.Array, config: DecoderConfig
-) -> tuple[jax.Array, ...]:
-    """(q, k, v, g, beta) of `gated_delta_rule` from the taps of W_qkv n, W_b n and W_a n."""
+def _heads(
+    module: DeltaNet, wide: jax.Array, segment_ids: jax.Array | None, config: DecoderConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(q, k, v) of `gated_delta_rule` from W_qkv n."""
+    dim, conv = config.linear_key_dim, module.conv1d
+    if launch.resolve(None) != "pallas" or conv.bias is not None or not fits(dim, config.linear_value_dim):
+        return _heads_of_taps(module, taps_of(wide, config.conv_width, segment_ids), config)
+    sizes: dict[str, Any] = {"key_heads": config.linear_key_heads, "dim": dim, "eps": _LENGTH_EPS}
+    return convolved_heads(wide, conv.weight.get_value()[:, 0], **sizes, segment_ids=segment_ids)
+
+
+def _heads_of_taps(
+    module: DeltaNet, taps: list[jax.Array], config: DecoderConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(q, k, v) from the taps of W_qkv n: what `convolved_heads` computes where its kernels run."""
     mixed = weighted_taps(module.conv1d, taps)
     mixed = jax.nn.silu(mixed.astype(jnp.float32)).astype(mixed.dtype)
     keys = config.linear_key_heads * config.linear_key_dim
     q, k, v = jnp.split(mixed, (keys, 2 * keys), axis=-1)
     batch, seq, _ = mixed.shape
     q, k = (_unit_length(x.reshape(batch, seq, config.linear_key_heads, -1)) for x in (q, k))
+    return q, k, v.reshape(batch, seq, config.linear_value_heads, -1)
+
+
+def _gates(module: DeltaNet, b: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(g, beta) of `gated_delta_rule` from W_b n and W_a n."""
     rate = jnp.exp(module.A_log.get_value().astype(jnp.float32))
     step = jax.nn.softplus(a.astype(jnp.float32) + module.dt_bias.get_value().astype(jnp.float32))
-    beta = jax.nn.sigmoid(b.astype(jnp.float32))
-    return q, k, v.reshape(batch, seq, config.linear_value_heads, -1), -rate * step, beta
+    return -rate * step, jax.nn.sigmoid(b.astype(jnp.float32))
 
 
 def _unit_length(x: jax.Array) -> jax.Array:
@@ -134,7 +156,7 @@ def cached_delta_net(
     x, (wide, z, b, a) = _projected(layer, x, config, None)
     wide, b, a = (new.in_front(values) for values in (wide, b, a))
     taps, recent = new.taps(cache, wide)
-    q, k, v, g, beta = _rule_inputs(module, taps, b, a, config)
-    g, beta = (jnp.where(new.real, values, 0.0) for values in (g, beta))
+    g, beta = (jnp.where(new.real, values, 0.0) for values in _gates(module, b, a))
+    q, k, v = _heads_of_taps(module, taps, config)
     heads, state = continue_gated_delta_rule(q, k, v, g, beta, cache.states(new))
     return _add_output(module, new.in_place(heads), z, x, None), StateCache(recent, state)

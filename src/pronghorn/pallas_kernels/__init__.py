@@ -5,6 +5,7 @@ function; its module of the same name is reached with `from pronghorn.pallas_ker
 """
 
 from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
+from pronghorn.pallas_kernels.convolved_heads import convolved_heads
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import gated_activation
@@ -26,6 +27,7 @@ __all__ = [
     "LinearWeights",
     "apply_rope",
     "clamped_swiglu",
+    "convolved_heads",
     "cross_entropy",
     "flash_attention",
     "gated_activation",

@@ -27,10 +27,11 @@ from pronghorn.pallas_kernels.tile_operations import (
     tile_product,
 )
 
-PREPARE, OUTPUT, LOCAL = "gated_delta_prepare", "gated_delta_output", "gated_delta_local"
+PREPARE, SOLVE = "gated_delta_prepare", "gated_delta_solve"
+OUTPUT, LOCAL = "gated_delta_output", "gated_delta_local"
 READ, WRITTEN = "gated_delta_read_gradients", "gated_delta_write_gradients"
 # [warps] where nothing was measured; what `tuned` holds means the same.
-DEFAULTS = {PREPARE: (4,), OUTPUT: (4,), LOCAL: (4,), READ: (8,), WRITTEN: (8,)}
+DEFAULTS = {PREPARE: (4,), SOLVE: (4,), OUTPUT: (4,), LOCAL: (4,), READ: (8,), WRITTEN: (8,)}
 
 
 class Rows(NamedTuple):
@@ -63,6 +64,19 @@ def prepare(k: jax.Array, v: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Arra
         tokens=(k, v),
         numbers=(rows.beta, rows.decay, rows.into),
         outputs=(call.tile, call.values, call.keys),
+    )
+
+
+def solve(k: jax.Array, v: jax.Array, inverse: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """(U, W) of T: those of `prepare`, to the last bit, for two of its products; shapes as there."""
+    call = _Call(k, v, rows)
+    return call(
+        _solve_kernel,
+        SOLVE,
+        tokens=(k, v),
+        tiles=(inverse,),
+        numbers=(rows.beta, rows.into),
+        outputs=(call.values, call.keys),
     )
 
 
@@ -240,6 +254,17 @@ def _prepare_kernel(
     coupling = jnp.where(i > j, beta[:, None] * keys * _pairs(decay_ref, runs_ref), 0.0)
     inverse = _inverse(coupling, native=native).astype(dtype)
     inverse_ref[...] = inverse
+    _write_solution(inverse, k, v_ref, beta, into_ref, u_ref, w_ref, native=native)
+
+
+def _solve_kernel(k_ref, v_ref, inverse_ref, beta_ref, into_ref, _, u_ref, w_ref, *, native):
+    inverse, k, beta = inverse_ref[...], k_ref[...], beta_ref[...]
+    _write_solution(inverse, k, v_ref, beta, into_ref, u_ref, w_ref, native=native)
+
+
+def _write_solution(inverse, k, v_ref, beta, into_ref, u_ref, w_ref, *, native):
+    """U = T (β v), W = T (β e k), of T as it is rounded for other kernels."""
+    dtype = k.dtype
     values = (beta[:, None] * v_ref[...].astype(jnp.float32)).astype(dtype)
     u_ref[...] = tile_product(inverse, values, ROWS_BY_COLUMNS, native=native).astype(dtype)
     entering = ((beta * into_ref[...])[:, None] * k.astype(jnp.float32)).astype(dtype)

@@ -20,7 +20,9 @@ later one has started. Backward, from dO and the gradient R of the state behind 
 
 and by the product rule to q, k, v, β and c; dg is the sum of dc over what follows in the chunk.
 
-Saved: q, k, v, g, β. T, U, W and the chunks' states are computed again in the backward pass.
+Saved: q, k, v, g, β; by 16-bit kernels T as well, as they round it (2 C bytes a token and value head, named
+`INVERSE_NAME` for `jax.checkpoint` policies): it is most of the work in front of the walks. U, W and the chunks' states
+are computed again in the backward pass.
 
 XLA computes all of it in fp32. With kernels, 16-bit arguments stay as they are: `gated_delta_chunks` has what is inside
 of a chunk, `gated_delta_scan` the walks from one to the next; for fp32 arguments the walks alone are kernels.
@@ -34,6 +36,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import gated_delta_chunks, launch
@@ -52,6 +55,7 @@ from pronghorn.pallas_kernels.token_chunks import (
 )
 
 CHUNK = 64
+INVERSE_NAME = "gated_delta_inverse"
 _SMALLEST = 16  # of a side of a product on tensor cores
 
 
@@ -290,22 +294,22 @@ def _for_kernels(*arrays: jax.Array) -> list[jax.Array]:
     return [_padded(jnp.pad(x, ((0, 0), (0, ends), (0, 0), (0, 0)))) for x in arrays]
 
 
-def _forward_in_kernels(scale, q, k, v, g, beta, runs) -> jax.Array:
-    """O of 16-bit arguments, [batch, seq, value_heads, dv]."""
+def _forward_in_kernels(scale, q, k, v, g, beta, runs) -> tuple[jax.Array, jax.Array]:
+    """O of 16-bit arguments, [batch, seq, value_heads, dv], and T, [chunks, batch, value_heads, C, C]."""
     _, seq, _, value_dim = v.shape
     rows = _rows(g, beta, runs, CHUNK)
     q, k, v = _for_kernels(q, k, v)
-    _, u, w = gated_delta_chunks.prepare(k, v, rows)
+    inverse, u, w = gated_delta_chunks.prepare(k, v, rows)
     states, written = chunk_states(u, w, k, rows.out_of, rows.through)
-    return gated_delta_chunks.output(q, k, written, states, rows, scale)[:, :seq, :, :value_dim]
+    return gated_delta_chunks.output(q, k, written, states, rows, scale)[:, :seq, :, :value_dim], inverse
 
 
-def _backward_in_kernels(scale, q, k, v, g, beta, runs, dout) -> dict[str, jax.Array]:
+def _backward_in_kernels(scale, q, k, v, g, beta, runs, inverse, dout) -> dict[str, jax.Array]:
     """Gradients of 16-bit q, k and v, [batch, seq, value_heads, dim]; of beta and decay by chunk."""
     (_, seq, _, key_dim), value_dim = q.shape, v.shape[-1]
     rows = _rows(g, beta, runs, CHUNK)
     q, k, v, dout = _for_kernels(q, k, v, dout)
-    inverse, u, w = gated_delta_chunks.prepare(k, v, rows)
+    u, w = gated_delta_chunks.solve(k, v, inverse, rows)
     states, written = chunk_states(u, w, k, rows.out_of, rows.through)
     local = gated_delta_chunks.local_gradient(q, k, dout, rows, scale)
     after, d_written = chunk_state_gradients(
@@ -375,22 +379,24 @@ def _backward(c: _Chunks, scale: float, dout: jax.Array, *, with_kernel: bool) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gated_delta_rule(scale, with_kernel, q, k, v, g, beta, runs):
+    return _gated_delta_rule_forward(scale, with_kernel, q, k, v, g, beta, runs)[0]
+
+
+def _gated_delta_rule_forward(scale, with_kernel, q, k, v, g, beta, runs):
+    inputs = (q, k, v, g, beta, runs)
     if with_kernel and _has_chunk_kernels(v.dtype):
-        return _forward_in_kernels(scale, q, k, v, g, beta, runs)
+        out, inverse = _forward_in_kernels(scale, *inputs)
+        return out, (*inputs, checkpoint_name(inverse, INVERSE_NAME))
     c = _chunks(q, k, v, g, beta, runs, CHUNK)
     out, _ = _forward(c, scale, _no_state(c), with_kernel=with_kernel)
-    return joined(out, q.shape[1]).astype(v.dtype)
+    return joined(out, q.shape[1]).astype(v.dtype), (*inputs, None)
 
 
-def _gated_delta_rule_forward(scale, with_kernel, *inputs):
-    return _gated_delta_rule(scale, with_kernel, *inputs), inputs
-
-
-def _gated_delta_rule_backward(scale, with_kernel, inputs, dout):
-    q, k, v, g, beta, runs = inputs
+def _gated_delta_rule_backward(scale, with_kernel, saved, dout):
+    q, k, v, g, beta, runs, inverse = saved
     seq = q.shape[1]
-    if with_kernel and _has_chunk_kernels(v.dtype):
-        found = _backward_in_kernels(scale, q, k, v, g, beta, runs, dout)
+    if inverse is not None:
+        found = _backward_in_kernels(scale, q, k, v, g, beta, runs, inverse, dout)
     else:
         c = _chunks(q, k, v, g, beta, runs, CHUNK)
         found = _backward(c, scale, cut(dout.astype(jnp.float32), CHUNK), with_kernel=with_kernel)

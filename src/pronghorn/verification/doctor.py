@@ -12,6 +12,7 @@ from pronghorn.pallas_kernels import (
     LinearWeights,
     apply_rope,
     clamped_swiglu,
+    convolved_heads,
     cross_entropy,
     flash_attention,
     gated_activation,
@@ -126,6 +127,16 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         "flash_attention": (
             lambda i, q, k, v: flash_attention(q, k, v, segment_ids=segments, implementation=i),
             [q, k, v],
+            "pallas",
+        ),
+        "convolved_heads": (
+            lambda i, x, w: convolved_heads(
+                x, w, key_heads=kv_heads, dim=dim, eps=1e-6, segment_ids=segments, implementation=i
+            ),
+            [
+                normal(batch, length, (2 * kv_heads + heads) * dim),
+                normal((2 * kv_heads + heads) * dim, 4) * 0.5,
+            ],
             "pallas",
         ),
         "gated_delta_rule": (
