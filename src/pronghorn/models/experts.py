@@ -29,7 +29,7 @@ from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import value_or_none
 from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
 from pronghorn.pallas_kernels.gated_activation import gated_activation
-from pronghorn.pallas_kernels.grouped_linear import RANK_NAME
+from pronghorn.pallas_kernels.grouped_linear import FACTORS_NAME, RANK_NAME
 from pronghorn.pallas_kernels.weighted_gated_activation import weighted_gated_activation
 
 
@@ -218,8 +218,11 @@ def sparse_mlp(
     flat = x.reshape(-1, x.shape[-1])
     activation: Any = config.activation
 
-    # The products with A of an adapter read all rows again, and leave a few numbers of each.
-    policy = jax.checkpoint_policies.save_only_these_names(RANK_NAME)
+    # The products with A of an adapter read all rows again, and leave a few numbers of each. Masters that lie in one
+    # vector (`FlatTree`) are sliced out of it: XLA would keep fp32 slices for backward, and keeps half of that where
+    # the products' own 16 bits are saved. Layers on an axis have their masters read where they are.
+    names = (RANK_NAME,) if module.experts.stacked else (RANK_NAME, FACTORS_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
     products_kept = functools.partial(jax.checkpoint, policy=policy)
 
     def normalized(flat):
