@@ -47,6 +47,7 @@ JOBS = (
     Job("llama-3.1-8b", "nf4", "offload_projections", 2, 4096, 8.0, head_tile_rows=512),
     Job("qwen3.5-9b", None, "keep", 1, 4096, 80.0),
     Job("qwen3-30b-a3b", "nf4", "keep", 1, 4096, 40.0, layers="scanned"),
+    Job("qwen3-30b-a3b", "nf4", "keep", 1, 4096, 40.0, head_tile_rows=512),
     Job("qwen3-30b-a3b", "nf4", "layer_inputs", 1, 4096, 40.0, layers="scanned", head_tile_rows=512),
     Job("gpt-oss-20b", "mxfp4", "layer_inputs", 1, 4096, 16.0, layers="scanned", head_tile_rows=512),
 )

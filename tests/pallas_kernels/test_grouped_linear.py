@@ -167,6 +167,23 @@ def test_frozen_weights_get_no_gradient_and_no_matrix_of_their_size_is_computed(
     assert (9, 2) in saved_shapes(op, x, a, b)
 
 
+def test_adapters_are_saved_as_the_products_read_them():
+    """Not their masters: sliced out of a vector, these would be kept for the backward pass in fp32."""
+    x, weight, a, b, _ = inputs(shapes.GroupedShape("half", (3, 0, 6), 9, 24, 40, 2))
+    sizes = jnp.asarray((3, 0, 6), jnp.int32)
+
+    def op(x, a, b):
+        return grouped_linear(x, weight, sizes, a, b)
+
+    _, pullback = jax.vjp(op, x.astype(jnp.bfloat16), a, b)
+    kept = [leaf.dtype for leaf in jax.tree.leaves(pullback) if leaf.shape in (a.shape, b.shape)]
+    assert kept == [jnp.bfloat16, jnp.bfloat16]
+    assert [gradient.dtype for gradient in pullback(jnp.ones((9, 40), jnp.bfloat16))[1:]] == [
+        a.dtype,
+        b.dtype,
+    ]
+
+
 def test_shapes_that_do_not_fit_are_refused():
     x, weight, a, b, bias = inputs(shapes.SMALL_GROUPED[1])
     sizes = jnp.asarray(shapes.SMALL_GROUPED[1].sizes, jnp.int32)

@@ -80,10 +80,11 @@ class ExpertLinear(Linear):
 
 
 class Experts(nnx.Module):
-    """`{gate,up,down}_proj` of all experts."""
+    """`{gate,up,down}_proj` of all experts. `stacked`: the layers lie on an axis in front, and are scanned over."""
 
     def __init__(self, config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs, leading: tuple[int, ...] = ()):
         assert config.experts is not None
+        self.stacked = bool(leading)
         count, width, hidden = config.experts.num_experts, config.experts.width, config.hidden_size
         common: dict[str, Any] = {
             "dtype": dtype,

@@ -8,9 +8,13 @@ none is padded, whatever the router chooses; an expert without a token is a grou
              in place of f and the product
     back     y_t = Σ_j w_tj y_s(t, j)       in fp32, rounded once
 
-A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. Both gathers here know their
-inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = w_s dy_t(s), and
-dw_tj = dy_t · y_s(t, j).
+W_down is linear: without a bias w_s multiplies the width values in front of it, h_s = w_s f(W_gate x_s) * W_up x_s, in
+the pass that computes them, and y_t = Σ_j W_down h_s(t, j). Then dw_s is a sum over what backward has at hand, and no
+y_s, the largest array of a layer, is kept for it. With a bias (or `clamped_swiglu`) w weighs y, and y is kept.
+
+A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. All gathers here know their
+inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = dy_t(s), with weights w_s dy_t(s)
+and dw_tj = dy_t · y_s(t, j).
 """
 
 import functools
@@ -25,7 +29,8 @@ from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import value_or_none
 from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
 from pronghorn.pallas_kernels.gated_activation import gated_activation
-from pronghorn.pallas_kernels.grouped_linear import RANK_NAME
+from pronghorn.pallas_kernels.grouped_linear import FACTORS_NAME, RANK_NAME
+from pronghorn.pallas_kernels.weighted_gated_activation import weighted_gated_activation
 
 
 class Routing(NamedTuple):
@@ -129,11 +134,27 @@ def _rows_forward(n, order):
 
 
 def _rows_backward(order, dx):
-    chosen = _gather(dx, order.place).astype(jnp.float32)
-    return jnp.sum(chosen, axis=1).astype(dx.dtype), None
+    return sum_of_choices(dx, order), None
 
 
 rows_by_expert.defvjp(_rows_forward, _rows_backward)
+
+
+@jax.custom_vjp
+def sum_of_choices(y: jax.Array, order: Order) -> jax.Array:
+    """Rows by expert `[tokens k, d]` -> the sum of each token's k rows, `[tokens, d]` in the dtype of y."""
+    return jnp.sum(_gather(y, order.place).astype(jnp.float32), axis=1).astype(y.dtype)
+
+
+def _choices_forward(y, order):
+    return sum_of_choices(y, order), order
+
+
+def _choices_backward(order, dout):
+    return rows_by_expert(dout, order), None
+
+
+sum_of_choices.defvjp(_choices_forward, _choices_backward)
 
 
 @jax.custom_vjp
@@ -186,8 +207,8 @@ def sparse_mlp(
 ) -> jax.Array:
     """The mixture's output `[batch, seq, d]` for n = norm(x), or n = x where there is no norm.
 
-    Saved: x, gate and up of every row, what the router chose, and T of `grouped_linears`. The norm, the gathered rows
-    and what is elementwise are computed again, the products are not.
+    Saved: x, gate and up of every row, what the router chose, T of `grouped_linears`, and where down has a bias y of
+    every row. The norm, the gathered rows and what is elementwise are computed again, the products are not.
 
     Args:
       linear: `(holder, name, x) -> y`, a plain linear of the shared expert.
@@ -197,8 +218,11 @@ def sparse_mlp(
     flat = x.reshape(-1, x.shape[-1])
     activation: Any = config.activation
 
-    # The products with A of an adapter read all rows again, and leave a few numbers of each.
-    policy = jax.checkpoint_policies.save_only_these_names(RANK_NAME)
+    # The products with A of an adapter read all rows again, and leave a few numbers of each. Masters that lie in one
+    # vector (`FlatTree`) are sliced out of it: XLA would keep fp32 slices for backward, and keeps half of that where
+    # the products' own 16 bits are saved. Layers on an axis have their masters read where they are.
+    names = (RANK_NAME,) if module.experts.stacked else (RANK_NAME, FACTORS_NAME)
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
     products_kept = functools.partial(jax.checkpoint, policy=policy)
 
     def normalized(flat):
@@ -216,8 +240,11 @@ def sparse_mlp(
         return module.experts.gate_and_up(rows, order.group_sizes)
 
     @products_kept
-    def narrow(gate, up, order):
-        if experts.swiglu_limit is None:
+    def narrow(gate, up, weights, order):
+        if weights is not None:
+            of_rows = weights_by_expert(weights, order)
+            hidden = weighted_gated_activation(gate, up, of_rows, activation=activation)
+        elif experts.swiglu_limit is None:
             hidden = gated_activation(gate, up, activation=activation)
         else:
             hidden = clamped_swiglu(gate, up, limit=experts.swiglu_limit, alpha=experts.swiglu_alpha)
@@ -239,10 +266,16 @@ def sparse_mlp(
 
     routing = choose(flat)
     order = order_by_expert(routing.experts, experts.num_experts)
-    before, after = None, routing.weights
+    # The one of these that multiplies by the weights: the rows, the values in front of down, or what leaves it.
+    before = inside = after = None
     if experts.weights_on_input:
-        before, after = routing.weights, jnp.ones_like(routing.weights)
-    out = weighted_sum(narrow(*widen(flat, before, order), order), after, order)
+        before = routing.weights
+    elif module.experts.down_proj.bias is None and experts.swiglu_limit is None:
+        inside = routing.weights
+    else:
+        after = routing.weights
+    y = narrow(*widen(flat, before, order), inside, order)
+    out = sum_of_choices(y, order) if after is None else weighted_sum(y, after, order)
     if module.shared_expert is not None:
         shared = shared_narrow(*shared_widen(flat))
         out = out + (gated(flat, shared) if experts.shared_gate else shared)

@@ -22,6 +22,7 @@ from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
 from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 from pronghorn.pallas_kernels.state_space import state_space
+from pronghorn.pallas_kernels.weighted_gated_activation import weighted_gated_activation
 
 __all__ = [
     "LinearWeights",
@@ -43,4 +44,5 @@ __all__ = [
     "residual_linear",
     "rms_norm",
     "state_space",
+    "weighted_gated_activation",
 ]

@@ -16,7 +16,7 @@ Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415.
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -180,19 +180,27 @@ def _block(rows: int, width: int, elements: int, most_columns: int) -> tuple[int
     return min(max(1, elements // columns), launch.next_power_of_2(rows)), columns
 
 
+def launch_options(name: str, shape: tuple[int, int], dtype: Any) -> tuple[tuple[int], tuple[int, int], int]:
+    """(grid, block, warps) of a launch over [rows, width], by what was measured for `name`."""
+    rows, width = shape
+    elements, most_columns, per_thread = tuned.choice(name, dtype, width) or BLOCK
+    block = _block(rows, width, elements, most_columns)
+    grid = (launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),)
+    return grid, block, launch.warps_for(block[0] * block[1], per_thread=per_thread)
+
+
 def launch_rows(kernel, name, arguments, outputs, aliases, **static):
     """Launch an elementwise kernel, which is given `block` and `static`, over arrays [..., f] that are all alike."""
-    shape = arguments[0].shape
+    shape, dtype = arguments[0].shape, arguments[0].dtype
     rows, width = math.prod(shape[:-1]), shape[-1]
-    elements, most_columns, per_thread = tuned.choice(name, arguments[0].dtype, width) or BLOCK
-    block = _block(rows, width, elements, most_columns)
+    grid, block, num_warps = launch_options(name, (rows, width), dtype)
     results = launch.pallas_call(
         functools.partial(kernel, block=block, **static),
         name=name,
-        grid=(launch.cdiv(rows, block[0]) * launch.cdiv(width, block[1]),),
-        out_shape=(jax.ShapeDtypeStruct((rows, width), arguments[0].dtype),) * outputs,
+        grid=grid,
+        out_shape=(jax.ShapeDtypeStruct((rows, width), dtype),) * outputs,
         input_output_aliases=aliases,
-        num_warps=launch.warps_for(block[0] * block[1], per_thread=per_thread),
+        num_warps=num_warps,
     )(*(a.reshape(rows, width) for a in arguments))
     return tuple(r.reshape(shape) for r in results)
 

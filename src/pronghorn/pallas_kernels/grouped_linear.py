@@ -17,9 +17,10 @@ one dX. X, which has many rows for few columns of A, is so read once for all the
 dX is written once.
 
 Saved: X only where A or W is trained, T (Σr numbers a row, named `RANK_NAME` for `jax.checkpoint` policies) where a B
-is. A quantised weight is dequantised again in backward. Where there are fewer rows than groups, as in decoding, no more
-matrices are dequantised than there are rows: those of the groups that have any, with static shapes. In backward the
-dequantised weights of all layers exist at once only where that saves more than half as many bytes of dX.
+is, and A and s_i B_i as the products read them (named `FACTORS_NAME`), not their masters. A quantised weight is
+dequantised again in backward. Where there are fewer rows than groups, as in decoding, no more matrices are dequantised
+than there are rows: those of the groups that have any, with static shapes. In backward the dequantised weights of all
+layers exist at once only where that saves more than half as many bytes of dX.
 
 Source: Hu et al., LoRA, 2021, section 4.1, https://arxiv.org/abs/2106.09685; Gale et al., MegaBlocks, 2022, section 5,
 https://arxiv.org/abs/2211.15841, for products of experts without padding.
@@ -27,7 +28,7 @@ https://arxiv.org/abs/2211.15841, for products of experts without padding.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +40,23 @@ from pronghorn.pallas_kernels.grouped_products import LowRank, by_columns, by_ro
 from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, is_quantized
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
-    adapter_ranks,
     instantiate,
     stacked_a,
     wanted_fields,
 )
 
 RANK_NAME = "grouped_linear_rank"
+FACTORS_NAME = "grouped_linear_factors"
+
+
+class _Factors(NamedTuple):
+    """The adapters in the dtype of X: A [groups, Σr, in] and s_i B_i [groups, out_i, r_i]; None without any."""
+
+    a: Any
+    bs: tuple[Any, ...]
+
+    def ranks(self) -> list[int]:
+        return [0 if b is None else b.shape[-1] for b in self.bs]
 
 
 def grouped_linear(
@@ -177,9 +188,13 @@ def _of_groups(rows, group_sizes, weight, *stacks):
     return dense(weight, weight.dtype), group_sizes, *stacks
 
 
-def _scaled_b(linear, scale, dtype):
+def _factors(linears, scales, dtype):
     """The scale goes on the smallest matrix of the product, before the one rounding of B."""
-    return (scale * linear.lora_b).astype(dtype)
+    bs = tuple(
+        None if linear.lora_b is None else (scale * linear.lora_b).astype(dtype)
+        for linear, scale in zip(linears, scales, strict=True)
+    )
+    return _Factors(stacked_a(linears, dtype), bs)
 
 
 def _columns(array, index, ranks):
@@ -189,17 +204,15 @@ def _columns(array, index, ranks):
     return array if whole else array[..., first : first + ranks[index]]
 
 
-def _compute(x, linears, group_sizes, scales, implementation):
+def _compute(x, linears, factors, group_sizes, implementation):
     """((y_1, ..), T); T is None without an adapter."""
-    rows, dtype, ranks = x.shape[0], x.dtype, adapter_ranks(linears)
-    a = stacked_a(linears, dtype)
+    rows, dtype, ranks, a = x.shape[0], x.dtype, factors.ranks(), factors.a
     t: Any = None if a is None else by_rows(x, a, group_sizes, implementation=implementation)
     outputs: list[jax.Array] = []
-    for index, (linear, scale) in enumerate(zip(linears, scales, strict=True)):
+    for index, (linear, b) in enumerate(zip(linears, factors.bs, strict=True)):
         if is_quantized(linear.weight):  # dequantised when it is needed and not before, see `stacked_linears`
             (x, t, outputs), weight = jax.lax.optimization_barrier(((x, t, outputs), linear.weight))
             linear = linear._replace(weight=weight)
-        b = None if linear.lora_b is None else _scaled_b(linear, scale, dtype)
         matrices, sizes, b, bias = _of_groups(rows, group_sizes, linear.weight, b, linear.bias)
         lowrank = None if b is None else LowRank(_columns(t, index, ranks), b)
         outputs.append(
@@ -210,7 +223,7 @@ def _compute(x, linears, group_sizes, scales, implementation):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _grouped_linears(x, linears, group_sizes, scales, implementation):
-    return _compute(x, linears, group_sizes, scales, implementation)[0]
+    return _compute(x, linears, _factors(linears, scales, x.dtype), group_sizes, implementation)[0]
 
 
 def _grouped_linears_forward(x, linears, group_sizes, scales, implementation):
@@ -218,19 +231,29 @@ def _grouped_linears_forward(x, linears, group_sizes, scales, implementation):
     wanted = tuple(wanted_fields("grouped_linear", linear) for linear in linears)
     values = jax.custom_derivatives.custom_vjp_primal_tree_values
     x, linears, group_sizes = values((x, linears, group_sizes))
-    saved: dict[str, Any] = {"linears": linears, "group_sizes": group_sizes}
+    factors = jax.tree.map(
+        lambda factor: checkpoint_name(factor, FACTORS_NAME), _factors(linears, scales, x.dtype)
+    )
+    bare = tuple(linear._replace(lora_a=None, lora_b=None) for linear in linears)
+    saved: dict[str, Any] = {"linears": bare, "factors": factors, "group_sizes": group_sizes}
     if any(fields & {"weight", "lora_a"} for fields in wanted):
         saved["x"] = x
-    outputs, t = _compute(x, linears, group_sizes, scales, implementation)
+    outputs, t = _compute(x, linears, factors, group_sizes, implementation)
     if any("lora_b" in fields for fields in wanted):
         saved["t"] = checkpoint_name(t, RANK_NAME)
-    return outputs, (saved, launch.Static((wanted_x, wanted, x.dtype, x.shape)))
+    dtypes = tuple(
+        tuple((field, getattr(linear, field).dtype) for field in sorted(fields))
+        for linear, fields in zip(linears, wanted, strict=True)
+    )
+    return outputs, (saved, launch.Static((wanted_x, dtypes, x.dtype, x.shape)))
 
 
 def _grouped_linears_backward(scales, implementation, residuals, cotangents):
     saved, static = residuals
-    wanted_x, wanted, dtype, shape = static.value
-    linears, sizes, ranks = saved["linears"], saved["group_sizes"], adapter_ranks(saved["linears"])
+    wanted_x, dtypes, dtype, shape = static.value
+    wanted = [dict(fields) for fields in dtypes]
+    linears, sizes, factors = saved["linears"], saved["group_sizes"], saved["factors"]
+    ranks = factors.ranks()
     dys = [instantiate(dy) for dy in cotangents]
     if any(is_quantized(linear.weight) for linear in linears):
         # Or XLA would find the forward's dequantised weight equal to this one, and keep it alive in between.
@@ -240,13 +263,9 @@ def _grouped_linears_backward(scales, implementation, residuals, cotangents):
 
     g: Any = None
     if any(ranks) and (wanted_x or any("lora_a" in fields for fields in wanted)):
-        parts = [
-            columns(dy, _scaled_b(linear, scale, dtype), sizes)
-            for dy, linear, scale in zip(dys, linears, scales, strict=True)
-            if linear.lora_b is not None
-        ]
+        parts = [columns(dy, b, sizes) for dy, b in zip(dys, factors.bs, strict=True) if b is not None]
         g = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    dx = _input_gradient(dys, g, linears, sizes, shape, implementation) if wanted_x else None
+    dx = _input_gradient(dys, g, factors.a, linears, sizes, shape, implementation) if wanted_x else None
     da: Any = sums(g, saved["x"], sizes) if any("lora_a" in fields for fields in wanted) else None
 
     gradients = []
@@ -263,16 +282,15 @@ def _grouped_linears_backward(scales, implementation, residuals, cotangents):
             found["weight"] = sums(dy, saved["x"], sizes, dtype=product_dtype)
         if "bias" in fields:
             found["bias"] = sums(dy, jnp.ones((dy.shape[0], 1), dtype), sizes)[..., 0]
-        for field in fields:
-            found[field] = found[field].astype(getattr(linear, field).dtype)
+        for field, master_dtype in fields.items():
+            found[field] = found[field].astype(master_dtype)
         gradients.append(LinearWeights(**found))
     return dx, tuple(gradients), None
 
 
-def _input_gradient(dys, g, linears, sizes, shape, implementation):
+def _input_gradient(dys, g, a, linears, sizes, shape, implementation):
     """dX [rows, in]: of all layers in one product where their matrices may exist at once, else one by one."""
     rows, dtype = shape[0], dys[0].dtype
-    a = stacked_a(linears, dtype)
     alike = len({linear.weight.shape for linear in linears}) == 1
     if alike and rows >= sizes.shape[0] and _worth_together(linears, shape, dtype):
         pairs = [

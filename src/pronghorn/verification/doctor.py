@@ -26,6 +26,7 @@ from pronghorn.pallas_kernels import (
     residual_linear,
     rms_norm,
     state_space,
+    weighted_gated_activation,
 )
 from pronghorn.pallas_kernels.state_space import state_space_reference
 from pronghorn.versions import installed_versions
@@ -116,6 +117,11 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
         "gated_activation": (
             lambda i, g, u: gated_activation(g, u, activation="silu", implementation=i),
             [normal(length, width), normal(length, width)],
+            "pallas",
+        ),
+        "weighted_gated_activation": (
+            lambda i, g, u, w: weighted_gated_activation(g, u, w, implementation=i),
+            [normal(length, width), normal(length, width), normal(length, 1, dtype=jnp.float32)],
             "pallas",
         ),
         "clamped_swiglu": (
