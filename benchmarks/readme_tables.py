@@ -40,7 +40,16 @@ def figures_block() -> str:
             f"{tests['device']} (jax {tests['versions']['jax']}, {tests['date'][:10]}, commit {tests['commit'][:8]}): "
             "`python benchmarks/record_gpu_tests.py`."
         )
+        parts += [
+            f"Of the kernels that changed since, {later['count']['passed']} tests passed, "
+            f"{later['count']['failure'] + later['count']['error']} failed ({later['date']}, commit "
+            f"{later['commit'][:8]}): `{later['command']}`."
+            for later in tests.get("later", ())
+        ]
     parts += [kernel_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("kernels-*.json"))]
+    delta = read("delta-rule-fla.json")
+    if delta is not None:
+        parts.append(delta_table(delta))
     rows = [row for path in sorted(RESULTS.glob("step-*.json")) for row in json.loads(path.read_text())]
     rows = [row for row in rows if "error" not in row]
     for run in dict.fromkeys(row["run"] for row in rows):
@@ -71,6 +80,31 @@ def kernel_table(record: dict) -> str:
         lines.append(
             f"| {row['op']} | {row['case']} | {row['direction']} | {row['milliseconds']:.3f} | {rate} {row['unit']} | "
             f"{row['share_of_ceiling']:.0%} | {ratio[0]} | {ratio[1]} |"
+        )
+    lines += [
+        "",
+        f"Commit {record['commit'][:8]}, jax {record['versions']['jax']}, {record['date'][:10]}: `{record['command']}`",
+    ]
+    return "\n".join(lines)
+
+
+def delta_table(record: dict) -> str:
+    """The run of benchmarks/delta_rule_fla.py."""
+    lines = [
+        f"The gated delta rule of a layer of Qwen3.5 9B on one {record['device']}, bf16, beside XLA's in fp32 and "
+        f"flash-linear-attention {record['versions']['flash-linear-attention']} (Triton "
+        f"{record['versions']['triton']}; in a CUDA graph, and as it is called). Largest errors are shares of the "
+        "oracle's largest value:",
+        "",
+        "| case | | implementation | ms | ms as called | largest error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in record["rows"]:
+        called = f"{row['eager_milliseconds']:.3f}" if "eager_milliseconds" in row else ""
+        error = "the oracle" if row["implementation"] == "xla" else f"{max(row['errors'].values()):.1e}"
+        lines.append(
+            f"| {row['case']} | {row['direction']} | {row['implementation']} | {row['milliseconds']:.3f} | {called} | "
+            f"{error} |"
         )
     lines += [
         "",
