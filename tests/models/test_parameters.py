@@ -1,5 +1,7 @@
 """Single-layer names, and assignment by name, in both layouts."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,7 +10,10 @@ import pytest
 
 from pronghorn.errors import InputError
 from pronghorn.models import Decoder, DecoderConfig, LoRAParam, assign, flat_arrays, named_parameters
+from pronghorn.models.parameters import reading_order
 from pronghorn.models.qwen3 import FAMILY
+from pronghorn.quantization import QuantizationConfig
+from pronghorn.quantization.quantize_model import choose, empty_like, make_abstract
 
 CONFIG = DecoderConfig(
     "qwen3", 131, 48, 80, 5, 6, 2, 10, 512, qk_norm=True, qkv_bias=True, sliding_window=3,
@@ -120,3 +125,15 @@ def test_every_parameter_names_its_axes(layers):
         assert len(parameter.logical_axes) == len(parameter.shape), name
         assert "layers" not in parameter.logical_axes
         assert len(parameter.variable.logical_axes) == len(parameter.variable.get_value().shape)
+
+
+def test_weights_that_are_quantised_are_read_from_the_largest_to_the_smallest():
+    model = Decoder.abstract(CONFIG)
+    parameters = named_parameters(model)
+    assert reading_order(model) == list(parameters)
+    names = FAMILY.tensor_names(CONFIG)
+    ways = choose(parameters, names, QuantizationConfig("nf4"))
+    make_abstract(parameters, {n: empty_like(parameters[n].shape, jnp.bfloat16, ways[n]) for n in ways})
+    sizes = [math.prod(parameters[name].shape) for name in reading_order(model)]
+    assert sorted(reading_order(model)) == sorted(parameters)
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) > 2

@@ -5,6 +5,7 @@ scanned decoder is one slice of a stack; the stack itself is never copied to rea
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -114,11 +115,19 @@ def reading_order(model: Decoder) -> list[str]:
 
 
 def _by_leaf(parameters: Mapping[str, Parameter]) -> list[list[tuple[str, Parameter]]]:
-    """Single-layer parameters, those of one variable together."""
+    """Single-layer parameters, those of one variable together; the largest first where some are quantised.
+
+    What quantising leaves free is then never a little larger than what is asked for next. jax's allocator gives a piece
+    of memory away whole unless it is twice as large as what was asked for: in the order of layers, o_proj's 16-bit
+    copy (33.6 MB) became the place of gate_proj's codes (29.4 MB), and so on, 474 MB in an NF4 Llama-3.1-8B.
+    """
     leaves: dict[int, list[tuple[str, Parameter]]] = {}
     for name, parameter in parameters.items():
         leaves.setdefault(id(parameter.variable), []).append((name, parameter))
-    return list(leaves.values())
+    groups = list(leaves.values())
+    if any(hasattr(group[0][1].variable.get_value(), "dequantize") for group in groups):
+        groups.sort(key=lambda group: -sum(math.prod(parameter.shape) for _, parameter in group))
+    return groups
 
 
 def _variables(module: nnx.Module, prefix: str) -> Iterator[tuple[str, nnx.Variable]]:
