@@ -51,6 +51,14 @@ _SQRT_2_OVER_PI = math.sqrt(2.0 / math.pi)
 _CUBIC = 0.044715
 
 
+def check_activation(activation: str) -> None:
+    """Raises InputError for a name that no gate has."""
+    if activation not in get_args(Activation):
+        raise InputError(
+            f"activation={activation!r} is not known; use one of {', '.join(get_args(Activation))}."
+        )
+
+
 def gated_activation(
     gate: jax.Array,
     up: jax.Array,
@@ -71,10 +79,7 @@ def gated_activation(
     Raises:
       InputError: for an unknown activation, or shapes or dtypes that differ.
     """
-    if activation not in get_args(Activation):
-        raise InputError(
-            f"activation={activation!r} is not known; use one of {', '.join(get_args(Activation))}."
-        )
+    check_activation(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise InputError(
             f"gated_activation: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be alike."

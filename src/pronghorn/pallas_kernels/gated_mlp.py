@@ -23,7 +23,7 @@ Sources: Shazeer, GLU Variants Improve Transformer, 2020, https://arxiv.org/abs/
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.gated_activation import (
     Activation,
+    check_activation,
     gated_activation,
     gated_activation_backward,
     gated_activation_forward,
@@ -112,10 +113,7 @@ def gated_mlp(
     Raises:
       InputError: for an unknown activation, or where shapes do not fit.
     """
-    if activation not in get_args(Activation):
-        raise InputError(
-            f"activation={activation!r} is not known; use one of {', '.join(get_args(Activation))}."
-        )
+    check_activation(activation)
     if len(scales) != 3:
         raise InputError(f"gated_mlp: {len(scales)} scales; give those of gate, up and down.")
     check_norm("gated_mlp", x, norm_weight)

@@ -12,7 +12,6 @@ after it, in a fixed order.
 """
 
 import functools
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.gated_activation import (
     Activation,
+    check_activation,
     launch_options,
     sigmoid_in_kernel,
     tile_of_program,
@@ -53,10 +53,7 @@ def weighted_gated_activation(
     Raises:
       InputError: for an unknown activation, or shapes or dtypes that do not fit.
     """
-    if activation not in get_args(Activation):
-        raise InputError(
-            f"activation={activation!r} is not known; use one of {', '.join(get_args(Activation))}."
-        )
+    check_activation(activation)
     if gate.ndim != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
         raise InputError(
             f"weighted_gated_activation: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be "
