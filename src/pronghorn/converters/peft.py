@@ -417,9 +417,8 @@ def _check_base_copies(
             continue  # only embeddings and heads are stored, and a quantised one is not the stored one anyway
         stored = parts["base"]
         same = stored.shape == (max(weight.shape[0], first + count), *weight.shape[1:])
-        if same and not isinstance(
-            weight, jax.ShapeDtypeStruct
-        ):  # an abstract model has no values to compare
+        abstract = isinstance(weight, jax.ShapeDtypeStruct)  # without values to compare
+        if same and not abstract:
             own = np.asarray(weight)
             copy = stored.read().astype(own.dtype)[: len(own)]
             kept = (np.arange(len(own)) < first) | (np.arange(len(own)) >= first + count)
