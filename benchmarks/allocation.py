@@ -17,18 +17,11 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
+import random_weights
 import shapes
 
-from pronghorn.models.decoder import Decoder
-from pronghorn.models.families import family_named
 from pronghorn.models.parameters import named_parameters, reading_order
-from pronghorn.quantization.quantize_model import (
-    QuantizationConfig,
-    choose,
-    empty_like,
-    make_abstract,
-    quantize,
-)
+from pronghorn.quantization import QuantizationConfig, is_quantized, quantize
 from pronghorn.target_device import compiling_for
 
 ALIGNMENT = 256
@@ -86,12 +79,11 @@ def sizes_of(tree: Any) -> list[int]:
 def unused_after_loading(model: str, kind: str, order: str, device: Any) -> int:
     """Bytes unused once every weight is there; `order` is "layers" or "assign"."""
     config, how = shapes.MODELS[model], QuantizationConfig(kind)  # type: ignore[arg-type]
-    decoder = Decoder.abstract(config, dtype=jnp.bfloat16)
+    decoder = random_weights.abstract_model(config, kind, dtype=jnp.bfloat16, layers="unrolled")
     parameters = named_parameters(decoder)
     shape_of = {name: parameter.shape for name, parameter in parameters.items()}
-    ways = choose(parameters, family_named(config.family).tensor_names(config), how)
-    forms = {name: empty_like(shape_of[name], jnp.bfloat16, ways[name]) for name in ways}
-    make_abstract(parameters, forms)
+    leaves = {name: parameter.variable.get_value() for name, parameter in parameters.items()}
+    forms = {name: leaf for name, leaf in leaves.items() if is_quantized(leaf)}
     sharding = jax.sharding.SingleDeviceSharding(device)
 
     @functools.cache

@@ -166,10 +166,7 @@ def real_step(tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     compiled_for = random_weights.shapes_of((prepared.state, frozen))
     _, trainable, frozen = parts_of(random_weights.random_model)
     state = start_state(trainable, prepared.optimizer, train)
-    if random_weights.shapes_of((state, frozen)) != compiled_for:
-        raise RuntimeError(
-            f"{options.model}: the drawn weights are not those that the step was compiled for."
-        )
+    random_weights.require_shapes((state, frozen), compiled_for, options.model)
     leaves, batch = jax.tree.leaves(state), jax.device_put(batch)
     del trainable, state
     frozen_leaves = jax.tree.leaves(frozen)

@@ -51,6 +51,12 @@ def shapes_of(tree: Any) -> Any:
     return jax.tree.structure(tree), [(leaf.shape, jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
 
 
+def require_shapes(tree: Any, compiled_for: Any, model: str) -> None:
+    """Refuse to run a program of shapes, `shapes_of` of its arguments, with others."""
+    if shapes_of(tree) != compiled_for:
+        raise RuntimeError(f"{model}: the drawn weights are not those that the step was compiled for.")
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _normal(seed: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     # In parts: the random bits of a large embedding are more than the memory that a step's peak leaves.

@@ -139,10 +139,7 @@ def measure(options: argparse.Namespace, policy: str) -> dict:
     compiled_for = random_weights.shapes_of((prepared.state, frozen))
     _, trainable, frozen = parts_of(random_weights.random_model)
     state = start_state(trainable, prepared.optimizer, train)
-    if random_weights.shapes_of((state, frozen)) != compiled_for:
-        raise RuntimeError(
-            f"{options.model}: the drawn weights are not those that the step was compiled for."
-        )
+    random_weights.require_shapes((state, frozen), compiled_for, options.model)
     state_leaves, frozen_leaves = jax.tree.leaves(state), jax.tree.leaves(frozen)
     del state, trainable, frozen
     device_batch = jax.block_until_ready(jax.device_put(step_batch(batch, packing=packing)))
