@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
+from pronghorn.pallas_kernels import cross_entropy_kernels, tuned
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from tests.lowering import lower_for_h100
 from tests.tolerances import assert_close
@@ -90,6 +91,25 @@ def test_odd_shapes_and_every_dtype(rows, vocab_size, dtype):
 @pytest.mark.parametrize("vocab_size", [128256, 151936])
 def test_vocabularies_of_real_models(vocab_size):
     _check_against_oracle(3, vocab_size, "bfloat16", {})
+
+
+@pytest.mark.parametrize("vocab_size", [100, 512, 1000])
+@pytest.mark.parametrize("tile", [(128, 1, 1, 0), (128, 1, 0, 256), (128, 1, 1, 256), (128, 1, 1, 4096)])
+def test_every_way_to_walk_a_row_gives_the_same(tile, vocab_size):
+    rows, options = 5, cross_entropy_kernels.LossOptions(label_smoothing=0.1)
+    logits, labels, cotangent = _example(rows, vocab_size)
+    labels = np.abs(labels) % vocab_size
+
+    def both():
+        run = functools.partial(cross_entropy_kernels.loss_and_gradient, options=options, dtype=jnp.float32)
+        return jax.jit(lambda *arguments: run(*arguments))(logits, labels, cotangent)
+
+    with tuned.candidate("cross_entropy_loss_and_gradient", (128, 1)):
+        expected = both()
+    with tuned.candidate("cross_entropy_loss_and_gradient", tile):
+        found = both()
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("implementation", ["pallas", "xla"])

@@ -20,6 +20,7 @@ Everything is fp32 whatever the logits' dtype. Labels must lie in [0, V) here; t
 import dataclasses
 import functools
 import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +31,29 @@ from jax.experimental.pallas import triton
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch, tuned
 
-# What `tuned` may replace: columns a step, warps. 4096 columns over 8 warps are 16 a thread: four 128-bit loads of fp32
-# in flight, and the running maximum and sum of every lane stay in registers.
-BLOCK = (4096, 8)
 NUM_STAGES = 2
 
 LOWEST = -1e30  # A finite start for a running maximum: −inf would give inf − inf.
+
+
+class RowTile(NamedTuple):
+    """How a row is walked; `tuned` may replace it.
+
+    Attributes:
+      columns: a step; the running maximum and sum of every lane stay in registers.
+      warps: of a program. The more, the fewer rows are under way on the device, and the more of each one the L2 cache
+        still holds when the gradient reads it a second time.
+      ahead: 1 loads the next step's columns while one is worked on.
+      kept: columns at the end of a row, where the second pass begins, that the cache is asked to keep for it.
+    """
+
+    columns: int
+    warps: int
+    ahead: int = 0
+    kept: int = 0
+
+
+ROW_TILE = RowTile(4096, 8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,32 +143,50 @@ def loss_and_gradient_xla(
 # --------------------------------------------------------------------------------------------------------- kernels
 
 
-def _load_block(
-    logits_ref, start, options: LossOptions, block: int
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(columns, z, mask) of one block of the row. The mask is ours: a GPU does not mask the last block by itself."""
-    vocab_size = logits_ref.shape[0]
-    columns = start + lax.iota(jnp.int32, block)
-    if vocab_size % block == 0:
-        return columns, transform(logits_ref[pl.ds(start, block)], options), None
-    mask = columns < vocab_size
-    return (
-        columns,
-        transform(triton.load(logits_ref.at[pl.ds(start, block)], mask=mask, other=0.0), options),
-        mask,
-    )
+def _columns(index, block: int) -> jax.Array:
+    return index * block + lax.iota(jnp.int32, block)
+
+
+def _mask(columns: jax.Array, vocab_size: int, block: int) -> jax.Array | None:
+    """Which columns exist; None where all do. The mask is ours: a GPU does not mask the last block by itself."""
+    return None if vocab_size % block == 0 else columns < vocab_size
+
+
+def _over_blocks(logits_ref, indices: range, tile: RowTile, work, carry, policy: str | None = None):
+    """work(index, logits of the block, carry) -> carry, over the blocks `indices` of the row in that order."""
+    count, block = len(indices), tile.columns
+
+    def load(turn):
+        columns = _columns(indices.start + indices.step * turn, block)
+        mask = _mask(columns, logits_ref.shape[0], block)
+        # Zero where nothing is, which the work leaves out.
+        other: dict[str, Any] = {} if mask is None else {"mask": mask, "other": 0.0}
+        return triton.load(logits_ref.at[columns], eviction_policy=policy, **other)
+
+    def plain(turn, carry):
+        return work(indices.start + indices.step * turn, load(turn), carry)
+
+    def with_next(turn, carry):
+        carry, logits = carry
+        following = load(jnp.minimum(turn + 1, count - 1))
+        return work(indices.start + indices.step * turn, logits, carry), following
+
+    if not tile.ahead or not count:
+        return lax.fori_loop(0, count, plain, carry)
+    return lax.fori_loop(0, count, with_next, (carry, load(0)))[0]
 
 
 def _statistics(
-    logits_ref, label, options: LossOptions, block: int
+    logits_ref, label, options: LossOptions, tile: RowTile
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(loss, lse, nll) of the program's row: one pass, one exponential a column, reductions only at its end."""
-    vocab_size = logits_ref.shape[0]
+    vocab_size, block = logits_ref.shape[0], tile.columns
     label_z = transform(logits_ref[label], options)
 
-    def step(index, carry):
+    def step(index, logits, carry):
         peak, total, linear = carry
-        columns, z, mask = _load_block(logits_ref, index * block, options, block)
+        columns, z = _columns(index, block), transform(logits, options)
+        mask = _mask(columns, vocab_size, block)
         if options.label_smoothing:
             linear = linear + (z if mask is None else jnp.where(mask, z, 0.0))
         skip = columns == label
@@ -161,12 +197,19 @@ def _statistics(
         return jnp.maximum(peak, z), total, linear
 
     zeros = jnp.zeros((block,), jnp.float32)
-    start = (
+    carry = (
         jnp.full((block,), LOWEST, jnp.float32),
         zeros,
         zeros if options.label_smoothing else jnp.float32(0.0),
     )
-    peak, total, linear = lax.fori_loop(0, launch.cdiv(vocab_size, block), step, start)
+    blocks = launch.cdiv(vocab_size, block)
+    first_kept = blocks - min(blocks, tile.kept // block)
+    carry = _over_blocks(
+        logits_ref, range(first_kept), tile, step, carry, "evict_first" if tile.kept else None
+    )
+    peak, total, linear = _over_blocks(
+        logits_ref, range(first_kept, blocks), tile, step, carry, "evict_last" if tile.kept else None
+    )
     top = jnp.max(peak)
     other = top + jnp.log(jnp.sum(total * jnp.exp(peak - top)))
     difference = other - label_z
@@ -180,68 +223,70 @@ def _statistics(
 
 
 def _write_gradient(
-    logits_ref, gradient_ref, label, lse, nll, coefficient, options: LossOptions, block: int
+    logits_ref, gradient_ref, label, lse, nll, coefficient, options: LossOptions, tile: RowTile
 ) -> None:
     """gradient = coefficient · ∂loss/∂x, block by block; `gradient_ref` may be `logits_ref`'s own memory.
 
     In place is safe: every thread reads a block before it writes the same lanes of it, and all reads of the pass
     before end at that pass's reduction, a barrier for the whole program.
     """
-    vocab_size = logits_ref.shape[0]
-    blocks = launch.cdiv(vocab_size, block)
+    vocab_size, block = logits_ref.shape[0], tile.columns
     smooth = options.label_smoothing / vocab_size
     label_gradient = jnp.expm1(-nll) + (options.label_smoothing - smooth)
+    # What is read or written here is not read again by this kernel: it must not push out what is.
+    policy = "evict_first" if tile.kept else None
 
-    def step(index, carry):
-        # Backwards: the end of the row was read last and may still lie in the L2 cache.
-        start = (blocks - 1 - index) * block
-        columns, z, mask = _load_block(logits_ref, start, options, block)
+    def step(index, logits, carry):
+        columns, z = _columns(index, block), transform(logits, options)
         gradient = jnp.where(columns == label, label_gradient, jnp.exp(z - lse) - smooth)
         gradient = gradient * transform_slope(z, options) * coefficient
         gradient = jnp.where(coefficient == 0.0, 0.0, gradient).astype(gradient_ref.dtype)
-        triton.store(gradient_ref.at[pl.ds(start, block)], gradient, mask=mask)
+        mask = _mask(columns, vocab_size, block)
+        triton.store(gradient_ref.at[columns], gradient, mask=mask, eviction_policy=policy)
         return carry
 
-    lax.fori_loop(0, blocks, step, 0)
+    # Backwards: the end of the row was read last and may still lie in the L2 cache.
+    backwards = range(launch.cdiv(vocab_size, block) - 1, -1, -1)
+    _over_blocks(logits_ref, backwards, tile, step, 0, policy)
 
 
-def _forward_kernel(logits_ref, label_ref, loss_ref, lse_ref, nll_ref, *, options, block):
-    loss, lse, nll = _statistics(logits_ref, label_ref[0], options, block)
+def _forward_kernel(logits_ref, label_ref, loss_ref, lse_ref, nll_ref, *, options, tile):
+    loss, lse, nll = _statistics(logits_ref, label_ref[0], options, tile)
     loss_ref[0] = loss
     lse_ref[0] = lse
     nll_ref[0] = nll
 
 
 def _backward_kernel(
-    logits_ref, label_ref, lse_ref, nll_ref, coefficient_ref, gradient_ref, *, options, block
+    logits_ref, label_ref, lse_ref, nll_ref, coefficient_ref, gradient_ref, *, options, tile
 ):
     _write_gradient(
-        logits_ref, gradient_ref, label_ref[0], lse_ref[0], nll_ref[0], coefficient_ref[0], options, block
+        logits_ref, gradient_ref, label_ref[0], lse_ref[0], nll_ref[0], coefficient_ref[0], options, tile
     )
 
 
 def _loss_and_gradient_kernel(
-    logits_ref, label_ref, coefficient_ref, loss_ref, gradient_ref, *, options, block
+    logits_ref, label_ref, coefficient_ref, loss_ref, gradient_ref, *, options, tile
 ):
     label = label_ref[0]
-    loss, lse, nll = _statistics(logits_ref, label, options, block)
+    loss, lse, nll = _statistics(logits_ref, label, options, tile)
     loss_ref[0] = loss
-    _write_gradient(logits_ref, gradient_ref, label, lse, nll, coefficient_ref[0], options, block)
+    _write_gradient(logits_ref, gradient_ref, label, lse, nll, coefficient_ref[0], options, tile)
 
 
 def _launch(kernel, inputs, out_shape, out_specs, name, options, aliases=None):
     """One program a row; the first input is the logits [N, V], the others are [N]."""
     rows, vocab_size = inputs[0].shape
-    columns, num_warps = tuned.choice(name, inputs[0].dtype, vocab_size) or BLOCK
-    block = min(columns, max(128, launch.next_power_of_2(vocab_size)))
+    tile = RowTile(*(tuned.choice(name, inputs[0].dtype, vocab_size) or ROW_TILE))
+    tile = tile._replace(columns=min(tile.columns, max(128, launch.next_power_of_2(vocab_size))))
     return launch.pallas_call(
-        functools.partial(kernel, options=options, block=block),
+        functools.partial(kernel, options=options, tile=tile),
         name=name,
         grid=(rows,),
         in_specs=[_row_block(vocab_size)] + [_one_number()] * (len(inputs) - 1),
         out_specs=out_specs,
         out_shape=out_shape,
-        num_warps=min(num_warps, max(1, block // 128)),
+        num_warps=min(tile.warps, max(1, tile.columns // 128)),
         num_stages=NUM_STAGES,
         input_output_aliases=aliases,
     )(*inputs)
