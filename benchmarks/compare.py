@@ -122,7 +122,7 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
             FULL,
             8,
             2048,
-            *("--adapter", "full", "--memory-policy", "layer_inputs", "--head-tile-rows", "512"),
+            *("--adapter", "full", "--memory-policy", "layer_inputs", "--head-tile-rows", "1024"),
             *("--optimizer", "adamw_8bit", "--no-master-weights"),
         ),
         peer(UNSLOTH, FULL, 8, 2048, "--adapter", "full"),
