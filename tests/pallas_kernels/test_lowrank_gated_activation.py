@@ -9,6 +9,7 @@ import pytest
 from pronghorn.pallas_kernels import launch, shapes, tuned
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
     BACKWARD,
+    BACKWARD_AND_LARGEST,
     FORWARD,
     GatedFactors,
     lowrank_gated_backward,
@@ -96,7 +97,7 @@ def test_forward_tiles_match_oracle(tile, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_backward_tiles_match_oracle(tile, dtype):
     wanted = ("h", *SUMS, *(("g_both",) if tile[-1] else ()), *LARGEST)
-    with tuned.candidate("lowrank_gated_backward", tile):
+    with tuned.candidate(BACKWARD_AND_LARGEST, tile):
         assert_kernels_match((77, 70, 24, 5), dtype, wanted=wanted)
 
 

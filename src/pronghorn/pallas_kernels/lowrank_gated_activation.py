@@ -93,6 +93,8 @@ FORWARD_LARGE = ForwardTile(64, 32, 4, 1024, 1)
 BACKWARD = BackwardTile(32, 64, 4, 8, 1, 0, 0)
 BACKWARD_LARGE = BackwardTile(32, 64, 8, 8, 1, 0, 0)
 MOST_RANK = 64
+# What backward with maxima is called where `tuned` is asked; it is the same kernel.
+BACKWARD_AND_LARGEST = "lowrank_gated_backward_and_largest"
 
 
 class GatedFactors(NamedTuple):
@@ -190,7 +192,11 @@ def lowrank_gated_backward(
       in_place: dgate, dup and h take the memory of gate, up and dh.
     """
     shape, (rows, width) = gate.shape, _flat(gate)
-    tile = BackwardTile(*_choice("lowrank_gated_backward", factors, BACKWARD, BACKWARD_LARGE))
+    # With maxima a thread holds more, and another tile leaves room for a second program on a multiprocessor.
+    if any(name.startswith("largest") for name in wanted):
+        tile = BackwardTile(*_choice(BACKWARD_AND_LARGEST, factors, BACKWARD_LARGE, BACKWARD_LARGE))
+    else:
+        tile = BackwardTile(*_choice("lowrank_gated_backward", factors, BACKWARD, BACKWARD_LARGE))
     block, num_warps = _clipped(tile, rows, width)
     blocks, strips = launch.cdiv(rows, block[0]), launch.cdiv(width, block[1])
     rounds = launch.cdiv(blocks, tile.runs)
@@ -477,7 +483,7 @@ def _backward_kernel(*refs, names, activation, block, rounds, ahead, tall, nativ
         for name, total in sums.items():
             if name in magnitudes:
                 written = jnp.abs(tile[name.removeprefix("largest_")].astype(jnp.float32))
-                totals[name] = jnp.maximum(total, jnp.max(written, axis=int(tall)))
+                totals[name] = jnp.maximum(total, written)
             elif tall:
                 totals[name] = total + product(right[name], left[name], ROWS_BY_COLUMNS)
             else:
@@ -490,7 +496,9 @@ def _backward_kernel(*refs, names, activation, block, rounds, ahead, tall, nativ
     start = {
         name: jnp.zeros((block[1], side.size) if tall else (side.size, block[1]), jnp.float32)
         for name, side in sides.items()
-    } | {name: jnp.zeros(block[1], jnp.float32) for name in magnitudes}
+    }
+    # A maximum for each place of a tile: over the tile it is taken once, at the end, and no warp waits for the others.
+    start |= {name: jnp.zeros(block[::-1] if tall else block, jnp.float32) for name in magnitudes}
     sums = _over_tiles(rounds, load, one_block, start, ahead)
     for name in magnitudes:
         ref[name][run, strip] = jnp.max(sums[name])
