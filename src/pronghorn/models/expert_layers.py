@@ -13,7 +13,7 @@ from flax import nnx
 from pronghorn.models.config import DecoderConfig
 from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import MLP, Linear, WideConstant, _normal, _param, value_or_none
-from pronghorn.pallas_kernels.grouped_linear import grouped_linears
+from pronghorn.pallas_kernels.grouped_linear import TokenRows, grouped_linears
 from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 
@@ -96,17 +96,20 @@ class Experts(nnx.Module):
         self.up_proj = ExpertLinear(count, hidden, width, axes=("ffn", "hidden"), **common)
         self.down_proj = ExpertLinear(count, width, hidden, axes=("hidden", "ffn"), **common)
 
-    def gate_and_up(self, rows: jax.Array, group_sizes: jax.Array) -> tuple[jax.Array, ...]:
-        """`[rows, d]`, those of expert 0 first, and int32 `[experts]` how many each has -> gate and up
-        `[rows, width]`."""
+    def gate_and_up(
+        self, x: jax.Array, group_sizes: jax.Array, read: TokenRows | None = None
+    ) -> tuple[jax.Array, ...]:
+        """`[rows, d]`, those of expert 0 first, or with `read` the `[tokens, d]` that they are copies of, and int32
+        `[experts]` how many each has -> gate and up `[rows, width]`."""
         layers = (self.gate_proj, self.up_proj)
-        scales = [layer.lora_scale for layer in layers]
-        return grouped_linears(rows, [layer.arrays() for layer in layers], group_sizes, scales=scales)
+        arrays, scales = [layer.arrays() for layer in layers], [layer.lora_scale for layer in layers]
+        return grouped_linears(x, arrays, group_sizes, scales=scales, read=read)
 
-    def down(self, hidden: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        """`[rows, width]` -> `[rows, d]`, like `gate_and_up`."""
+    def down(self, hidden: jax.Array, group_sizes: jax.Array, summed: TokenRows | None = None) -> jax.Array:
+        """`[rows, width]` -> `[rows, d]`, or with `summed` the `[tokens, d]` that they are summed up to."""
         layer = self.down_proj
-        return grouped_linears(hidden, [layer.arrays()], group_sizes, scales=[layer.lora_scale])[0]
+        scales = [layer.lora_scale]
+        return grouped_linears(hidden, [layer.arrays()], group_sizes, scales=scales, summed=summed)[0]
 
 
 class SparseMLP(nnx.Module):

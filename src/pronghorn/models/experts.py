@@ -14,7 +14,8 @@ y_s, the largest array of a layer, is kept for it. With a bias (or `clamped_swig
 
 A gather has a scatter-add for its gradient, which is slow and adds up in no fixed order. All gathers here know their
 inverse, so that their gradients are gathers too: dn_t = Σ_j dx_s(t, j), and dy_s = dy_t(s), with weights w_s dy_t(s)
-and dw_tj = dy_t · y_s(t, j).
+and dw_tj = dy_t · y_s(t, j). Where no weight is in the way, `grouped_linears` reads n_t(s), and dy_t(s) in backward,
+through the order, and the rows `[tokens k, d]` of neither are written.
 """
 
 import functools
@@ -29,7 +30,8 @@ from pronghorn.models.experts_config import ExpertsConfig
 from pronghorn.models.layers import value_or_none
 from pronghorn.pallas_kernels.clamped_swiglu import clamped_swiglu
 from pronghorn.pallas_kernels.gated_activation import gated_activation
-from pronghorn.pallas_kernels.grouped_linear import FACTORS_NAME, RANK_NAME
+from pronghorn.pallas_kernels.grouped_linear import FACTORS_NAME, RANK_NAME, TokenRows
+from pronghorn.pallas_kernels.grouped_products import gather
 from pronghorn.pallas_kernels.weighted_gated_activation import weighted_gated_activation
 
 
@@ -59,6 +61,10 @@ class Order(NamedTuple):
     choice: jax.Array
     place: jax.Array
     group_sizes: jax.Array
+
+    def tokens(self) -> TokenRows:
+        """The sorted rows as copies of tokens."""
+        return TokenRows(self.choice // self.place.shape[1], self.place)
 
 
 def router_logits(router: Router, n: jax.Array, config: ExpertsConfig) -> jax.Array:
@@ -118,15 +124,10 @@ def order_by_expert(experts: jax.Array, num_experts: int) -> Order:
     return Order(choice, place, sizes)
 
 
-def _gather(array: jax.Array, places: jax.Array) -> jax.Array:
-    """array[places] for places that an `Order` holds: they exist, and no launch of its own asks whether they do."""
-    return array.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-
 @jax.custom_vjp
 def rows_by_expert(n: jax.Array, order: Order) -> jax.Array:
     """n `[tokens, d]` -> its rows by expert, `[tokens k, d]`."""
-    return _gather(n, order.choice // order.place.shape[1])
+    return gather(n, order.tokens().token)
 
 
 def _rows_forward(n, order):
@@ -134,33 +135,16 @@ def _rows_forward(n, order):
 
 
 def _rows_backward(order, dx):
-    return sum_of_choices(dx, order), None
+    return order.tokens().sum(dx), None
 
 
 rows_by_expert.defvjp(_rows_forward, _rows_backward)
 
 
 @jax.custom_vjp
-def sum_of_choices(y: jax.Array, order: Order) -> jax.Array:
-    """Rows by expert `[tokens k, d]` -> the sum of each token's k rows, `[tokens, d]` in the dtype of y."""
-    return jnp.sum(_gather(y, order.place).astype(jnp.float32), axis=1).astype(y.dtype)
-
-
-def _choices_forward(y, order):
-    return sum_of_choices(y, order), order
-
-
-def _choices_backward(order, dout):
-    return rows_by_expert(dout, order), None
-
-
-sum_of_choices.defvjp(_choices_forward, _choices_backward)
-
-
-@jax.custom_vjp
 def weighted_sum(y: jax.Array, weights: jax.Array, order: Order) -> jax.Array:
     """Rows by expert `[tokens k, d]` and fp32 weights `[tokens, k]` -> `[tokens, d]` in the dtype of y."""
-    chosen = _gather(y, order.place).astype(jnp.float32)
+    chosen = gather(y, order.place).astype(jnp.float32)
     return jnp.sum(weights[..., None] * chosen, axis=1).astype(y.dtype)
 
 
@@ -171,9 +155,9 @@ def _sum_forward(y, weights, order):
 def _sum_backward(residuals, dout):
     y, weights, order = residuals
     wide = dout.astype(jnp.float32)
-    of_rows = _gather(wide, order.choice // order.place.shape[1])
+    of_rows = gather(wide, order.tokens().token)
     dy = (weights_by_expert(weights, order) * of_rows).astype(y.dtype)
-    chosen = _gather(y, order.place).astype(jnp.float32)
+    chosen = gather(y, order.place).astype(jnp.float32)
     return dy, jnp.sum(wide[:, None] * chosen, axis=-1), None
 
 
@@ -183,7 +167,7 @@ weighted_sum.defvjp(_sum_forward, _sum_backward)
 @jax.custom_vjp
 def weights_by_expert(weights: jax.Array, order: Order) -> jax.Array:
     """fp32 `[tokens, k]` -> the weight of every row by expert, `[tokens k, 1]`."""
-    return _gather(weights.reshape(-1), order.choice)[:, None]
+    return gather(weights.reshape(-1), order.choice)[:, None]
 
 
 def _weights_forward(weights, order):
@@ -191,7 +175,7 @@ def _weights_forward(weights, order):
 
 
 def _weights_backward(order, dw):
-    return _gather(dw[:, 0], order.place), None
+    return gather(dw[:, 0], order.place), None
 
 
 weights_by_expert.defvjp(_weights_forward, _weights_backward)
@@ -208,7 +192,7 @@ def sparse_mlp(
     """The mixture's output `[batch, seq, d]` for n = norm(x), or n = x where there is no norm.
 
     Saved: x, gate and up of every row, what the router chose, T of `grouped_linears`, and where down has a bias y of
-    every row. The norm, the gathered rows and what is elementwise are computed again, the products are not.
+    every row. The norm, gathered rows and what is elementwise are computed again, the products are not.
 
     Args:
       linear: `(holder, name, x) -> y`, a plain linear of the shared expert.
@@ -234,13 +218,15 @@ def sparse_mlp(
 
     @products_kept
     def widen(flat, weights, order):
-        rows = rows_by_expert(normalized(flat), order)
-        if weights is not None:
-            rows = (weights_by_expert(weights, order) * rows.astype(jnp.float32)).astype(rows.dtype)
+        n = normalized(flat)
+        if weights is None:
+            return module.experts.gate_and_up(n, order.group_sizes, order.tokens())
+        rows = rows_by_expert(n, order)
+        rows = (weights_by_expert(weights, order) * rows.astype(jnp.float32)).astype(rows.dtype)
         return module.experts.gate_and_up(rows, order.group_sizes)
 
     @products_kept
-    def narrow(gate, up, weights, order):
+    def narrow(gate, up, weights, order, summed):
         if weights is not None:
             of_rows = weights_by_expert(weights, order)
             hidden = weighted_gated_activation(gate, up, of_rows, activation=activation)
@@ -248,7 +234,7 @@ def sparse_mlp(
             hidden = gated_activation(gate, up, activation=activation)
         else:
             hidden = clamped_swiglu(gate, up, limit=experts.swiglu_limit, alpha=experts.swiglu_alpha)
-        return module.experts.down(hidden, order.group_sizes)
+        return module.experts.down(hidden, order.group_sizes, summed)
 
     @jax.checkpoint
     def shared_widen(flat):
@@ -274,8 +260,9 @@ def sparse_mlp(
         inside = routing.weights
     else:
         after = routing.weights
-    y = narrow(*widen(flat, before, order), inside, order)
-    out = sum_of_choices(y, order) if after is None else weighted_sum(y, after, order)
+    out = narrow(*widen(flat, before, order), inside, order, order.tokens() if after is None else None)
+    if after is not None:
+        out = weighted_sum(out, after, order)
     if module.shared_expert is not None:
         shared = shared_narrow(*shared_widen(flat))
         out = out + (gated(flat, shared) if experts.shared_gate else shared)

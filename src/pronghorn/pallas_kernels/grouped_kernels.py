@@ -5,6 +5,9 @@ tiles there are depends on the sizes, which only the device knows, and a grid is
 sizes need, floor((rows + n (block − 1)) / block) for n groups that can hold a row, and those left over store nothing.
 Which rows of which group a tile takes is worked out in front of the kernel, three integers a tile.
 
+Rows may be read through an index, x[index[row]]: one more load in front of a loop over columns, and one in each step of
+a loop over rows. Copies of rows that several groups read are never written then, and are found in the L2 cache.
+
 The last tile of a group reads rows of the next one, and keeps what came of them to itself: each row of a product
 depends on its own row alone. Over rows it would not, so there rows past the group's end are loaded as zeros.
 
@@ -110,7 +113,8 @@ def _tile_of_program(program, row_tile_count, column_tile_count, together):
 def _load(ref, *indices, mask):
     """A tile; with a mask of None all of it exists."""
     place = ref.at[indices]
-    return triton.load(place) if mask is None else triton.load(place, mask=mask, other=0.0)
+    zero = jnp.zeros((), ref.dtype)
+    return triton.load(place) if mask is None else triton.load(place, mask=mask, other=zero)
 
 
 def _both(a, b):
@@ -118,13 +122,15 @@ def _both(a, b):
     return b if a is None else a if b is None else a & b
 
 
-def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, transposed, native):
+def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, indexed, transposed, native):
     """One tile of Y: the products of `pairs` pairs, then the low-rank part and the bias on top of them."""
     *others, y_ref = rest
+    index_ref, others = (others[0], others[1:]) if indexed else (None, others)
     operands, others = others[: 2 * pairs], others[2 * pairs :]
     block_m, block_n, block_k = blocks[:3]
-    rows_of_x, inner = operands[0].shape
-    width, groups = y_ref.shape[1], operands[1].shape[0]
+    inner = operands[0].shape[1]
+    row_count, width = y_ref.shape
+    groups = operands[1].shape[0]
     row_tile, column_tile = _tile_of_program(
         pl.program_id(0), tiles_ref.shape[0], launch.cdiv(width, block_n), blocks.together
     )
@@ -133,13 +139,14 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
     group = jnp.minimum(group, groups - 1)
     rows = first + jnp.arange(block_m)
     columns = column_tile * block_n + jnp.arange(block_n)
-    there = jnp.minimum(rows, rows_of_x - 1)[:, None]
+    there = jnp.minimum(rows, row_count - 1)
+    source = there if index_ref is None else triton.load(index_ref.at[there])
     column_exists: Any = None if width % block_n == 0 else columns < width
 
-    def tile(rows_ref, matrix_ref, at, size, whole):
-        """The part of a sum over the indices `at`, those below `size`."""
+    def tile(rows_ref, matrix_ref, at, size, whole, rows_at):
+        """The part of a sum over the indices `at`, those below `size`, of the rows `rows_at`."""
         exists: Any = None if whole else at < size
-        left = _load(rows_ref, there, at[None, :], mask=None if whole else exists[None, :])
+        left = _load(rows_ref, rows_at[:, None], at[None, :], mask=None if whole else exists[None, :])
         if transposed:
             masks = (
                 None if column_exists is None else column_exists[:, None],
@@ -155,7 +162,8 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
         return tile_product(left, right, ROWS_BY_ROWS if transposed else ROWS_BY_COLUMNS, native=native)
 
     def step(i, total, x_ref, w_ref):
-        return total + tile(x_ref, w_ref, i * block_k + jnp.arange(block_k), inner, inner % block_k == 0)
+        at = i * block_k + jnp.arange(block_k)
+        return total + tile(x_ref, w_ref, at, inner, inner % block_k == 0, source)
 
     inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
 
@@ -173,7 +181,7 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
             total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), of_pair, total)
         if rank:
             p_ref, q_ref = others[:2]
-            total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
+            total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank, there)
         if biased:
             bias = _load(others[-1], group, columns, mask=column_exists)
             total += bias.astype(jnp.float32)[None, :]
@@ -184,15 +192,15 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
         store(jnp.zeros((block_m, block_n), jnp.float32))
 
 
-def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
+def product(pairs, group_sizes, lowrank, bias, index, dtype, *, transposed: bool):
     """`by_rows` of one pair (x, weight) where transposed, else `by_columns`: the sum over the pairs."""
     x, weight = pairs[0]
-    rows, inner = x.shape
+    rows, inner = x.shape[0] if index is None else index.shape[0], x.shape[1]
     width = weight.shape[1 if transposed else 2]
     op = "grouped_by_rows" if transposed else "grouped_by_columns"
     block = blocks(op, x.dtype, rows, width, inner, pairs=len(pairs))
     tiles = row_tiles(group_sizes, rows, block.m)
-    operands, rank = [tiles, *(array for pair in pairs for array in pair)], 0
+    operands, rank = [tiles, *([] if index is None else [index]), *(a for pair in pairs for a in pair)], 0
     if lowrank is not None:
         operands += lowrank
         rank = lowrank.rows.shape[1]
@@ -205,6 +213,7 @@ def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
         rank=rank,
         padded_rank=max(16, launch.next_power_of_2(rank)),
         biased=bias is not None,
+        indexed=index is not None,
         transposed=transposed,
         native=not launch.interpreting(),
     )
@@ -218,8 +227,10 @@ def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
     )(*operands)
 
 
-def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
+def _over_rows_kernel(bounds_ref, *rest, indexed, blocks, native):
     """One tile of D of one group."""
+    *indices, a_ref, b_ref, d_ref = rest
+    of_a, of_b = (indices.pop(0) if yes else None for yes in indexed)
     block_m, block_n, block_k = blocks[:3]
     _, a_width, b_width = d_ref.shape
     a_tiles = launch.cdiv(a_width, block_m)
@@ -232,16 +243,18 @@ def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
     a_columns = a_tile * block_m + jnp.arange(block_m)
     b_columns = b_tile * block_n + jnp.arange(block_n)
 
-    def load(ref, rows, columns, width, block, whole):
+    def load(ref, index_ref, rows, columns, width, block, whole):
         exists: Any = None if whole else (rows < end)[:, None]
+        if index_ref is not None:
+            rows = _load(index_ref, rows, mask=None if whole else rows < end)
         if width % block:
             exists = _both(exists, (columns < width)[None, :])
         return _load(ref, rows[:, None], columns[None, :], mask=exists)
 
     def step(i, total, whole):
         rows = first + i * block_k + jnp.arange(block_k)
-        a = load(a_ref, rows, a_columns, a_width, block_m, whole)
-        b = load(b_ref, rows, b_columns, b_width, block_n, whole)
+        a = load(a_ref, of_a, rows, a_columns, a_width, block_m, whole)
+        b = load(b_ref, of_b, rows, b_columns, b_width, block_n, whole)
         return total + tile_product(a, b, COLUMNS_BY_COLUMNS, native=native)
 
     # Only the last step of a group holds rows of the next one: the others load without a mask.
@@ -256,16 +269,23 @@ def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
     )
 
 
-def over_rows(a, b, group_sizes, dtype):
+def over_rows(a, b, group_sizes, a_index, b_index, dtype):
     """`grouped_products.over_rows`."""
     shape = (group_sizes.shape[0], a.shape[1], b.shape[1])
-    block = blocks("grouped_over_rows", a.dtype, shape[1], shape[2], a.shape[0])
+    rows = a.shape[0] if a_index is None else a_index.shape[0]
+    block = blocks("grouped_over_rows", a.dtype, shape[1], shape[2], rows)
+    indices = [index for index in (a_index, b_index) if index is not None]
     ends = _running_sums(group_sizes)
     return launch.pallas_call(
-        functools.partial(_over_rows_kernel, blocks=block, native=not launch.interpreting()),
+        functools.partial(
+            _over_rows_kernel,
+            indexed=(a_index is not None, b_index is not None),
+            blocks=block,
+            native=not launch.interpreting(),
+        ),
         name="grouped_over_rows",
         grid=(shape[0] * launch.cdiv(shape[1], block.m) * launch.cdiv(shape[2], block.n),),
         out_shape=jax.ShapeDtypeStruct(shape, dtype),
         num_warps=block.warps,
         num_stages=block.stages,
-    )(jnp.stack([ends - group_sizes, ends], axis=-1), a, b)
+    )(jnp.stack([ends - group_sizes, ends], axis=-1), *indices, a, b)

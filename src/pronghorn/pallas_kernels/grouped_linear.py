@@ -16,6 +16,10 @@ of Y and of dX is added inside of the large product, in fp32, before its one rou
 one dX. X, which has many rows for few columns of A, is so read once for all the A and once for all their gradients, and
 dX is written once.
 
+Rows may be copies of tokens: the rows of X that several experts read, and those of Y that are summed up again.
+`TokenRows` says which, X_row = x[token] and y[token] = Σ Y_row, and no copy is written: the products read x, and in
+backward dY_row = dy[token], through an index. dX alone exists by rows before its sum.
+
 Saved: X only where A or W is trained, T (Σr numbers a row, named `RANK_NAME` for `jax.checkpoint` policies) where a B
 is, and A and s_i B_i as the products read them (named `FACTORS_NAME`), not their masters. A quantised weight is
 dequantised again in backward. Where there are fewer rows than groups, as in decoding, no more matrices are dequantised
@@ -36,7 +40,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.grouped_products import LowRank, by_columns, by_rows, group_of_rows, over_rows
+from pronghorn.pallas_kernels.grouped_products import (
+    LowRank,
+    by_columns,
+    by_rows,
+    gather,
+    group_of_rows,
+    over_rows,
+)
 from pronghorn.pallas_kernels.lora_linear import QuantizedWeight, dense, is_quantized
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
@@ -57,6 +68,22 @@ class _Factors(NamedTuple):
 
     def ranks(self) -> list[int]:
         return [0 if b is None else b.shape[-1] for b in self.bs]
+
+
+class TokenRows(NamedTuple):
+    """The rows as copies of tokens, k of each.
+
+    Attributes:
+      token: int32 [rows], whose copy a row is.
+      place: int32 [tokens, k], where the copies of a token lie.
+    """
+
+    token: jax.Array
+    place: jax.Array
+
+    def sum(self, rows: jax.Array) -> jax.Array:
+        """[rows, d] -> [tokens, d] in its dtype, summed in fp32."""
+        return jnp.sum(gather(rows, self.place).astype(jnp.float32), axis=1).astype(rows.dtype)
 
 
 def grouped_linear(
@@ -95,21 +122,25 @@ def grouped_linears(
     group_sizes: jax.Array,
     *,
     scales: Sequence[float],
+    read: TokenRows | None = None,
+    summed: TokenRows | None = None,
     implementation: launch.Implementation | None = None,
 ) -> tuple[jax.Array, ...]:
     """(y_1, y_2, ..), y_i the i-th layer of x.
 
     Args:
-      x: [rows, in], sorted by group; bf16, fp16 or fp32.
+      x: [rows, in], sorted by group; bf16, fp16 or fp32. With `read` [tokens, in], whose copies the rows are.
       linears: arrays as in `grouped_linear`; any of them may lack an adapter, ranks and outputs may differ.
       group_sizes: int32 [groups], rows of each group, zero among them. Their sum may be below rows: rows past it give
         zeros, and zero gradients.
       scales: s_i = alpha / r of each.
+      read: which token each row is a copy of.
+      summed: which rows each token of the result is the sum of.
       implementation: "pallas" (kernels), "xla" (`jax.lax.ragged_dot_general`), or None: the kernels on a GPU, where
         XLA multiplies every row with every group's matrix. Both have the gradient by hand.
 
     Returns:
-      y_i [rows, out_i] in the dtype of x.
+      y_i [rows, out_i] in the dtype of x, or [tokens, out_i] where `summed`.
 
     Raises:
       InputError: when shapes do not fit, one of A and B is missing, or a quantised weight would be trained.
@@ -122,7 +153,7 @@ def grouped_linears(
         _check(x, linear, group_sizes)
     chosen = launch.resolve(implementation)
     scales = tuple(float(scale) for scale in scales)
-    return _grouped_linears(x, tuple(linears), group_sizes.astype(jnp.int32), scales, chosen)
+    return _grouped_linears(x, tuple(linears), group_sizes.astype(jnp.int32), read, summed, scales, chosen)
 
 
 def _check(x, linear, group_sizes):
@@ -174,6 +205,14 @@ def grouped_linear_reference(
     return total.astype(x.dtype)
 
 
+def _index(rows: TokenRows | None) -> jax.Array | None:
+    return None if rows is None else rows.token
+
+
+def _row_count(x: jax.Array, read: TokenRows | None) -> int:
+    return x.shape[0] if read is None else read.token.shape[0]
+
+
 def _present(rows, group_sizes):
     """(the groups that have rows, in order, `rows` many with group 0 behind them; their sizes, zeros behind them)."""
     present = jnp.nonzero(group_sizes > 0, size=rows, fill_value=0)[0]
@@ -204,10 +243,11 @@ def _columns(array, index, ranks):
     return array if whole else array[..., first : first + ranks[index]]
 
 
-def _compute(x, linears, factors, group_sizes, implementation):
+def _compute(x, linears, factors, group_sizes, read, summed, implementation):
     """((y_1, ..), T); T is None without an adapter."""
-    rows, dtype, ranks, a = x.shape[0], x.dtype, factors.ranks(), factors.a
-    t: Any = None if a is None else by_rows(x, a, group_sizes, implementation=implementation)
+    rows, dtype, ranks, a = _row_count(x, read), x.dtype, factors.ranks(), factors.a
+    multiply = functools.partial(by_rows, index=_index(read), implementation=implementation)
+    t: Any = None if a is None else multiply(x, a, group_sizes)
     outputs: list[jax.Array] = []
     for index, (linear, b) in enumerate(zip(linears, factors.bs, strict=True)):
         if is_quantized(linear.weight):  # dequantised when it is needed and not before, see `stacked_linears`
@@ -215,37 +255,38 @@ def _compute(x, linears, factors, group_sizes, implementation):
             linear = linear._replace(weight=weight)
         matrices, sizes, b, bias = _of_groups(rows, group_sizes, linear.weight, b, linear.bias)
         lowrank = None if b is None else LowRank(_columns(t, index, ranks), b)
-        outputs.append(
-            by_rows(x, matrices.astype(dtype), sizes, lowrank, bias, implementation=implementation)
-        )
+        y = multiply(x, matrices.astype(dtype), sizes, lowrank, bias)
+        outputs.append(y if summed is None else summed.sum(y))
     return tuple(outputs), t
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_linears(x, linears, group_sizes, scales, implementation):
-    return _compute(x, linears, _factors(linears, scales, x.dtype), group_sizes, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _grouped_linears(x, linears, group_sizes, read, summed, scales, implementation):
+    factors = _factors(linears, scales, x.dtype)
+    return _compute(x, linears, factors, group_sizes, read, summed, implementation)[0]
 
 
-def _grouped_linears_forward(x, linears, group_sizes, scales, implementation):
+def _grouped_linears_forward(x, linears, group_sizes, read, summed, scales, implementation):
     wanted_x = launch.perturbed(x)
     wanted = tuple(wanted_fields("grouped_linear", linear) for linear in linears)
     values = jax.custom_derivatives.custom_vjp_primal_tree_values
-    x, linears, group_sizes = values((x, linears, group_sizes))
+    x, linears, group_sizes, read, summed = values((x, linears, group_sizes, read, summed))
     factors = jax.tree.map(
         lambda factor: checkpoint_name(factor, FACTORS_NAME), _factors(linears, scales, x.dtype)
     )
     bare = tuple(linear._replace(lora_a=None, lora_b=None) for linear in linears)
     saved: dict[str, Any] = {"linears": bare, "factors": factors, "group_sizes": group_sizes}
+    saved |= {"read": read, "summed": summed}
     if any(fields & {"weight", "lora_a"} for fields in wanted):
         saved["x"] = x
-    outputs, t = _compute(x, linears, factors, group_sizes, implementation)
+    outputs, t = _compute(x, linears, factors, group_sizes, read, summed, implementation)
     if any("lora_b" in fields for fields in wanted):
         saved["t"] = checkpoint_name(t, RANK_NAME)
     dtypes = tuple(
         tuple((field, getattr(linear, field).dtype) for field in sorted(fields))
         for linear, fields in zip(linears, wanted, strict=True)
     )
-    return outputs, (saved, launch.Static((wanted_x, dtypes, x.dtype, x.shape)))
+    return outputs, (saved, launch.Static((wanted_x, dtypes, x.dtype, (_row_count(x, read), x.shape[1]))))
 
 
 def _grouped_linears_backward(scales, implementation, residuals, cotangents):
@@ -258,15 +299,19 @@ def _grouped_linears_backward(scales, implementation, residuals, cotangents):
     if any(is_quantized(linear.weight) for linear in linears):
         # Or XLA would find the forward's dequantised weight equal to this one, and keep it alive in between.
         linears, dys = jax.lax.optimization_barrier((linears, dys))
+    of_x, of_dy = _index(saved["read"]), _index(saved["summed"])
     sums = functools.partial(over_rows, implementation=implementation)
-    columns = functools.partial(by_columns, implementation=implementation)
+    columns = functools.partial(by_columns, index=of_dy, implementation=implementation)
 
     g: Any = None
     if any(ranks) and (wanted_x or any("lora_a" in fields for fields in wanted)):
         parts = [columns(dy, b, sizes) for dy, b in zip(dys, factors.bs, strict=True) if b is not None]
         g = jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
-    dx = _input_gradient(dys, g, factors.a, linears, sizes, shape, implementation) if wanted_x else None
-    da: Any = sums(g, saved["x"], sizes) if any("lora_a" in fields for fields in wanted) else None
+    dx: Any = _input_gradient(dys, g, factors.a, linears, sizes, shape, columns) if wanted_x else None
+    if dx is not None and saved["read"] is not None:
+        dx = saved["read"].sum(dx)
+    with_a = any("lora_a" in fields for fields in wanted)
+    da: Any = sums(g, saved["x"], sizes, b_index=of_x) if with_a else None
 
     gradients = []
     for index, (dy, linear, scale, fields) in enumerate(zip(dys, linears, scales, wanted, strict=True)):
@@ -275,21 +320,21 @@ def _grouped_linears_backward(scales, implementation, residuals, cotangents):
             first = sum(ranks[:index])
             found["lora_a"] = da[:, first : first + ranks[index]]
         if "lora_b" in fields:
-            found["lora_b"] = scale * sums(dy, _columns(saved["t"], index, ranks), sizes)
+            found["lora_b"] = scale * sums(dy, _columns(saved["t"], index, ranks), sizes, a_index=of_dy)
         if "weight" in fields:
             # bf16 out of bf16 operands: the product rounds once, and no fp32 copy of the weight's size exists.
             product_dtype = jnp.promote_types(dtype, linear.weight.dtype)
-            found["weight"] = sums(dy, saved["x"], sizes, dtype=product_dtype)
+            found["weight"] = sums(dy, saved["x"], sizes, a_index=of_dy, b_index=of_x, dtype=product_dtype)
         if "bias" in fields:
-            found["bias"] = sums(dy, jnp.ones((dy.shape[0], 1), dtype), sizes)[..., 0]
+            found["bias"] = sums(dy, jnp.ones((shape[0], 1), dtype), sizes, a_index=of_dy)[..., 0]
         for field, master_dtype in fields.items():
             found[field] = found[field].astype(master_dtype)
         gradients.append(LinearWeights(**found))
-    return dx, tuple(gradients), None
+    return dx, tuple(gradients), None, None, None
 
 
-def _input_gradient(dys, g, a, linears, sizes, shape, implementation):
-    """dX [rows, in]: of all layers in one product where their matrices may exist at once, else one by one."""
+def _input_gradient(dys, g, a, linears, sizes, shape, columns):
+    """dX [rows, in] by `columns`: of all layers at once where their matrices may exist at once, or one by one."""
     rows, dtype = shape[0], dys[0].dtype
     alike = len({linear.weight.shape for linear in linears}) == 1
     if alike and rows >= sizes.shape[0] and _worth_together(linears, shape, dtype):
@@ -298,7 +343,7 @@ def _input_gradient(dys, g, a, linears, sizes, shape, implementation):
             for dy, linear in zip(dys, linears, strict=True)
         ]
         lowrank = None if g is None else LowRank(g, a)
-        return by_columns(*pairs[0], sizes, lowrank, more=pairs[1:], implementation=implementation)
+        return columns(*pairs[0], sizes, lowrank, more=pairs[1:])
     total: Any = None
     for dy, linear in zip(dys, linears, strict=True):
         if total is not None and is_quantized(linear.weight):
@@ -306,7 +351,7 @@ def _input_gradient(dys, g, a, linears, sizes, shape, implementation):
             linear = linear._replace(weight=weight)
         matrices, some, some_a = _of_groups(rows, sizes, linear.weight, a if total is None else None)
         lowrank = None if some_a is None else LowRank(g, some_a)
-        product = by_columns(dy, matrices.astype(dtype), some, lowrank, implementation=implementation)
+        product = columns(dy, matrices.astype(dtype), some, lowrank)
         total = product if total is None else total + product
     return total
 
