@@ -34,8 +34,9 @@ from pronghorn.pallas_kernels.tile_operations import (
 # What `tuned` may replace: rows, columns and summed elements of a tile, warps, stages, and how many tiles of rows run
 # beside each other; in 16 bits and in 32.
 BLOCK = {2: (128, 256, 64, 8, 4, 8), 4: (64, 64, 32, 4, 2, 8)}
-# Of several pairs: two loops of a tile twice as wide spill 500 bytes a thread.
-OF_PAIRS = {2: (128, 128, 64, 4, 3, 8), 4: BLOCK[4]}
+# Of two pairs, whose tiles are loaded beside each other: half as many summed elements take the same shared memory.
+OF_PAIRS = {2: (128, 256, 32, 8, 4, 8), 4: (64, 64, 16, 4, 2, 8)}
+PAIRS_NAME = "grouped_by_columns_of_pairs"
 # Over rows all tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
 OVER_ROWS_TOGETHER = 1024
 
@@ -83,23 +84,25 @@ def blocks(op: str, dtype, rows: int, columns: int, inner: int, *, pairs: int = 
     usual = BLOCK[width]
     if op == "grouped_over_rows":
         usual = (*usual[:5], OVER_ROWS_TOGETHER)
-    most = Blocks(*(OF_PAIRS[width] if pairs > 1 else tuned.choice(op, dtype, columns) or usual))
+    if pairs > 1:
+        op, usual = PAIRS_NAME, OF_PAIRS[width]
+    most = Blocks(*(tuned.choice(op, dtype, columns) or usual))
     m, n, k = (
         min(block, max(16, launch.next_power_of_2(size)))
         for block, size in zip(most[:3], (rows, columns, inner), strict=True)
     )
     stages = most.stages
-    while stages > 1 and shared_memory_bytes(most._replace(m=m, n=n, k=k, stages=stages), dtype) > (
-        shared_memory_limit()
-    ):
+    while stages > 1 and shared_memory_bytes(
+        most._replace(m=m, n=n, k=k, stages=stages), dtype, pairs=pairs
+    ) > (shared_memory_limit()):
         stages -= 1
     # Not fewer than four where one side is a rank: the tile is small then, and what it reads is not.
     return Blocks(m, n, k, min(most.warps, max(4, m * n // 2048)), stages, most.together)
 
 
-def shared_memory_bytes(block: Blocks, dtype) -> int:
+def shared_memory_bytes(block: Blocks, dtype, *, pairs: int = 1) -> int:
     """What the tiles that are loaded ahead take."""
-    return block.stages * (block.m + block.n) * block.k * jnp.dtype(dtype).itemsize
+    return pairs * block.stages * (block.m + block.n) * block.k * jnp.dtype(dtype).itemsize
 
 
 def _tile_of_program(program, row_tile_count, column_tile_count, together):
@@ -161,9 +164,11 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
             right = _load(matrix_ref, group, at[:, None], columns[None, :], mask=_both(*masks))
         return tile_product(left, right, ROWS_BY_ROWS if transposed else ROWS_BY_COLUMNS, native=native)
 
-    def step(i, total, x_ref, w_ref):
+    def step(i, total):
         at = i * block_k + jnp.arange(block_k)
-        return total + tile(x_ref, w_ref, at, inner, inner % block_k == 0, source)
+        for x_ref, w_ref in zip(operands[::2], operands[1::2], strict=True):
+            total += tile(x_ref, w_ref, at, inner, inner % block_k == 0, source)
+        return total
 
     inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
 
@@ -176,9 +181,7 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
     @pl.when(real & (first < end))
     def _multiply():
         total = jnp.zeros((block_m, block_n), jnp.float32)
-        for pair in range(pairs):
-            of_pair = functools.partial(step, x_ref=operands[2 * pair], w_ref=operands[2 * pair + 1])
-            total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), of_pair, total)
+        total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), step, total)
         if rank:
             p_ref, q_ref = others[:2]
             total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank, there)
