@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.extend
@@ -283,6 +284,23 @@ def test_measured_blocks_of_the_device_are_preferred():
         found = attention_blocks.attention_blocks(64, jnp.bfloat16, 4096)
     assert found.dq == KernelBlocks(block_q=64, block_k=16, num_warps=2, num_stages=3)
     assert (found.forward, found.dkdv) == (by_rule.forward, by_rule.dkdv)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((1, 512, 32, 64), "pallas"),
+        ((4, 2048, 32, 64), "pallas"),
+        ((1, 4096, 32, 64), "cudnn"),
+        ((4, 2048, 9, 64), "cudnn"),
+        ((1, 512, 32, 128), "cudnn"),
+    ],
+)
+def test_a_gpu_takes_the_faster_of_two_where_both_can(monkeypatch, shape, expected):
+    module = importlib.import_module("pronghorn.pallas_kernels.flash_attention")
+    monkeypatch.setattr(module, "unsupported_reason", lambda *_, **__: None)
+    query = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assert module.default_implementation(query, segment_ids=None, softcap=None, sinks=None) == expected
 
 
 def test_forcing_cudnn_leaves_calls_it_cannot_make_with_their_default():
