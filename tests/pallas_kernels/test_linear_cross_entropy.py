@@ -325,7 +325,7 @@ def test_no_program_holds_the_logits_of_all_rows(implementation):
         assert values >= rows * vocab_size and temporary >= rows * vocab_size * 4
 
 
-@pytest.mark.parametrize(("on_gpu", "budget", "multiple"), [(True, 512 * 2**20, 128), (False, 32 * 2**20, 8)])
+@pytest.mark.parametrize(("on_gpu", "budget", "multiple"), [(True, 640 * 2**20, 128), (False, 32 * 2**20, 8)])
 def test_the_default_tile_stays_within_its_budget(monkeypatch, on_gpu, budget, multiple):
     monkeypatch.setattr(op.launch, "on_gpu", lambda: on_gpu)
     for vocab_size in (1003, 49152, 128256, 262144):
@@ -333,6 +333,15 @@ def test_the_default_tile_stays_within_its_budget(monkeypatch, on_gpu, budget, m
         assert rows % multiple == 0 and budget / 2 < rows * vocab_size * 4 <= budget
     assert default_tile_rows(67, 1003) == -(-67 // multiple) * multiple
     assert default_tile_rows(10**6, 128256, about=2560) == (2048 if on_gpu else 64)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "rows"), [(128256, 1024), (151936, 1024), (201088, 512), (262144, 512)]
+)
+def test_the_default_tiles_of_a_row_of_4096_are_full(monkeypatch, vocab_size, rows):
+    """Six tiles of 768 rows would multiply an eighth more."""
+    monkeypatch.setattr(op.launch, "on_gpu", lambda: True)
+    assert default_tile_rows(4096, vocab_size) == rows
 
 
 # ------------------------------------------------------------------------------------------------------ transformations

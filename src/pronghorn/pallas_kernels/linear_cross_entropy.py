@@ -37,10 +37,10 @@ from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.cross_entropy import check_labels, cross_entropy_reference
 from pronghorn.pallas_kernels.cross_entropy_kernels import LossOptions
 
-# The fp32 tile of logits: 1,024 rows of 128,256 columns on a GPU. A product of 1,024 rows already fills an H100, and a
-# smaller tile wastes less where the last one is partly empty. Where W learns, each tile also reads and writes the fp32
-# sum of dW, [V, d]: there a tile has about d rows, and is as large as that sum.
-TILE_BYTES_GPU = 512 * 2**20
+# The fp32 tile of logits: 1,024 rows of up to 163,840 columns on a GPU. A product of 1,024 rows already fills an H100.
+# Where W learns, each tile also reads and writes the fp32 sum of dW, [V, d]: there a tile has about d rows, and is as
+# large as that sum.
+TILE_BYTES_GPU = 640 * 2**20
 TILE_BYTES_CPU = 32 * 2**20
 FP16_GRADIENT_SCALE = 4096.0
 
@@ -97,8 +97,8 @@ def linear_cross_entropy(
       lora_a, lora_b: [r, d] and [V, r], both or neither; usually fp32, and then their gradients are fp32.
       lora_scale: s of the formula.
       label_smoothing, softcap, logit_scale: as in `cross_entropy`; the bias is inside the scale and the cap.
-      tile_rows: rows of logits held at a time; by default as many as keep the fp32 tile below 512 MiB on a GPU and
-        32 MiB on a CPU, and on a GPU about d where the weight gets a gradient. It changes the memory, not the loss.
+      tile_rows: rows of logits held at a time; by default about as many as keep the fp32 tile below 640 MiB on a GPU
+        and 32 MiB on a CPU, and on a GPU about d where the weight gets a gradient. It changes the memory, not the loss.
       implementation: "pallas", or "xla" for the same tiles in jnp.
 
     Returns:
@@ -142,13 +142,18 @@ def linear_token_losses(
 def default_tile_rows(rows: int, vocab_size: int, about: int = 1) -> int:
     """Rows a tile: the byte budget of the platform, in multiples of 128 (a GPU) or 8, and no more than there are.
 
+    What the last tile lacks is multiplied all the same: this is the largest size whose tiles together hold at most 2 %
+    more rows than those of any size past half of the budget.
+
     about: rows that a GPU's tile has even beyond the budget, down to the next power of two.
     """
     budget, multiple = (TILE_BYTES_GPU, 128) if launch.on_gpu() else (TILE_BYTES_CPU, 8)
     most = max(multiple, budget // (4 * vocab_size) // multiple * multiple)
     if launch.on_gpu():
         most = max(most, 1 << (about.bit_length() - 1))
-    return min(most, multiple * launch.cdiv(max(rows, 1), multiple))
+    most = min(most, multiple * launch.cdiv(max(rows, 1), multiple))
+    held = {tile: launch.cdiv(rows, tile) * tile for tile in range(most, most // 2, -multiple)}
+    return next(tile for tile, count in held.items() if count <= 1.02 * min(held.values()))
 
 
 def linear_cross_entropy_reference(

@@ -66,7 +66,8 @@ class TrainConfig:
         fits the device.
       mlp_tile_tokens: tokens of a micro-batch that feed-forward networks take at a time, with the same result; they are
         then computed again in the backward pass under every policy. None takes all at once.
-      head_tile_rows: tokens whose logits exist at a time; None takes as many as fit 512 MiB (32 MiB on a CPU) in fp32.
+      head_tile_rows: tokens whose logits exist at a time; None takes about as many as fit 640 MiB (32 MiB on a CPU) in
+        fp32.
       master_weights: in full fine-tuning of a 16-bit model, keep fp32 copies that the optimizer updates (adds 4
         bytes a parameter); adapters are always fp32.
       eval_every: evaluate on the held-out rows every so many steps, and at the end; None evaluates at the end only.
