@@ -37,6 +37,13 @@ BLOCK = {2: (128, 256, 64, 8, 4, 8), 4: (64, 64, 32, 4, 2, 8)}
 # Of two pairs, whose tiles are loaded beside each other: half as many summed elements take the same shared memory.
 OF_PAIRS = {2: (128, 256, 32, 8, 4, 8), 4: (64, 64, 16, 4, 2, 8)}
 PAIRS_NAME = "grouped_by_columns_of_pairs"
+# Where one side is a rank: a program reads much and multiplies little, and several of them wait for memory at a time.
+NARROW_SIDE = 64
+NARROW = {
+    "grouped_by_rows": (64, 64, 128, 4, 3, 8),
+    "grouped_by_columns": (64, 64, 128, 4, 3, 8),
+    "grouped_over_rows": (256, 256, 64, 4, 2, 1024),
+}
 # Over rows all tiles of A go by first: those of B, the wider operand of a weight's gradient, stay in the cache.
 OVER_ROWS_TOGETHER = 1024
 
@@ -84,9 +91,11 @@ def blocks(op: str, dtype, rows: int, columns: int, inner: int, *, pairs: int = 
     usual = BLOCK[width]
     if op == "grouped_over_rows":
         usual = (*usual[:5], OVER_ROWS_TOGETHER)
+    narrow = columns if op != "grouped_over_rows" else min(rows, columns)
     if pairs > 1:
         op, usual = PAIRS_NAME, OF_PAIRS[width]
-    most = Blocks(*(tuned.choice(op, dtype, columns) or usual))
+    with_rank = pairs == 1 and width == 2 and narrow <= NARROW_SIDE
+    most = Blocks(*(NARROW[op] if with_rank else tuned.choice(op, dtype, columns) or usual))
     m, n, k = (
         min(block, max(16, launch.next_power_of_2(size)))
         for block, size in zip(most[:3], (rows, columns, inner), strict=True)
