@@ -353,6 +353,10 @@ def _holds_flat(state: Any) -> bool:
     return any(map(is_flat, jax.tree.leaves(state, is_leaf=is_flat)))
 
 
+# What XLA puts into graphs of launches by default.
+GRAPH_COMMANDS = ("FUSION", "CUBLAS", "CUBLASLT", "CUSTOM_CALL", "CUDNN", "DYNAMIC_SLICE_FUSION")
+
+
 def _compiler_options(
     deterministic: bool, memory_policy: str = "keep", *, flat: bool = False
 ) -> dict[str, str | bool] | None:
@@ -372,6 +376,10 @@ def _compiler_options(
         # that XLA tries cuBLAS's algorithms for; sliced first, in few passes over 5 MB, all are. Where layers are
         # stacked the slices are of weights, and nothing is flat.
         options["xla_gpu_enable_dynamic_slice_fusion"] = False
+        if not memory_policy.startswith("offload"):
+            # The head's loop over tiles, and the choice in front of it, as parts of one graph of launches: the host
+            # would wait for the device, to read which it is, and start a graph a tile (0.2 to 0.4 ms a step).
+            options["xla_gpu_enable_command_buffer"] = ",".join((*GRAPH_COMMANDS, "CONDITIONAL", "WHILE"))
     if memory_policy.startswith("offload"):
         # By default two transfers are on their way at a time, and the device waits for one before it starts a third.
         options["xla_gpu_experimental_parallel_async_compute_limit"] = "16"
