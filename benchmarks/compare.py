@@ -75,7 +75,7 @@ SUITES: dict[str, list[tuple[str, list[str]]]] = {
         peer(UNSLOTH, BIG, 1, 4096, "--data", PACKED),
         peer(LIGER, BIG, 1, 4096, "--data", PACKED),
     ],
-    SMALL: [*kept(SMALL, 2, 512)[:2], *kept(SMALL, 1, 512)[:2], *kept(SMALL, 4, 2048)[:2]],
+    SMALL: [*kept(SMALL, 4, 2048)[:2], *kept(SMALL, 1, 512)[:2], *kept(SMALL, 2, 512)[:2]],
     GEMMA: kept(GEMMA, 1, 4096)[:2],
     # Nothing recomputed it takes 46 GiB, with adapters of 128 experts a layer.
     SPARSE: [
