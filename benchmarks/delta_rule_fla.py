@@ -1,6 +1,6 @@
 """The gated delta rule beside flash-linear-attention's Triton kernels, forward and backward: one process, one GPU.
 
-Sizes are those of a layer of Qwen3.5 9B, the cases of `kernel_cases.delta_rules`, and every implementation gets the
+Sizes are those of a layer of Qwen3.5 9B, the cases of `mixture_cases.delta_rules`, and every implementation gets the
 same numbers. flash-linear-attention takes 16 heads of q and k for 32 of v as they are; it is timed as it is called, and
 in a CUDA graph, which no host can slow down: its row has the faster. Largest errors of each are against our fp32
 oracle, as shares of its largest value. fla's other backends (tilelang, FlashQLA) compile with nvcc: not measured.
@@ -24,8 +24,9 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import common
 import jax
 import jax.numpy as jnp
-import kernel_cases
+import kernel_case
 import kernels
+import mixture_cases
 import numpy as np
 
 NAMES = ("out", "dq", "dk", "dv", "dg", "dbeta")
@@ -48,7 +49,7 @@ def as_numpy(x: Any) -> np.ndarray:
     return np.asarray(x.astype(jnp.float32)) if isinstance(x, jax.Array) else x.detach().float().cpu().numpy()
 
 
-def compile_outputs(case: kernel_cases.Case) -> Any:
+def compile_outputs(case: kernel_case.Case) -> Any:
     """Compiled, of (cotangent, *arguments): what a case gives and its gradients, in the order of NAMES."""
 
     def both(cotangent, *arguments):
@@ -127,7 +128,7 @@ def fla_rows(arguments: tuple[jax.Array, ...], cotangent: jax.Array) -> Iterator
             yield direction, row
 
 
-def measured(case: kernel_cases.Case, row: dict[str, Any], ceiling: float) -> dict[str, Any]:
+def measured(case: kernel_case.Case, row: dict[str, Any], ceiling: float) -> dict[str, Any]:
     """The row, complete, and printed."""
     if "milliseconds" in row:
         row["rate"] = case.work / row["milliseconds"] / 1e9
@@ -144,8 +145,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a regular expression of cases")
     options = parser.parse_args()
     ceiling = kernels.ceilings()
-    by_arguments: dict[Any, list[kernel_cases.Case]] = {}
-    for case in kernel_cases.delta_rules():
+    by_arguments: dict[Any, list[kernel_case.Case]] = {}
+    for case in mixture_cases.delta_rules():
         if re.search(options.only, case.name):
             by_arguments.setdefault(case.arguments, []).append(case)
     # Side by side, and before anything is timed.
@@ -158,7 +159,7 @@ def main() -> int:
     for make, cases in by_arguments.items():
         arguments = jax.jit(make)()
         # A gradient of noise: of ones, most of what the gradients sum up would cancel or be far too regular.
-        cotangent = kernel_cases.normal(9, arguments[2].shape)
+        cotangent = kernel_case.normal(9, arguments[2].shape)
         outputs = {
             c.implementation: [as_numpy(x) for x in both[id(c)](cotangent, *arguments)]
             for c in cases

@@ -2,26 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import mixture_cases
 import numpy as np
+from kernel_case import BF16, Case, normal, tokamax_has
 
-from pronghorn.models.experts import order_by_expert, rows_by_expert, weighted_sum
 from pronghorn.pallas_kernels import shapes
 from pronghorn.pallas_kernels.attention_blocks import attention_blocks
 from pronghorn.pallas_kernels.autotune_lowrank import backward_and_g, lowrank_gated_inputs
-from pronghorn.pallas_kernels.convolved_heads import convolved_heads
 from pronghorn.pallas_kernels.cross_entropy import cross_entropy
 from pronghorn.pallas_kernels.flash_attention import flash_attention
 from pronghorn.pallas_kernels.gated_activation import (
     gated_activation,
     gated_activation_backward,
 )
-from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
-from pronghorn.pallas_kernels.grouped_linear import grouped_linear
 from pronghorn.pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pronghorn.pallas_kernels.lowrank_gated_activation import (
     lowrank_gated_backward,
@@ -33,41 +30,7 @@ from pronghorn.pallas_kernels.nf4_product import nf4_product
 from pronghorn.pallas_kernels.rms_norm import rms_norm
 from pronghorn.pallas_kernels.rope import apply_rope
 
-BF16 = jnp.bfloat16
 EPS = 1e-6
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One measurement.
-
-    Attributes:
-      function: of the arguments; differentiated in the first `wrt` of them where `gradient`.
-      work: FLOPs or bytes that the op needs, by `unit` ("TFLOP/s" or "TB/s").
-      extra: more fields for its row.
-    """
-
-    op: str
-    name: str
-    direction: str
-    implementation: str
-    function: Callable[..., Any]
-    arguments: Callable[[], tuple[Any, ...]]
-    work: float
-    unit: str
-    gradient: bool = False
-    wrt: int = 0
-    extra: tuple[tuple[str, Any], ...] = ()
-
-    def row(self) -> dict[str, Any]:
-        return {
-            "op": self.op,
-            "case": self.name,
-            "direction": self.direction,
-            "implementation": self.implementation,
-            "unit": self.unit,
-            **dict(self.extra),
-        }
 
 
 def cases() -> Iterator[Case]:
@@ -79,22 +42,7 @@ def cases() -> Iterator[Case]:
     yield from ropes()
     yield from heads()
     yield from nf4()
-    yield from convolutions()
-    yield from delta_rules()
-    yield from grouped_linears()
-    yield from routings()
-
-
-def normal(seed: int, shape, dtype=BF16, factor: float = 1.0) -> jax.Array:
-    return (factor * jax.random.normal(jax.random.key(seed), shape, jnp.float32)).astype(dtype)
-
-
-def tokamax_has(name: str) -> bool:
-    try:
-        import tokamax
-    except ImportError:  # not installed, or without what it imports itself
-        return False
-    return hasattr(tokamax, name)
+    yield from mixture_cases.layer_cases()
 
 
 # ---- attention ----
@@ -343,100 +291,6 @@ def ropes() -> Iterator[Case]:
                     direction, implementation, function, arguments, size, "TB/s",
                     gradient=direction == "backward", wrt=2,
                 )  # fmt: skip
-
-
-def delta_rules() -> Iterator[Case]:
-    """Qwen3.5-9B's layers. Work is that of the recurrence, which reads, corrects and reads a state a token and head."""
-    seq, heads, value_heads, dim = 4096, 16, 32, 128
-    for batch in (1, 2):
-
-        def arguments(batch=batch):
-            q, k = (normal(i, (batch, seq, heads, dim), jnp.float32) for i in range(2))
-            q, k = ((x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(BF16) for x in (q, k))
-            g, beta = (jax.nn.sigmoid(normal(i, (batch, seq, value_heads), jnp.float32)) for i in (3, 4))
-            return q, k, normal(2, (batch, seq, value_heads, dim)), -g, beta
-
-        work = 6.0 * batch * seq * value_heads * dim * dim
-        for implementation in ("pallas", "xla"):
-            function = functools.partial(gated_delta_rule, implementation=implementation)
-            for direction, times in (("forward", 1), ("backward", 2)):
-                yield Case(
-                    "gated_delta_rule", f"{batch} x {seq} tokens, {heads}/{value_heads} heads, D{dim}", direction,
-                    implementation, function, arguments, times * work, "TFLOP/s", gradient=direction == "backward",
-                    wrt=5,
-                )  # fmt: skip
-
-
-def convolutions() -> Iterator[Case]:
-    """What stands in front of Qwen3.5-9B's delta rule. Forward reads and writes its features once; backward reads them
-    and the gradient, writes and reads the sums' gradient, and writes their own."""
-    batch, seq, heads, value_heads, dim, width = 1, 4096, 16, 32, 128, 4
-    features = (2 * heads + value_heads) * dim
-
-    def arguments():
-        return normal(0, (batch, seq, features)), normal(1, (features, width), factor=0.5)
-
-    for implementation in ("pallas", "xla"):
-        function = functools.partial(
-            convolved_heads, key_heads=heads, dim=dim, eps=1e-6, implementation=implementation
-        )
-        for direction, passes in (("forward", 2), ("backward", 5)):
-            yield Case(
-                "convolved_heads", f"{batch} x {seq} tokens, {heads}/{value_heads} heads, D{dim}", direction,
-                implementation, function, arguments, passes * 2 * batch * seq * features, "TB/s",
-                gradient=direction == "backward", wrt=1,
-            )  # fmt: skip
-
-
-def grouped_linears() -> Iterator[Case]:
-    """Mixtral's first product and one of a Qwen 3 30B-A3B: rows, experts, in, out. Experts get unequal shares."""
-    for shape in shapes.TUNED_GROUPED:
-        rows, experts, inputs, outputs = shape[1:]
-
-        def arguments(shape=shape):
-            weight = normal(1, (shape.groups, shape.outputs, shape.inputs), factor=0.02)
-            return normal(0, (shape.rows, shape.inputs)), weight, jnp.asarray(shape.sizes)
-
-        work = 2.0 * rows * inputs * outputs
-        for implementation in ("pallas", "xla"):
-            function = functools.partial(grouped_linear, implementation=implementation)
-            # Backward by the rows alone where the experts are frozen, by their weights too where they are trained.
-            for direction, wrt, times in (("forward", 0, 1), ("backward, frozen", 1, 1), ("backward", 2, 2)):
-                yield Case(
-                    "grouped_linear", f"{rows} rows x [{experts}, {outputs}, {inputs}]", direction, implementation,
-                    function, arguments, times * work, "TFLOP/s", gradient=wrt > 0, wrt=wrt,
-                )  # fmt: skip
-
-
-def routings() -> Iterator[Case]:
-    """Rows to their experts and back to their tokens, in a Qwen 3 30B-A3B: each row moved once, each token once."""
-    tokens, choices, experts, hidden = 4096, 8, 128, 2048
-
-    def order():
-        chosen = jax.lax.top_k(normal(0, (tokens, experts), jnp.float32), choices)[1].astype(jnp.int32)
-        return order_by_expert(chosen, experts)
-
-    def tokens_and_order():
-        return normal(1, (tokens, hidden)), order()
-
-    def rows_and_order():
-        weights = jnp.full((tokens, choices), 1 / choices, jnp.float32)
-        return normal(2, (tokens * choices, hidden)), weights, order()
-
-    moved = 2.0 * (tokens * choices + tokens) * hidden
-    # Differentiated by what the op reads and nothing else: zeros for another array would be written, and timed.
-    for op, function, arguments, wrt, times_backward in (
-        ("rows_by_expert", rows_by_expert, tokens_and_order, 1, 1.0),
-        ("sum of choices", lambda y, order: order.tokens().sum(y), lambda: rows_and_order()[::2], 1, None),
-        ("weighted_sum", weighted_sum, rows_and_order, 2, 1.5),
-    ):
-        for direction, times in (("forward", 1.0), ("backward", times_backward)):
-            if times is None:  # part of an op whose gradient is its own
-                continue
-            yield Case(
-                op, f"{tokens} tokens, {choices} of {experts} experts, d {hidden}", direction, "xla", function,
-                arguments, times * moved, "TB/s", gradient=direction == "backward", wrt=wrt,
-            )  # fmt: skip
 
 
 def nf4() -> Iterator[Case]:

@@ -20,7 +20,7 @@ import common
 import jax
 import jax.numpy as jnp
 import kernel_cases
-from kernel_cases import Case
+from kernel_case import Case
 
 
 def compile_case(case: Case) -> tuple[Any, Any]:

@@ -31,6 +31,7 @@ from typing import Any
 
 import common
 import jax
+import kernel_case
 import kernel_cases
 
 from pronghorn.pallas_kernels import autotune_jobs, launch, tuned
@@ -175,7 +176,7 @@ def kernels(candidates: bool, only: str) -> Iterator[tuple[str, Callable[..., An
             yield name, _with_gradient(case), jax.eval_shape(case.arguments), contextlib.nullcontext()
 
 
-def _with_gradient(case: kernel_cases.Case) -> Callable[..., Any]:
+def _with_gradient(case: kernel_case.Case) -> Callable[..., Any]:
     if not case.gradient:
         return case.function
 
