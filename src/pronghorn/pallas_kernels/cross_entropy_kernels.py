@@ -30,6 +30,7 @@ from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch, tuned
+from pronghorn.pallas_kernels.tile_operations import over_tiles
 
 NUM_STAGES = 2
 
@@ -154,7 +155,7 @@ def _mask(columns: jax.Array, vocab_size: int, block: int) -> jax.Array | None:
 
 def _over_blocks(logits_ref, indices: range, tile: RowTile, work, carry, policy: str | None = None):
     """work(index, logits of the block, carry) -> carry, over the blocks `indices` of the row in that order."""
-    count, block = len(indices), tile.columns
+    block = tile.columns
 
     def load(turn):
         columns = _columns(indices.start + indices.step * turn, block)
@@ -163,17 +164,10 @@ def _over_blocks(logits_ref, indices: range, tile: RowTile, work, carry, policy:
         other: dict[str, Any] = {} if mask is None else {"mask": mask, "other": 0.0}
         return triton.load(logits_ref.at[columns], eviction_policy=policy, **other)
 
-    def plain(turn, carry):
-        return work(indices.start + indices.step * turn, load(turn), carry)
+    def step(turn, logits, carry):
+        return work(indices.start + indices.step * turn, logits, carry)
 
-    def with_next(turn, carry):
-        carry, logits = carry
-        following = load(jnp.minimum(turn + 1, count - 1))
-        return work(indices.start + indices.step * turn, logits, carry), following
-
-    if not tile.ahead or not count:
-        return lax.fori_loop(0, count, plain, carry)
-    return lax.fori_loop(0, count, with_next, (carry, load(0)))[0]
+    return over_tiles(len(indices), load, step, carry, tile.ahead)
 
 
 def _statistics(

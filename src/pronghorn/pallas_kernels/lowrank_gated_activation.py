@@ -42,6 +42,7 @@ from pronghorn.pallas_kernels.tile_operations import (
     COLUMNS_BY_COLUMNS,
     ROWS_BY_COLUMNS,
     ROWS_BY_ROWS,
+    over_tiles,
     tile_product,
 )
 
@@ -406,22 +407,9 @@ def _forward_and_rank_kernel(
         return total + tile_product(h, _load(a_ref, down_ranks, columns), ROWS_BY_ROWS, native=native)
 
     start = jnp.zeros((block[0], down_ranks.size), jnp.float32)
-    total = _over_tiles(launch.cdiv(width, block[1]) // runs, load, one_tile, start, ahead)
+    total = over_tiles(launch.cdiv(width, block[1]) // runs, load, one_tile, start, ahead)
     at = sums_ref.at[_place(run * num_rows + rows, down_ranks)]
     triton.store(at, total, mask=_mask((num_rows, sums_ref.shape[1]), rows, down_ranks))
-
-
-def _over_tiles(rounds, load, work, start, ahead):
-    """work(index, load(index), sums) -> sums, one after the other; `ahead` loads a tile while another is worked on."""
-    if not ahead:
-        return lax.fori_loop(0, rounds, lambda index, sums: work(index, load(index), sums), start)
-
-    def one(index, carry):
-        sums, tiles = carry
-        following = load(jnp.minimum(index + 1, rounds - 1))
-        return work(index, tiles, sums), following
-
-    return lax.fori_loop(0, rounds, one, (start, load(0)))[0]
 
 
 def _backward_kernel(*refs, names, activation, block, rounds, ahead, tall, native):
@@ -499,7 +487,7 @@ def _backward_kernel(*refs, names, activation, block, rounds, ahead, tall, nativ
     }
     # A maximum for each place of a tile: over the tile it is taken once, at the end, and no warp waits for the others.
     start |= {name: jnp.zeros(block[::-1] if tall else block, jnp.float32) for name in magnitudes}
-    sums = _over_tiles(rounds, load, one_block, start, ahead)
+    sums = over_tiles(rounds, load, one_block, start, ahead)
     for name in magnitudes:
         ref[name][run, strip] = jnp.max(sums[name])
     for name, side in sides.items():

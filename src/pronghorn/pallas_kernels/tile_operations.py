@@ -1,4 +1,4 @@
-"""What kernels do to tiles that Pallas has no word for: exact products of fp32, and instructions of the hardware."""
+"""What kernels do to tiles that Pallas has no word for: exact products of fp32, tiles ahead, a GPU's instructions."""
 
 import jax
 import jax.numpy as jnp
@@ -38,3 +38,16 @@ def ptx(code: str, *arguments: jax.Array) -> jax.Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(arguments[0].shape, jnp.float32)],
     )
     return result
+
+
+def over_tiles(rounds: int, load, work, start, ahead: bool | int):
+    """work(index, load(index), sums) -> sums, one after the other; `ahead` loads a tile while another is worked on."""
+    if not ahead or not rounds:
+        return lax.fori_loop(0, rounds, lambda index, sums: work(index, load(index), sums), start)
+
+    def one(index, carry):
+        sums, tiles = carry
+        following = load(jnp.minimum(index + 1, rounds - 1))
+        return work(index, tiles, sums), following
+
+    return lax.fori_loop(0, rounds, one, (start, load(0)))[0]
