@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels.fp8_quantize import ELEMENTS, fp8_quantize, round_to_fp8
+from pronghorn.pallas_kernels.fp8_quantize import fp8_quantize
 from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import normal
 
@@ -12,7 +12,7 @@ from tests.pallas_kernels.comparison import normal
 def assert_equal(actual, expected):
     for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
-        assert np.array_equal(*(np.atleast_1d(a).view(np.uint8) for a in (one, other)))
+        assert np.array_equal(*(np.asarray(a).view(np.uint8) for a in (one, other)))
 
 
 def both(x, scales):
@@ -30,48 +30,6 @@ def test_a_row_that_is_not_finite_is_not_hidden_and_harms_no_other():
     for codes, scales in both(x, "row"):
         assert np.isnan(scales).tolist() == [False, True, False]
         assert np.array_equal(codes[0].astype(jnp.float32) * scales[0], np.ones(20))
-
-
-def rounded_by_both(x, largest, format="e4m3"):
-    return [
-        jax.jit(lambda x, i=i: round_to_fp8(x, format, largest, implementation=i))(x)
-        for i in ("pallas", "xla")
-    ]
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shape", [(1,), (2, 3, 70), (ELEMENTS + 7,)], ids=str)
-def test_rounding_with_a_known_scale_equals_its_oracle_to_the_bit(shape, dtype):
-    x = normal(0, shape, dtype)
-    assert_equal(*rounded_by_both(x, None))
-    assert_equal(*rounded_by_both(x, jnp.float32(1000.0)))
-
-
-def test_with_a_known_scale_what_is_not_finite_is_not_hidden():
-    x = jnp.ones((3, 20)).at[0, 1].set(jnp.nan).at[1, 4].set(jnp.inf).at[2, 0].set(-jnp.inf)
-    for codes, _ in rounded_by_both(x, jnp.float32(1.0)):
-        found = np.isnan(codes.astype(jnp.float32))
-        assert np.array_equal(found, ~np.isfinite(x))
-
-
-def test_nothing_is_rounded_to_nothing_and_e5m2_is_left_to_xla():
-    assert round_to_fp8(jnp.zeros((0, 4)), implementation="pallas")[0].shape == (0, 4)
-    assert_equal(*rounded_by_both(normal(0, (40,)), None, "e5m2"))
-
-
-def test_rounding_lowers_for_an_h100():
-    x = jnp.ones((300, 4096), jnp.bfloat16)
-    assert "round_to_fp8" in lower_for_h100(lambda x: round_to_fp8(x, implementation="pallas"), x)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shape", [(4096, 14336), (77, 1001)], ids=str)
-def test_rounding_equals_its_oracle_on_a_gpu(shape, dtype):
-    x = normal(0, shape, dtype)
-    x = x.at[0, 5].set(jnp.nan).at[1, 7].set(jnp.inf)
-    (codes, _), (expected, _) = rounded_by_both(x, jnp.float32(6.0))
-    assert np.array_equal(*(np.asarray(a.astype(jnp.float32)) for a in (codes, expected)), equal_nan=True)
 
 
 @pytest.mark.parametrize("scales", ["row", "block"])

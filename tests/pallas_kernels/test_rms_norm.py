@@ -10,14 +10,7 @@ import pytest
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import shapes
-from pronghorn.pallas_kernels.fp8_quantize import round_to_fp8
-from pronghorn.pallas_kernels.rms_norm import (
-    largest_normalized,
-    rms_norm,
-    rms_norm_forward,
-    rms_norm_reference,
-    rms_norm_rounded,
-)
+from pronghorn.pallas_kernels.rms_norm import largest_normalized, rms_norm, rms_norm_reference
 from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import (
     DTYPES,
@@ -147,46 +140,6 @@ def test_no_row_exceeds_its_bound():
     largest = largest_normalized(weight, 0.5)
     assert jnp.max(jnp.abs(oracle(x, weight, weight_offset=0.5))) <= largest * (1 + 1e-6)
     assert largest < 1.001 * jnp.max(jnp.abs(oracle(jnp.eye(64) * 1e4, weight, weight_offset=0.5)))
-
-
-def assert_rounded_in_the_same_pass_as_in_another(shape, dtype):
-    (x, weight), _ = arguments(shape, dtype)
-    options = {"eps": EPS, "weight_offset": 0.5, "with_kernel": True}
-    y, inverse_rms, (codes, scale) = jax.jit(functools.partial(rms_norm_rounded, **options))(x, weight)
-    alone = jax.jit(functools.partial(rms_norm_forward, **options))(x, weight)
-    assert_close(y, alone[0], dtype=dtype, what="y")
-    assert_close(inverse_rms, alone[1], what="r")
-    expected = round_to_fp8(y, "e4m3", largest_normalized(weight, 0.5), implementation="xla")
-    for found, other in zip((codes, scale), expected, strict=True):
-        assert found.shape == other.shape and found.dtype == other.dtype
-        np.testing.assert_array_equal(*(np.asarray(a.astype(jnp.float32)) for a in (found, other)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", shapes.SMALL_RMS_NORM[:2], ids=lambda s: s.name)
-def test_codes_of_the_same_pass_equal_those_of_another(shape, dtype):
-    assert_rounded_in_the_same_pass_as_in_another(shape, dtype)
-
-
-def test_codes_without_a_kernel_are_those_of_the_oracle():
-    (x, weight), _ = arguments(shapes.SMALL_RMS_NORM[1], "bfloat16")
-    options = {"eps": EPS, "weight_offset": 0.0}
-    y, _, rounded = rms_norm_rounded(x, weight, with_kernel=False, **options)
-    expected = round_to_fp8(y, "e4m3", largest_normalized(weight, 0.0))
-    np.testing.assert_array_equal(*(np.asarray(a.astype(jnp.float32)) for a in (rounded.codes, expected[0])))
-
-
-def test_codes_lower_for_an_h100():
-    x, weight = (jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in ((4096, 4096), (4096,)))
-    call = functools.partial(rms_norm_rounded, eps=EPS, weight_offset=0.0, with_kernel=True)
-    assert "rms_norm_forward" in lower_for_h100(call, x, weight)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [shapes.LARGE_RMS_NORM[0], shapes.RowShape("", 1025, 576)], ids=str)
-def test_codes_of_the_same_pass_equal_those_of_another_on_a_gpu(shape, dtype):
-    assert_rounded_in_the_same_pass_as_in_another(shape, dtype)
 
 
 @pytest.mark.gpu

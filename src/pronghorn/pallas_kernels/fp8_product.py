@@ -9,8 +9,7 @@ one for the tensor or one a row: W = s Wq. With k(Z) the smallest power of two f
 One scale, of X, dY or W, cuBLAS takes itself, and adds a further product or a residual stream while it writes. A scale
 for each row of X costs a pass over Y instead, with that addition in it. It is what X gets that can hold anything:
 single tokens of a language model are a thousand times the others where `down` reads them, and would leave those two
-bits. A normalised X needs no more than one, from a bound that is known before X is: `rms_norm_rounded` writes X and its
-codes in one pass, and `rounded_times_transposed` reads these.
+bits. A normalised X needs no more than one, from a bound (`rms_norm.largest_normalized`) that spares a pass over X.
 Either way no token of a batch changes how another is rounded. dY has one scale, from its largest magnitude. With one
 scale a row of W, s multiplies the columns of Y in the same pass, and goes into dY before that is rounded.
 
@@ -32,7 +31,7 @@ import jax.numpy as jnp
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.fp8_quantize import Format, Rounded, fp8_quantize, round_to_fp8
+from pronghorn.pallas_kernels.fp8_quantize import Format, fp8_quantize, round_to_fp8
 from pronghorn.pallas_kernels.fp8_transpose import fp8_transpose
 
 
@@ -69,20 +68,6 @@ def fp8_times_transposed(
     _check_format(gradient_format)
     fast = launch.resolve(implementation) == "pallas"
     return _times_transposed(x, codes, scales, largest, gradient_format, jnp.dtype(dtype or x.dtype), fast)
-
-
-def rounded_times_transposed(
-    x: Rounded,
-    codes: jax.Array,
-    scales: jax.Array,
-    *,
-    dtype: Any,
-    implementation: launch.Implementation | None = None,
-) -> jax.Array:
-    """x Wᵀ of an x that is rounded already, [..., out]; without a gradient, and else as `fp8_times_transposed`."""
-    _check("rounded_times_transposed", x.codes.shape[-1], codes, scales, 1)
-    fast = launch.resolve(implementation) == "pallas"
-    return _product(x.codes, codes, 1, x.scale * scales, jnp.dtype(dtype), fast)
 
 
 def fp8_times(
@@ -128,11 +113,10 @@ def _check_format(format: str | None) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _times_transposed(x, codes, scales, largest, gradient_format, dtype, fast):
-    implementation: launch.Implementation = "pallas" if fast else "xla"
     if largest is not None:
-        rounded, scale = round_to_fp8(x, "e4m3", largest, implementation=implementation)
+        rounded, scale = round_to_fp8(x, "e4m3", largest)
         return _product(rounded, codes, 1, scale * scales, dtype, fast)
-    rounded, of_rows = fp8_quantize(x, "row", implementation=implementation)
+    rounded, of_rows = fp8_quantize(x, "row", implementation="pallas" if fast else "xla")
     return _product(rounded, codes, 1, scales, dtype, fast, of_rows[..., None])
 
 
@@ -154,11 +138,9 @@ def _times(y, codes, scales, largest, format, dtype, fast):
         weight = dequantize(codes, scales, y.dtype)
         dims = (((y.ndim - 1,), (0,)), ((), ()))
         return jax.lax.dot_general(y, weight, dims, preferred_element_type=dtype)
-    implementation: launch.Implementation = "pallas" if fast else "xla"
     if scales.ndim:
         y, scales, largest = y.astype(jnp.float32) * scales, jnp.float32(1), None
-        implementation = "xla"  # which multiplies again rather than write the product
-    rounded, scale = round_to_fp8(y, format, largest, implementation=implementation)
+    rounded, scale = round_to_fp8(y, format, largest)
     return _product(rounded, codes, 0, scale * scales, dtype, fast)
 
 

@@ -5,8 +5,7 @@
 the maximum over the row, the block, or all. Dividing by a power of two changes no mantissa: a value is rounded the same
 way whatever else shares its scale, down to 2^-14 of the largest that does. A kernel finds the scales of rows and blocks
 and rounds in one pass, what it reads staying in registers, where XLA reads twice. One scale a tensor leaves no other
-way, unless the largest magnitude is known; XLA finds that, and a kernel rounds: more bytes of a row are under way in it
-than in a fusion of XLA. There is no gradient.
+way, so that one is XLA's, unless the largest magnitude is known. There is no gradient.
 """
 
 import functools
@@ -32,20 +31,10 @@ class _Format(NamedTuple):
 
 FORMATS = {"e4m3": _Format(jnp.float8_e4m3fn, 8), "e5m2": _Format(jnp.float8_e5m2, 15)}
 
-
-class Rounded(NamedTuple):
-    """An array as `round_to_fp8` gives it: e4m3 codes in its shape, and the scale, fp32 []."""
-
-    codes: Any
-    scale: Any
-
-
 BLOCK = 128
 # Elements of a program that takes whole rows; a row that has more goes to the oracle.
 ROW_ELEMENTS = 8192
 MOST_COLUMNS = 32768
-# Elements of a program that rounds with a scale that is known.
-ELEMENTS = 8192
 
 
 def power_of_two_scale(largest: Any, format: Format) -> tuple[Any, Any]:
@@ -65,35 +54,16 @@ def power_of_two_scale(largest: Any, format: Format) -> tuple[Any, Any]:
 
 
 def round_to_fp8(
-    x: jax.Array,
-    format: Format = "e4m3",
-    largest: jax.Array | None = None,
-    *,
-    implementation: launch.Implementation | None = None,
+    x: jax.Array, format: Format = "e4m3", largest: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(codes, scale): x = scale codes but for rounding, the scale the smallest power of two for which they fit.
 
     A value that is not finite makes the scale NaN, or, where max|x| is given as `largest`, its code.
-
-    Args:
-      x: an array of any shape; bf16, fp16 or fp32.
-      largest: max|x|, or a bound of it, fp32 [].
-      implementation: "pallas" or "xla" (the oracle); None takes the kernel on a GPU. e5m2 is XLA's.
     """
     if largest is None:
         largest = jnp.max(jnp.abs(x), initial=0).astype(jnp.float32)
     scale, inverse = power_of_two_scale(largest, format)
-    if launch.resolve(implementation) == "xla" or format != "e4m3" or not x.size:
-        return (x.astype(jnp.float32) * inverse).astype(FORMATS[format].dtype), scale
-    block = min(ELEMENTS, launch.next_power_of_2(x.size))
-    codes = launch.pallas_call(
-        functools.partial(_rounding_kernel, block=block),
-        name="round_to_fp8",
-        grid=(launch.cdiv(x.size, block),),
-        out_shape=jax.ShapeDtypeStruct((x.size,), FORMATS[format].dtype),
-        num_warps=launch.warps_for(block),
-    )(x.reshape(-1), inverse.reshape(1))
-    return codes.reshape(x.shape), scale
+    return (x.astype(jnp.float32) * inverse).astype(FORMATS[format].dtype), scale
 
 
 def fp8_quantize(
@@ -142,19 +112,6 @@ def fp8_quantize_reference(x: jax.Array, scales: Literal["row", "block"]) -> tup
 def spread(scales: Any, shape: tuple[int, ...]) -> Any:
     """Scales of blocks, one for each element of a matrix of this shape."""
     return scales.repeat(BLOCK, axis=0)[: shape[0]].repeat(BLOCK, axis=1)[:, : shape[1]]
-
-
-def _rounding_kernel(x_ref, inverse_ref, codes_ref, *, block):
-    index = pl.program_id(0) * block + jnp.arange(block)
-    mask = None if x_ref.size % block == 0 else index < x_ref.size
-    x = triton.load(x_ref.at[index], mask=mask)
-    triton.store(codes_ref.at[index], e4m3_in_kernel(x, inverse_ref[0]), mask=mask)
-
-
-def e4m3_in_kernel(x, inverse):
-    """Codes of a tile. The instruction would make an infinity the largest number."""
-    scaled = x.astype(jnp.float32) * inverse
-    return jnp.where(jnp.abs(scaled) < jnp.inf, scaled, jnp.nan).astype(FORMATS["e4m3"].dtype)
 
 
 def _kernel(x_ref, codes_ref, scales_ref, *, block, of_rows):

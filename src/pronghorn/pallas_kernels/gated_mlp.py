@@ -50,13 +50,13 @@ from pronghorn.pallas_kernels.norm_linears import (
     NormOptions,
     Wanted,
     backward_to_norm,
+    bound_of_norm,
     check_norm,
     drops,
-    norm_for,
     one_linear,
     save_norm,
 )
-from pronghorn.pallas_kernels.rms_norm import rms_norm
+from pronghorn.pallas_kernels.rms_norm import rms_norm, rms_norm_forward
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
     apply_linears,
@@ -188,10 +188,13 @@ class _Forward(NamedTuple):
 
 def _compute(x, norm_weight, linears, options) -> _Forward:
     norm = options.norm
-    n, inverse_rms, rounded = norm_for(x, norm_weight, linears[:2], norm)
+    n, inverse_rms = rms_norm_forward(
+        x, norm_weight, eps=norm.eps, weight_offset=norm.weight_offset, with_kernel=norm.with_kernel
+    )
     finished = _finished_by_kernels(linears, norm.with_kernel)
     layers = _without_adapters(linears[:2]) if finished else linears[:2]
-    (gate, up), t = apply_linears(n, layers, norm.scales, rounded=rounded)
+    largest = bound_of_norm(norm_weight, layers, norm)
+    (gate, up), t = apply_linears(n, layers, norm.scales, largest=largest)
     gate = checkpoint_name(gate, "gated_activation_gate")
     up = checkpoint_name(up, "gated_activation_up")
     factors = None

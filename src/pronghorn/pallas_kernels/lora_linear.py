@@ -41,9 +41,9 @@ RANK_NAME = "lora_linear_rank"
 class QuantizedWeight(Protocol):
     """A frozen weight kept in fewer bits: a registered pytree with a shape.
 
-    One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype, rounded)`, x Wᵀ, and
-    `times(y, dtype, largest)`, y W, besides, and says whether x is rounded by `rounds_activations`; see `project` and
-    `project_back`. One that need not for a few rows (NF4) has `product(x, dtype)`, x Wᵀ.
+    One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype, largest)`, x Wᵀ, and
+    `times(y, dtype, largest)`, y W, besides; `largest` is as in `project`. One that need not for a few rows (NF4) has
+    `product(x, dtype)`, x Wᵀ.
     """
 
     @property
@@ -190,17 +190,14 @@ def rounds_operands(weight: Any) -> bool:
 
 
 def project(
-    x: jax.Array,
-    weight: jax.Array | QuantizedWeight,
-    dtype: Any,
-    rounded: Any = None,
+    x: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any, largest: jax.Array | None = None
 ) -> jax.Array:
     """x [..., in] Wᵀ -> [..., out], by the weight's own product where it has one.
 
-    `rounded` is x as `fp8_quantize.Rounded`, with one scale, where whoever made x has rounded it.
+    `largest`, fp32 [], is a bound of |x| where one is known: such a product needs one scale for x then.
     """
     if rounds_operands(weight):
-        return weight.times_transposed(x, dtype, rounded)  # type: ignore[union-attr]
+        return weight.times_transposed(x, dtype, largest)  # type: ignore[union-attr]
     if hasattr(weight, "product"):
         return weight.product(x, dtype)
     return times_transposed(x, dense(weight, x.dtype), dtype)
@@ -209,7 +206,7 @@ def project(
 def project_back(
     y: jax.Array, weight: jax.Array | QuantizedWeight, dtype: Any, largest: jax.Array | None = None
 ) -> jax.Array:
-    """y [..., out] W -> [..., in], like `project`; `largest`, fp32 [], is max|y| where that is known."""
+    """y [..., out] W -> [..., in], like `project`."""
     if rounds_operands(weight):
         return weight.times(y, dtype, largest)  # type: ignore[union-attr]
     return times(y, dense(weight, y.dtype), dtype)

@@ -42,6 +42,7 @@ from pronghorn.pallas_kernels.tile_operations import (
     COLUMNS_BY_COLUMNS,
     ROWS_BY_COLUMNS,
     ROWS_BY_ROWS,
+    over_tiles,
     tile_product,
 )
 
@@ -56,14 +57,14 @@ class ForwardTile(NamedTuple):
 
     Attributes:
       programs: at least this many, where there are as many tiles: a block of rows is shared by so many programs.
-      stages: 1 loads a tile when it is worked on; n has those of the next n - 1 rounds under way into shared memory.
+      ahead: 1 loads the next tile while one is worked on: more bytes in flight, and more registers.
     """
 
     rows: int
     columns: int
     warps: int
     programs: int
-    stages: int
+    ahead: int
 
 
 class BackwardTile(NamedTuple):
@@ -81,18 +82,20 @@ class BackwardTile(NamedTuple):
     columns: int
     warps: int
     runs: int
-    stages: int
+    ahead: int
     tall: int
     with_g: int
 
 
 # How often a sum is split, and so its last bit, follows from these and the shape alone. The large ones, of fp32 and of
 # ranks of gate and up together past `MOST_RANK`, spill no register where the others do (but for both at once).
-FORWARD = ForwardTile(64, 64, 4, 1024, 3)
-FORWARD_LARGE = ForwardTile(64, 32, 4, 1024, 2)
-BACKWARD = BackwardTile(16, 64, 4, 4, 3, 0, 0)
-BACKWARD_LARGE = BackwardTile(32, 64, 8, 8, 2, 0, 0)
+FORWARD = ForwardTile(64, 64, 4, 1024, 1)
+FORWARD_LARGE = ForwardTile(64, 32, 4, 1024, 1)
+BACKWARD = BackwardTile(32, 64, 4, 8, 1, 0, 0)
+BACKWARD_LARGE = BackwardTile(32, 64, 8, 8, 1, 0, 0)
 MOST_RANK = 64
+# What backward with maxima is called where `tuned` is asked; it is the same kernel.
+BACKWARD_AND_LARGEST = "lowrank_gated_backward_and_largest"
 
 
 class GatedFactors(NamedTuple):
@@ -141,9 +144,8 @@ def lowrank_gated_forward(
         gate.reshape(rows, width),
         up.reshape(rows, width),
         _rows(factors.t),
-        # See `_activated`. XLA negates where it makes these of B.
-        -factors.b_gate,
-        -factors.b_up,
+        factors.b_gate,
+        factors.b_up,
     ]
     static = {"activation": activation, "native": not launch.interpreting()}
     whole = jax.ShapeDtypeStruct((rows, width), dtype)
@@ -164,12 +166,11 @@ def lowrank_gated_forward(
     runs = next((count for count in dividing if blocks * count >= tile.programs), tiles)
     rank = factors.a_down.shape[0]
     h, sums = launch.pallas_call(
-        functools.partial(_forward_and_rank_kernel, block=block, runs=runs, **static),
+        functools.partial(_forward_and_rank_kernel, block=block, runs=runs, ahead=bool(tile.ahead), **static),
         name="lowrank_gated_forward",
         grid=(blocks * runs,),
         out_shape=(whole, jax.ShapeDtypeStruct((runs * rows, rank), jnp.float32)),
         num_warps=num_warps,
-        num_stages=tile.stages,
     )(*inputs, factors.a_down)
     t_down = sums.reshape(runs, rows, rank).sum(axis=0).astype(dtype)
     return h.reshape(shape), t_down.reshape(*shape[:-1], rank)
@@ -192,7 +193,11 @@ def lowrank_gated_backward(
       in_place: dgate, dup and h take the memory of gate, up and dh.
     """
     shape, (rows, width) = gate.shape, _flat(gate)
-    tile = BackwardTile(*_choice("lowrank_gated_backward", factors, BACKWARD, BACKWARD_LARGE))
+    # With maxima a thread holds more, and another tile leaves room for a second program on a multiprocessor.
+    if any(name.startswith("largest") for name in wanted):
+        tile = BackwardTile(*_choice(BACKWARD_AND_LARGEST, factors, BACKWARD_LARGE, BACKWARD_LARGE))
+    else:
+        tile = BackwardTile(*_choice("lowrank_gated_backward", factors, BACKWARD, BACKWARD_LARGE))
     block, num_warps = _clipped(tile, rows, width)
     blocks, strips = launch.cdiv(rows, block[0]), launch.cdiv(width, block[1])
     rounds = launch.cdiv(blocks, tile.runs)
@@ -212,8 +217,8 @@ def lowrank_gated_backward(
         "h": whole,
         "db_gate": jax.ShapeDtypeStruct((runs * rank, width), jnp.float32),
         "db_up": jax.ShapeDtypeStruct((runs * rank, width), jnp.float32),
-        "largest_dgate": jax.ShapeDtypeStruct((runs, strips), gate.dtype),
-        "largest_dup": jax.ShapeDtypeStruct((runs, strips), gate.dtype),
+        "largest_dgate": jax.ShapeDtypeStruct((runs, strips), jnp.float32),
+        "largest_dup": jax.ShapeDtypeStruct((runs, strips), jnp.float32),
     }
     if "a_down" in inputs:
         of_down = (runs * inputs["a_down"].shape[0], width)
@@ -232,6 +237,7 @@ def lowrank_gated_backward(
             activation=activation,
             block=block,
             rounds=rounds,
+            ahead=bool(tile.ahead),
             tall=bool(tile.tall),
             native=not launch.interpreting(),
         ),
@@ -240,7 +246,6 @@ def lowrank_gated_backward(
         out_shape=tuple(outputs.values()),
         input_output_aliases=aliases if in_place else {},
         num_warps=num_warps,
-        num_stages=tile.stages,
     )(*inputs.values())
     found = dict(zip(outputs, results, strict=True))
     for name in ("da_down", "db_gate", "db_up"):
@@ -248,9 +253,7 @@ def lowrank_gated_backward(
             found[name] = found[name].reshape(runs, -1, width).sum(axis=0)
     if "g_both" in found:
         found["g_both"] = found["g_both"].reshape(strips, rows, rank).sum(axis=0).reshape(*shape[:-1], rank)
-    for name in ("largest_dgate", "largest_dup"):
-        if name in found:
-            found[name] = jnp.max(found[name]).astype(jnp.float32)
+    found |= {name: jnp.max(found[name]) for name in ("largest_dgate", "largest_dup") if name in found}
     found |= {name: found[name].reshape(shape) for name in ("dgate", "dup", "h") if name in found}
     return GatedGradients(**found)
 
@@ -345,28 +348,23 @@ def _side(count: int) -> jax.Array:
     return jnp.arange(max(LEAST_SIDE, launch.next_power_of_2(count)))
 
 
-def _forward_kernel(
-    gate_ref, up_ref, t_ref, minus_b_gate_ref, minus_b_up_ref, h_ref, *, activation, block, native
-):
+def _forward_kernel(gate_ref, up_ref, t_ref, b_gate_ref, b_up_ref, h_ref, *, activation, block, native):
     program, column_blocks = pl.program_id(0), launch.cdiv(gate_ref.shape[1], block[1])
     rows = (program // column_blocks) * block[0] + jnp.arange(block[0])
     columns = (program % column_blocks) * block[1] + jnp.arange(block[1])
     ranks = _side(t_ref.shape[1])
     t = _load(t_ref, rows, ranks)
     gate, up = _load(gate_ref, rows, columns), _load(up_ref, rows, columns)
-    minus_b_gate, minus_b_up = (_load(ref, columns, ranks) for ref in (minus_b_gate_ref, minus_b_up_ref))
-    h = _activated(gate, up, t, minus_b_gate, minus_b_up, activation, native).astype(h_ref.dtype)
+    b_gate, b_up = _load(b_gate_ref, columns, ranks), _load(b_up_ref, columns, ranks)
+    h = _activated(gate, up, t, b_gate, b_up, activation, native).astype(h_ref.dtype)
     triton.store(h_ref.at[_place(rows, columns)], h, mask=_mask(h_ref.shape, rows, columns))
 
 
-def _activated(gate, up, t, minus_b_gate, minus_b_up, activation, native):
-    """A tile of h, fp32.
-
-    gate - T (-B)ᵀ: a product that gate is added to would be started from gate, and Triton has the tiles of the next
-    rounds under way only where products are made of them, if in the end, and not started from them.
-    """
-    gate = gate.astype(jnp.float32) - tile_product(t, minus_b_gate, ROWS_BY_ROWS, native=native)
-    up = up.astype(jnp.float32) - tile_product(t, minus_b_up, ROWS_BY_ROWS, native=native)
+def _activated(gate, up, t, b_gate, b_up, activation, native):
+    """A tile of h, fp32."""
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    gate += tile_product(t, b_gate, ROWS_BY_ROWS, native=native)
+    up += tile_product(t, b_up, ROWS_BY_ROWS, native=native)
     value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
     return value * up
 
@@ -375,8 +373,8 @@ def _forward_and_rank_kernel(
     gate_ref,
     up_ref,
     t_ref,
-    minus_b_gate_ref,
-    minus_b_up_ref,
+    b_gate_ref,
+    b_up_ref,
     a_ref,
     h_ref,
     sums_ref,
@@ -384,6 +382,7 @@ def _forward_and_rank_kernel(
     activation,
     block,
     runs,
+    ahead,
     native,
 ):
     """A block of rows and every n-th tile of columns, so that the programs of a block read one piece of memory."""
@@ -392,23 +391,28 @@ def _forward_and_rank_kernel(
     ranks, down_ranks = _side(t_ref.shape[1]), _side(a_ref.shape[0])
     t = _load(t_ref, rows, ranks)
 
-    def one_tile(index, total):
-        columns = (index * runs + run) * block[1] + jnp.arange(block[1])
-        gate, up = _load(gate_ref, rows, columns), _load(up_ref, rows, columns)
-        minus_b_gate, minus_b_up = (_load(ref, columns, ranks) for ref in (minus_b_gate_ref, minus_b_up_ref))
-        h = _activated(gate, up, t, minus_b_gate, minus_b_up, activation, native).astype(h_ref.dtype)
+    def columns_of(index):
+        return (index * runs + run) * block[1] + jnp.arange(block[1])
+
+    def load(index):
+        return [_load(ref, rows, columns_of(index)) for ref in (gate_ref, up_ref)]
+
+    def one_tile(index, tiles, total):
+        columns, (gate, up) = columns_of(index), tiles
+        b_gate, b_up = _load(b_gate_ref, columns, ranks), _load(b_up_ref, columns, ranks)
+        h = _activated(gate, up, t, b_gate, b_up, activation, native).astype(h_ref.dtype)
         mask = _mask((num_rows, width), rows, columns)
         triton.store(h_ref.at[_place(rows, columns)], h, mask=mask)
         # Columns of A that do not exist are zeros, and add nothing.
         return total + tile_product(h, _load(a_ref, down_ranks, columns), ROWS_BY_ROWS, native=native)
 
     start = jnp.zeros((block[0], down_ranks.size), jnp.float32)
-    total = lax.fori_loop(0, launch.cdiv(width, block[1]) // runs, one_tile, start)
+    total = over_tiles(launch.cdiv(width, block[1]) // runs, load, one_tile, start, ahead)
     at = sums_ref.at[_place(run * num_rows + rows, down_ranks)]
     triton.store(at, total, mask=_mask((num_rows, sums_ref.shape[1]), rows, down_ranks))
 
 
-def _backward_kernel(*refs, names, activation, block, rounds, tall, native):
+def _backward_kernel(*refs, names, activation, block, rounds, ahead, tall, native):
     """Grid (strip of columns, run of `rounds` blocks of rows)."""
     ref = dict(zip(names, refs, strict=True))
     num_rows, width = ref["gate"].shape
@@ -416,49 +420,58 @@ def _backward_kernel(*refs, names, activation, block, rounds, tall, native):
     strip, run = pl.program_id(0), pl.program_id(1)
     columns = strip * block[1] + jnp.arange(block[1])
     ranks = _side(ref["t"].shape[1])
-    # Negated, for the reason that `_activated` gives.
-    minus_b_gate, minus_b_up = (-_load(ref[name], columns, ranks) for name in ("b_gate", "b_up"))
+    b_gate, b_up = (_load(ref[name], columns, ranks) for name in ("b_gate", "b_up"))
     if "g" in ref:
         down_ranks = _side(ref["g"].shape[1])
-        minus_a = -_load(ref["a_down"], down_ranks, columns, tall)
+        a_down = _load(ref["a_down"], down_ranks, columns, tall)
     product = functools.partial(tile_product, native=native)
     runs = launch.cdiv(num_rows, block[0] * rounds)
     # Of some runs the last block may lie behind the last row.
     masked = functools.partial(_mask, past_end=block[0] * rounds * runs != num_rows)
 
-    def one_block(index, sums):
+    def rows_of(index):
+        return (index * runs + run) * block[0] + jnp.arange(block[0])
+
+    def load(index):
         # Rows and columns that do not exist load as zeros and add nothing to any sum.
-        rows = (index * runs + run) * block[0] + jnp.arange(block[0])
-        dh, gate, up = (
-            _load(ref[name], rows, columns, tall, mask=masked).astype(jnp.float32)
-            for name in ("dh", "gate", "up")
-        )
-        t = _load(ref["t"], rows, ranks, mask=masked)
+        rows = rows_of(index)
+        thin = [_load(ref["t"], rows, ranks, mask=masked)]
+        if "g" in ref:
+            thin.append(_load(ref["g"], rows, down_ranks, mask=masked))
+        return [_load(ref[name], rows, columns, tall, mask=masked) for name in ("dh", "gate", "up")], thin
+
+    def one_block(index, tiles, sums):
+        rows, (wide, thin) = rows_of(index), tiles
+        dh, gate, up = (tile.astype(jnp.float32) for tile in wide)
+        t = thin[0]
         # Tall: (T Bᵀ)ᵀ = B Tᵀ.
-        gate -= product(minus_b_gate, t, ROWS_BY_ROWS) if tall else product(t, minus_b_gate, ROWS_BY_ROWS)
-        up -= product(minus_b_up, t, ROWS_BY_ROWS) if tall else product(t, minus_b_up, ROWS_BY_ROWS)
+        gate += product(b_gate, t, ROWS_BY_ROWS) if tall else product(t, b_gate, ROWS_BY_ROWS)
+        up += product(b_up, t, ROWS_BY_ROWS) if tall else product(t, b_up, ROWS_BY_ROWS)
         left = {"db_gate": t, "db_up": t}
         if "g" in ref:
-            g = left["da_down"] = _load(ref["g"], rows, down_ranks, mask=masked)
-            dh -= product(minus_a, g, ROWS_BY_ROWS) if tall else product(g, minus_a, ROWS_BY_COLUMNS)
+            g = left["da_down"] = thin[1]
+            dh += product(a_down, g, ROWS_BY_ROWS) if tall else product(g, a_down, ROWS_BY_COLUMNS)
         value, slope = value_and_slope(gate, activation, sigmoid_in_kernel)
-        exact = {"dgate": dh * up * slope, "dup": dh * value, "h": value * up}
-        tile = {name: values.astype(dtype) for name, values in exact.items()}
+        tile = {
+            "dgate": (dh * up * slope).astype(dtype),
+            "dup": (dh * value).astype(dtype),
+            "h": (value * up).astype(dtype),
+        }
         mask = masked((num_rows, width), rows, columns, tall)
         for name in ("dgate", "dup", "h"):
             if name in ref:
                 triton.store(ref[name].at[_place(rows, columns, tall)], tile[name], mask=mask)
         if "g_both" in ref:
             contract = COLUMNS_BY_COLUMNS if tall else ROWS_BY_COLUMNS
-            minus_g = product(tile["dgate"], minus_b_gate, contract)
-            minus_g += product(tile["dup"], minus_b_up, contract)
+            g_both = product(tile["dgate"], b_gate, contract) + product(tile["dup"], b_up, contract)
             at = ref["g_both"].at[_place(strip * num_rows + rows, ranks)]
-            triton.store(at, -minus_g, mask=masked(ref["t"].shape, rows, ranks))
+            triton.store(at, g_both, mask=masked(ref["t"].shape, rows, ranks))
         right = {"db_gate": tile["dgate"], "db_up": tile["dup"], "da_down": tile["h"]}
         totals = {}
         for name, total in sums.items():
             if name in magnitudes:
-                totals[name] = jnp.maximum(total, _largest_of_pairs(exact[name.removeprefix("largest_")]))
+                written = jnp.abs(tile[name.removeprefix("largest_")].astype(jnp.float32))
+                totals[name] = jnp.maximum(total, written)
             elif tall:
                 totals[name] = total + product(right[name], left[name], ROWS_BY_COLUMNS)
             else:
@@ -471,20 +484,13 @@ def _backward_kernel(*refs, names, activation, block, rounds, tall, native):
     start = {
         name: jnp.zeros((block[1], side.size) if tall else (side.size, block[1]), jnp.float32)
         for name, side in sides.items()
-    } | {
-        name: _largest_of_pairs(jnp.zeros(block[::-1] if tall else block, jnp.float32)) for name in magnitudes
     }
-    sums = lax.fori_loop(0, rounds, one_block, start)
+    # A maximum for each place of a tile: over the tile it is taken once, at the end, and no warp waits for the others.
+    start |= {name: jnp.zeros(block[::-1] if tall else block, jnp.float32) for name in magnitudes}
+    sums = over_tiles(rounds, load, one_block, start, ahead)
     for name in magnitudes:
-        # To round the largest is to find the largest rounded one.
-        ref[name][run, strip] = jnp.max(sums[name]).astype(dtype)
+        ref[name][run, strip] = jnp.max(sums[name])
     for name, side in sides.items():
         rank = ref[name].shape[0] // runs
         at = ref[name].at[_place(run * rank + side, columns, tall)]
         triton.store(at, sums[name], mask=_mask((rank, width), side, columns, tall))
-
-
-def _largest_of_pairs(tile):
-    """|x|, fp32, the larger of two neighbours, which one thread has: a maximum over more would wait for other threads
-    in every round, and one of each element take twice the registers."""
-    return jnp.max(jnp.abs(tile).reshape(tile.shape[0], tile.shape[1] // 2, 2), axis=2)

@@ -30,14 +30,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.fp8_quantize import Rounded
-from pronghorn.pallas_kernels.lora_linear import RANK_NAME, lora_linear, over_tokens
+from pronghorn.pallas_kernels.lora_linear import RANK_NAME, lora_linear, over_tokens, rounds_operands
 from pronghorn.pallas_kernels.rms_norm import (
+    largest_normalized,
     normalized,
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
-    rms_norm_rounded,
 )
 from pronghorn.pallas_kernels.stacked_linears import (
     LinearWeights,
@@ -260,22 +259,20 @@ def backward_to_norm(
 
 def _compute(x, norm_weight, linears, options):
     """((y_1, ..), T, r)."""
-    n, inverse_rms, rounded = norm_for(x, norm_weight, linears, options)
-    return *apply_linears(n, linears, options.scales, rounded=rounded), inverse_rms
+    n, inverse_rms = rms_norm_forward(
+        x, norm_weight, eps=options.eps, weight_offset=options.weight_offset, with_kernel=options.with_kernel
+    )
+    largest = bound_of_norm(norm_weight, linears, options)
+    return *apply_linears(n, linears, options.scales, largest=largest), inverse_rms
 
 
-def norm_for(
-    x: jax.Array, norm_weight: jax.Array, linears: Sequence[LinearWeights], options: NormOptions
-) -> tuple[jax.Array, jax.Array, Rounded | None]:
-    """(n, r, n rounded where one of the layers rounds it): with the scale of a bound, which does not depend on x."""
-    of_norm: dict[str, Any] = {
-        "eps": options.eps,
-        "weight_offset": options.weight_offset,
-        "with_kernel": options.with_kernel,
-    }
-    if any(getattr(linear.weight, "rounds_activations", False) for linear in linears):
-        return rms_norm_rounded(x, norm_weight, **of_norm)
-    return *rms_norm_forward(x, norm_weight, **of_norm), None
+def bound_of_norm(
+    norm_weight: jax.Array, linears: Sequence[LinearWeights], options: NormOptions
+) -> jax.Array | None:
+    """max|n| at most, where one of the layers rounds n; it costs no pass over n, and does not depend on it."""
+    if not any(rounds_operands(linear.weight) for linear in linears):
+        return None
+    return largest_normalized(norm_weight, options.weight_offset)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

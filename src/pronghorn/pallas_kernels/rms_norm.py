@@ -9,8 +9,7 @@ With r = 1 / sqrt(mean(x²) + eps) per row, x̂ = x r and g = weight + weight_of
 Everything is computed in fp32 and rounded once. Backward reads x and dy once and writes dx; each program adds up its
 own rows of dg, and the partial sums, one row a program, are added outside: no atomics, so a rerun is bit-exact.
 
-`rms_norm_forward`, `rms_norm_rounded` and `rms_norm_backward` are for ops that hold the norm and save less than both
-together would.
+`rms_norm_forward` and `rms_norm_backward` are for ops that hold the norm and save less than both together would.
 
 Saved: x itself and r (one fp32 a row), named "rms_norm_inverse_rms" for `jax.checkpoint` policies.
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019, equation 4, https://arxiv.org/abs/1910.07467.
@@ -27,21 +26,11 @@ from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch, tuned
-from pronghorn.pallas_kernels.fp8_quantize import (
-    FORMATS,
-    Rounded,
-    e4m3_in_kernel,
-    power_of_two_scale,
-    round_to_fp8,
-)
 
 # What `tuned` may replace: elements of one array a program, elements a thread. Backward holds x, dy and their products,
 # so its block is half as large.
 FORWARD = (16384, 64)
 BACKWARD = (8192, 32)
-# Not tuned: forward with codes of y, whose way to whole 16-byte stores takes registers. 64 of them leave room for four
-# programs a multiprocessor, where twice the elements take 128 and as much time at barriers.
-ROUNDED = (8192, 32)
 MOST_ROWS = 64
 # Programs, and so partial sums, of the weight gradient: about two a multiprocessor on the largest GPU. A constant, so
 # the order of the additions, and with it the last bit, is the same on every device with the same block.
@@ -100,24 +89,6 @@ def rms_norm_forward(
     return normalized(x, inverse_rms, weight, weight_offset=weight_offset), inverse_rms
 
 
-def rms_norm_rounded(
-    x: jax.Array, weight: jax.Array, *, eps: float, weight_offset: float, with_kernel: bool
-) -> tuple[jax.Array, jax.Array, Rounded]:
-    """(y, r, y in e4m3 with the scale of `largest_normalized`), for ops as those of `rms_norm_forward`.
-
-    That bound is known before y is, so that one pass writes both.
-    """
-    largest = largest_normalized(weight, weight_offset)
-    if with_kernel and x.size:
-        scale, inverse = power_of_two_scale(largest, "e4m3")
-        y, inverse_rms, codes = _forward(
-            x, weight, eps, weight_offset, save_inverse_rms=True, inverse_scale=inverse
-        )
-        return y, inverse_rms.reshape(x.shape[:-1]), Rounded(codes.reshape(x.shape), scale)
-    y, inverse_rms = rms_norm_forward(x, weight, eps=eps, weight_offset=weight_offset, with_kernel=False)
-    return y, inverse_rms, Rounded(*round_to_fp8(y, "e4m3", largest))
-
-
 def normalized(x: jax.Array, inverse_rms: jax.Array, weight: jax.Array, *, weight_offset: float) -> jax.Array:
     """y again from x and r: elementwise, so left to XLA."""
     weight32 = weight.astype(jnp.float32) + weight_offset
@@ -164,9 +135,7 @@ def rms_norm_backward(
     return gradients
 
 
-def _forward_kernel(x_ref, weight_ref, *refs, rounds, eps, weight_offset, block):
-    # `rounds`: behind the inputs stands one more, 1 / scale, and behind the outputs one more, the codes.
-    y_ref, *inverse_rms_ref = refs[1:-1] if rounds else refs
+def _forward_kernel(x_ref, weight_ref, y_ref, *inverse_rms_ref, eps, weight_offset, block):
     rows = pl.program_id(0) * block[0] + jnp.arange(block[0])
     columns = jnp.arange(block[1])
     tile = (rows[:, None], columns[None, :])
@@ -175,11 +144,9 @@ def _forward_kernel(x_ref, weight_ref, *refs, rounds, eps, weight_offset, block)
     weight = _load_weight(weight_ref, columns, weight_offset)
 
     inverse_rms = jax.lax.rsqrt(jnp.sum(x * x, axis=1) / x_ref.shape[1] + eps)
-    y = (x * inverse_rms[:, None] * weight[None, :]).astype(y_ref.dtype)
+    y = x * inverse_rms[:, None] * weight[None, :]
 
-    triton.store(y_ref.at[tile], y, mask=mask)
-    if rounds:
-        triton.store(refs[-1].at[tile], e4m3_in_kernel(y, refs[0][0]), mask=mask)
+    triton.store(y_ref.at[tile], y.astype(y_ref.dtype), mask=mask)
     if inverse_rms_ref:
         triton.store(inverse_rms_ref[0].at[rows], inverse_rms, mask=rows < x_ref.shape[0])
 
@@ -232,21 +199,19 @@ def _block(rows: int, width: int, elements: int) -> tuple[int, int]:
     return min(max(1, elements // columns), MOST_ROWS, launch.next_power_of_2(rows)), columns
 
 
-def _forward(x, weight, eps, weight_offset, *, save_inverse_rms, inverse_scale=None):
+def _forward(x, weight, eps, weight_offset, *, save_inverse_rms):
     rows, width = math.prod(x.shape[:-1]), x.shape[-1]
-    rounds = inverse_scale is not None
-    elements, per_thread = ROUNDED if rounds else tuned.choice("rms_norm_forward", x.dtype, width) or FORWARD
+    elements, per_thread = tuned.choice("rms_norm_forward", x.dtype, width) or FORWARD
     block = _block(rows, width, elements)
     y = jax.ShapeDtypeStruct((rows, width), x.dtype)
     inverse_rms = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    codes = jax.ShapeDtypeStruct((rows, width), FORMATS["e4m3"].dtype)
     outputs = launch.pallas_call(
-        functools.partial(_forward_kernel, rounds=rounds, eps=eps, weight_offset=weight_offset, block=block),
+        functools.partial(_forward_kernel, eps=eps, weight_offset=weight_offset, block=block),
         name="rms_norm_forward",
         grid=(launch.cdiv(rows, block[0]),),
-        out_shape=(y, *((inverse_rms,) if save_inverse_rms else ()), *((codes,) if rounds else ())),
+        out_shape=(y, inverse_rms) if save_inverse_rms else (y,),
         num_warps=launch.warps_for(block[0] * block[1], per_thread=per_thread),
-    )(x.reshape(rows, width), weight, *((inverse_scale.reshape(1),) if rounds else ()))
+    )(x.reshape(rows, width), weight)
     return outputs[0].reshape(x.shape), *outputs[1:]
 
 

@@ -86,13 +86,13 @@ def apply_linears(
     scales: Sequence[float],
     *,
     add: jax.Array | None = None,
-    rounded: Any = None,
+    largest: jax.Array | None = None,
     t: jax.Array | None = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array | None]:
     """((y_1, ..), T): y_i [..., out_i] and T [..., Σr] in the dtype of n [..., in]; T is None without any adapter.
 
     `add` [..., out_i], such as a residual stream, is added to every y_i: to the small product first, so that cuBLAS
-    can add the sum to the large one. `rounded` is as in `project`; `t` is T where that is known.
+    can add the sum to the large one. `largest` is as in `project`; `t` is T where that is known.
     """
     dtype, tokens = n.dtype, n.shape[:-1]
     if add is not None:
@@ -105,7 +105,7 @@ def apply_linears(
     for linear, scale, columns in zip(linears, scales, _columns(linears), strict=True):
         if not rounds_operands(linear.weight):  # one that is dequantised
             (n, t, outputs), linear = _in_turn((n, t, outputs), linear)
-        y = project(n, linear.weight, dtype, rounded)
+        y = project(n, linear.weight, dtype, largest)
         other = add
         if columns is not None:
             low = times_transposed(_read(t, columns), placed_b(linear, scale, columns, dtype), dtype)
@@ -149,7 +149,7 @@ def rank_gradient(dys: Sequence[jax.Array], linears: Sequence[LinearWeights], sc
 def input_gradient(
     dys: Sequence[jax.Array], g: Any, linears: Sequence[LinearWeights], largest: Sequence[Any] | None = None
 ) -> jax.Array:
-    """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter; `largest` of each dY_i where known."""
+    """dn [..., in] in the dtype of dY_i; g: G, or None without any adapter; `largest` of each dY_i, as in `project`."""
     dtype = dys[0].dtype
     total: Any = None if g is None else times(g.astype(dtype), stacked_a(linears, dtype), dtype)
     for dy, linear, known in zip(dys, linears, largest or [None] * len(dys), strict=True):

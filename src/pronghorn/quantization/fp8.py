@@ -20,15 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pronghorn.pallas_kernels.fp8_product import (
-    dequantize,
-    fp8_times,
-    fp8_times_transposed,
-    rounded_times_transposed,
-)
+from pronghorn.pallas_kernels.fp8_product import dequantize, fp8_times, fp8_times_transposed
 from pronghorn.pallas_kernels.fp8_quantize import (
     BLOCK,
-    Rounded,
     fp8_quantize,
     power_of_two_scale,
     round_to_fp8,
@@ -75,23 +69,17 @@ class FP8Array(CodedMatrix):
             return (codes.astype(jnp.float32) * spread(scales, codes.shape)).astype(self.dtype)
         return dequantize(codes, scales, self.dtype)
 
-    @property
-    def rounds_activations(self) -> bool:
-        """Whether x is rounded in `times_transposed`."""
-        return self.scales.ndim < 2 and self.activations != "unrounded"
-
-    def times_transposed(self, x: jax.Array, dtype: Any, rounded: Rounded | None = None) -> jax.Array:
-        """x [..., in] Wᵀ -> [..., out] in `dtype`; `rounded` is x where it is known to be rounded already."""
-        if not self.rounds_activations:
+    def times_transposed(self, x: jax.Array, dtype: Any, largest: jax.Array | None = None) -> jax.Array:
+        """x [..., in] Wᵀ -> [..., out] in `dtype`; `largest` as in `fp8_times_transposed`."""
+        if self.scales.ndim == 2 or self.activations == "unrounded":
             return _dot(x, self.dequantize().astype(x.dtype), 1, dtype)
-        if rounded is not None:
-            return rounded_times_transposed(rounded, self.codes, self.scales, dtype=dtype)
         return fp8_times_transposed(
             x,
             self.codes,
             self.scales,
             gradient_format=self._gradient_format,
             dtype=dtype,
+            largest=largest,
         )
 
     def times(self, y: jax.Array, dtype: Any, largest: jax.Array | None = None) -> jax.Array:
@@ -163,7 +151,7 @@ def _quantize_on_host(weight: np.ndarray, scales: Scales) -> tuple[Any, Any]:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _quantize_on_device(weight: jax.Array, scales: Scales) -> tuple[jax.Array, jax.Array]:
-    return round_to_fp8(weight, implementation="xla") if scales == "tensor" else fp8_quantize(weight, scales)
+    return round_to_fp8(weight) if scales == "tensor" else fp8_quantize(weight, scales)
 
 
 def _dot(x: jax.Array, weight: jax.Array, axis: int, dtype: Any) -> jax.Array:
