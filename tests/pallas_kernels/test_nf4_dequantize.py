@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.pallas_kernels.nf4_dequantize import NestedScales, nf4_dequantize, nf4_dequantize_reference
+from pronghorn.pallas_kernels.nf4_dequantize import (
+    CodedWeight,
+    NestedScales,
+    nf4_dequantize,
+    nf4_dequantize_reference,
+    nf4_dequantize_stacked,
+)
 from tests.lowering import lower_for_h100
 
 
@@ -40,6 +46,23 @@ def test_kernel_equals_its_oracle_to_the_bit(nested, dtype):
         kernel = nf4_dequantize(*given, **options, implementation="pallas")
         assert kernel.dtype == jnp.dtype(dtype) and kernel.shape == shape
         assert np.array_equal(kernel, jax.jit(lambda: nf4_dequantize_reference(*given, **options))()), shape  # noqa: B023
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_stacked_weights_are_each_what_it_is_alone_to_the_bit(count, nested, implementation):
+    for shape in ((40, 64), (7, 33), (300, 70)):
+        weights = [CodedWeight(*arguments(shape, nested=nested, seed=seed)) for seed in range(count)]
+        options = {"shape": shape, "dtype": "bfloat16", "implementation": implementation}
+        alone = [nf4_dequantize(*weight, **options) for weight in weights]
+        assert np.array_equal(nf4_dequantize_stacked(weights, **options), jnp.stack(alone)), shape
+
+
+def test_stacked_weights_of_another_size_are_refused():
+    weights = [CodedWeight(*arguments(shape, nested=False)) for shape in ((8, 64), (8, 32))]
+    with pytest.raises(InputError, match="must be"):
+        nf4_dequantize_stacked(weights, shape=(8, 64), dtype="bfloat16")
 
 
 def test_scales_are_rounded_before_the_offset_is_added():

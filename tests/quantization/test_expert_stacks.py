@@ -133,3 +133,21 @@ def test_the_kernel_dequantises_a_stack_and_lowers_for_an_h100(kind):
     form = empty_like((128, 768, 2048), "bfloat16", KINDS[kind])
     with kernels("pallas"):
         assert "nf4_dequantize" in lower_for_h100(NF4Array.dequantize, form)
+
+
+@pytest.mark.parametrize("implementation", ["pallas", "xla"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4, plain scales", "fp4"])
+def test_two_stacks_lie_above_each_other_expert_by_expert(kind, implementation):
+    """As if their matrices had been joined, to the bit."""
+    first, second = (quantize(jnp.asarray(factor * stack("bfloat16")), KINDS[kind]) for factor in (1, -3))
+    with kernels(implementation):
+        found = jax.jit(NF4Array.dequantize_above)(first, second)
+        expected = jnp.concatenate([first.dequantize(), second.dequantize()], axis=1)
+    assert found.dtype == jnp.bfloat16 and np.array_equal(found, expected)
+
+
+def test_two_stacks_of_a_mixture_are_dequantised_by_one_launch_that_lowers_for_an_h100():
+    form = empty_like((128, 768, 2048), "bfloat16", KINDS["nf4"])
+    with kernels("pallas"):
+        text = lower_for_h100(NF4Array.dequantize_above, form, form)
+    assert text.count("nf4_dequantize") and "stablehlo.concatenate" not in text

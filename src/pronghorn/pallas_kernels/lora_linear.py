@@ -43,7 +43,7 @@ class QuantizedWeight(Protocol):
 
     One that need not become an array to be multiplied (FP8) has `times_transposed(x, dtype, largest)`, x Wᵀ, and
     `times(y, dtype, largest)`, y W, besides; `largest` is as in `project`. One that need not for a few rows (NF4) has
-    `product(x, dtype)`, x Wᵀ.
+    `product(x, dtype)`, x Wᵀ. One that is written below others without a copy has `dequantize_above(*others)`.
     """
 
     @property

@@ -10,11 +10,14 @@ and 2 i + 1 (low four bits); T is the table of 16 values, a_j the scale of block
 the arithmetic of bitsandbytes, to the bit. The product of a_j is rounded before o is added, as there: the compiler must
 not make one fused multiply-add of the two. A frozen weight has no gradient, so this op has none.
 
+Weights that are multiplied as one are written into one array to begin with: stacked afterwards, they would be copied.
+
 Source: Dettmers et al., QLoRA, 2023, section 3, https://arxiv.org/abs/2305.14314.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +48,15 @@ class NestedScales(NamedTuple):
     offset: Any
 
 
+class CodedWeight(NamedTuple):
+    """One weight, as `nf4_dequantize` takes it."""
+
+    codes: jax.Array
+    absmax: jax.Array
+    code_table: jax.Array
+    nested: NestedScales | None = None
+
+
 def nf4_dequantize(
     codes: jax.Array,
     absmax: jax.Array,
@@ -71,6 +83,43 @@ def nf4_dequantize(
     Raises:
       InputError: where sizes do not fit each other.
     """
+    coded = CodedWeight(codes, absmax, code_table, nested)
+    return nf4_dequantize_stacked(
+        (coded,), shape=shape, dtype=dtype, block_size=block_size, implementation=implementation
+    ).reshape(shape)
+
+
+def nf4_dequantize_stacked(
+    weights: Sequence[CodedWeight],
+    *,
+    shape: tuple[int, ...],
+    dtype: Any,
+    block_size: int = 64,
+    implementation: launch.Implementation | None = None,
+) -> jax.Array:
+    """The weights [n, *shape] that n sets of 4-bit codes stand for, in one launch; each as `nf4_dequantize` has it.
+
+    Args:
+      weights: n of them, all with nested scales or none.
+      shape, dtype, block_size, implementation: as in `nf4_dequantize`, of each.
+
+    Raises:
+      InputError: where sizes do not fit each other.
+    """
+    for coded in weights:
+        _check(coded, shape, block_size)
+    if launch.resolve(implementation) == "xla":
+        return jnp.stack(
+            [
+                nf4_dequantize_reference(*coded, shape=shape, dtype=dtype, block_size=block_size)
+                for coded in weights
+            ]
+        )
+    return _launch(weights, shape, jnp.dtype(dtype), block_size)
+
+
+def _check(coded, shape, block_size):
+    codes, absmax, _, nested = coded
     count = math.prod(shape)
     blocks = launch.cdiv(count, block_size)
     if block_size < 2 or block_size & (block_size - 1):
@@ -85,11 +134,6 @@ def nf4_dequantize(
             f"nf4_dequantize: nested absmax {nested.absmax.shape} must be ({launch.cdiv(blocks, NESTED_BLOCK)},) for "
             f"{blocks} blocks."
         )
-    if launch.resolve(implementation) == "xla":
-        return nf4_dequantize_reference(
-            codes, absmax, code_table, nested, shape=shape, dtype=dtype, block_size=block_size
-        )
-    return _launch(codes, absmax, code_table, nested, shape, jnp.dtype(dtype), block_size)
 
 
 def nf4_dequantize_reference(
@@ -141,37 +185,63 @@ def load_scales(absmax_ref, nested_refs, blocks, exists):
     return _plus_offset(triton.load(scale_table_ref.at[codes]), maxima, offset_ref[0])
 
 
-def _kernel(codes_ref, absmax_ref, code_table_ref, *rest, block_size, blocks_per_program, count):
-    *nested_refs, out_ref = rest
-    blocks = pl.program_id(0) * blocks_per_program + jnp.arange(blocks_per_program)
+def _kernel(*refs, block_size, blocks_per_program, programs, count, weights):
+    *inputs, out_ref = refs
+    fields, program = len(inputs) // weights, pl.program_id(0)
+
+    def from_weight(place):
+        """What the programs of this weight and of those behind it do, by branches of one choice: ptxas takes no more
+        registers then than for one weight, and a quarter more for conditions beside each other."""
+
+        def this():
+            blocks = (program - place * programs) * blocks_per_program + jnp.arange(blocks_per_program)
+            operands = inputs[place * fields : (place + 1) * fields]
+            _weight(operands, out_ref, blocks, place * count, block_size=block_size, count=count)
+
+        if place + 1 == weights:
+            this()
+        else:
+            jax.lax.cond(program < (place + 1) * programs, this, lambda: from_weight(place + 1))
+
+    from_weight(0)
+
+
+def _weight(inputs, out_ref, blocks, first, *, block_size, count):
+    """These blocks of one weight, whose elements are written from `first` on."""
+    codes_ref, absmax_ref, code_table_ref, *nested_refs = inputs
     scales = load_scales(absmax_ref, nested_refs, blocks, blocks < absmax_ref.shape[0])
 
     places = blocks[:, None] * (block_size // 2) + jnp.arange(block_size // 2)[None, :]
     packed = triton.load(codes_ref.at[places], mask=places < codes_ref.shape[0], other=0).astype(jnp.int32)
     high = triton.load(code_table_ref.at[packed >> 4]) * scales[:, None]
     low = triton.load(code_table_ref.at[packed & 15]) * scales[:, None]
-    values = jnp.stack([high, low], axis=-1).reshape(blocks_per_program, block_size)
+    values = jnp.stack([high, low], axis=-1).reshape(blocks.shape[0], block_size)
     elements = blocks[:, None] * block_size + jnp.arange(block_size)[None, :]
-    triton.store(out_ref.at[elements], values.astype(out_ref.dtype), mask=elements < count)
+    triton.store(out_ref.at[first + elements], values.astype(out_ref.dtype), mask=elements < count)
 
 
-def _launch(codes, absmax, code_table, nested, shape, dtype, block_size):
-    count, blocks = math.prod(shape), absmax.shape[0]
+def _launch(weights, shape, dtype, block_size):
+    count, blocks = math.prod(shape), weights[0].absmax.shape[0]
     elements, per_thread = tuned.choice("nf4_dequantize", dtype, block_size) or BLOCK
     blocks_per_program = min(max(1, elements // block_size), launch.next_power_of_2(blocks))
-    operands = [codes, absmax, code_table]
-    if nested is not None:
-        operands += [nested.absmax, nested.table, jnp.reshape(nested.offset, (1,))]
+    programs = launch.cdiv(blocks, blocks_per_program)
+    operands = []
+    for codes, absmax, code_table, nested in weights:
+        operands += [codes, absmax, code_table]
+        if nested is not None:
+            operands += [nested.absmax, nested.table, jnp.reshape(nested.offset, (1,))]
     flat = launch.pallas_call(
         functools.partial(
             _kernel,
             block_size=block_size,
             blocks_per_program=blocks_per_program,
+            programs=programs,
             count=count,
+            weights=len(weights),
         ),
         name="nf4_dequantize",
-        grid=(launch.cdiv(blocks, blocks_per_program),),
-        out_shape=jax.ShapeDtypeStruct((count,), dtype),
+        grid=(len(weights) * programs,),
+        out_shape=jax.ShapeDtypeStruct((len(weights) * count,), dtype),
         num_warps=launch.warps_for(blocks_per_program * block_size, per_thread=per_thread),
     )(*operands)
-    return flat.reshape(shape)
+    return flat.reshape(len(weights), *shape)

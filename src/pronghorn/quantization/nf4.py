@@ -28,7 +28,13 @@ import numpy as np
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels.exact_division import SMALLEST_NORMAL, over_scales
-from pronghorn.pallas_kernels.nf4_dequantize import NESTED_BLOCK, NestedScales, nf4_dequantize
+from pronghorn.pallas_kernels.nf4_dequantize import (
+    NESTED_BLOCK,
+    CodedWeight,
+    NestedScales,
+    nf4_dequantize,
+    nf4_dequantize_stacked,
+)
 from pronghorn.pallas_kernels.nf4_product import MOST_ROWS, nf4_product
 from pronghorn.quantization.coded_matrix import CodedMatrix
 from pronghorn.quantization.tables import (
@@ -88,6 +94,19 @@ class NF4Array(CodedMatrix):
             *self._parts(), shape=self.matrix_shape, dtype=self.dtype, block_size=self.block_size
         )
 
+    def dequantize_above(self, *others: "NF4Array") -> jax.Array:
+        """This matrix `[out, in]` and below it those of `others`, alike, as one `[n out, in]`; or the stack of such."""
+        arrays = (self, *others)
+        if self.codes.ndim > 1:
+            return jax.vmap(NF4Array.dequantize_above)(*arrays)
+        out, inner = self.matrix_shape
+        return nf4_dequantize_stacked(
+            [array._parts() for array in arrays],
+            shape=self.matrix_shape,
+            dtype=self.dtype,
+            block_size=self.block_size,
+        ).reshape(len(arrays) * out, inner)
+
     def product(self, x: jax.Array, dtype: Any) -> jax.Array:
         """x [..., in] Wᵀ: few rows by a kernel that reads the codes, more by a matrix that is dequantised first."""
         rows = math.prod(x.shape[:-1])
@@ -98,7 +117,7 @@ class NF4Array(CodedMatrix):
             return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
         return nf4_product(x, *self._parts(), shape=(out, inner), dtype=dtype, block_size=self.block_size)
 
-    def _parts(self) -> tuple[jax.Array, jax.Array, jax.Array, NestedScales | None]:
+    def _parts(self) -> CodedWeight:
         """codes, absmax, table and nested scales, as the kernels take them."""
         nested = None
         if self.nested:
@@ -108,7 +127,7 @@ class NF4Array(CodedMatrix):
                 jnp.asarray(self.nested_offset),
             )
         table = jnp.asarray(CODE_TABLES[self.kind])
-        return jnp.asarray(self.codes), jnp.asarray(self.absmax), table, nested
+        return CodedWeight(jnp.asarray(self.codes), jnp.asarray(self.absmax), table, nested)
 
 
 def quantize_4bit(
