@@ -24,6 +24,7 @@ from tests.tolerances import KERNEL, relative_error
 
 NAMES = ("h", "dgate", "dup")
 kernel = functools.partial(clamped_swiglu, implementation="pallas")
+plain = functools.partial(clamped_swiglu, implementation="xla")
 
 
 LIMIT = 2.1  # no number of bf16 or fp16
@@ -81,6 +82,25 @@ def test_saves_gate_and_up_and_gradients_come_from_one_launch():
     gate, up = normal(0, (2, 3, 8)), normal(1, (2, 3, 8))
     assert saved_shapes(kernel, gate, up) == [(2, 3, 8), (2, 3, 8)]
     assert kernel_outputs(gradient(kernel), gate, up)["clamped_swiglu_backward"] == [(6, 8), (6, 8)]
+
+
+def beside_each_other(op):
+    """`op` of gate and up in one array."""
+    return lambda gate, up, *rest: op(jnp.concatenate([gate, up], axis=-1), None, *rest)
+
+
+@pytest.mark.parametrize("op", [kernel, plain], ids=["pallas", "xla"])
+def test_halves_of_one_array_give_what_two_arrays_give(op):
+    gate, up, dh = (normal(seed, (5, 7), "bfloat16", 9.0) for seed in range(3))
+    found, expected = (value_and_gradients(f, (gate, up), dh) for f in (beside_each_other(op), op))
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
+
+
+def test_halves_of_one_array_are_saved_as_it_and_have_one_gradient():
+    both = normal(0, (2, 3, 16))
+    op = functools.partial(kernel, up=None)
+    assert saved_shapes(op, both) == [(2, 3, 16)]
+    assert kernel_outputs(gradient(op), both)["clamped_swiglu_backward"] == [(6, 16)]
 
 
 def test_pulling_back_twice_gives_the_same_gradient():

@@ -19,16 +19,19 @@ from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import (
     DTYPES,
     assert_matches_oracle,
+    equations,
     gradient,
     kernel_outputs,
     normal,
     saved_shapes,
+    value_and_gradients,
 )
 from tests.tolerances import KERNEL, relative_error
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 NAMES = ("h", "dgate", "dup")
 kernel = functools.partial(gated_activation, implementation="pallas")
+plain = functools.partial(gated_activation, implementation="xla")
 
 
 def assert_shape_matches(shape, activation, dtype):
@@ -77,6 +80,27 @@ def test_both_gradients_come_from_one_launch():
     assert kernel_outputs(gradient(kernel), x, x)["gated_activation_backward"] == [(6, 8), (6, 8)]
 
 
+def beside_each_other(op):
+    """`op` of gate and up in one array."""
+    return lambda gate, up, *rest: op(jnp.concatenate([gate, up], axis=-1), None, *rest)
+
+
+@pytest.mark.parametrize("op", [kernel, plain], ids=["pallas", "xla"])
+@pytest.mark.parametrize("shape", shapes.SMALL_GATED_ACTIVATION, ids=lambda s: s.name)
+def test_halves_of_one_array_give_what_two_arrays_give(shape, op):
+    gate, up, dh = (normal(seed, (shape.rows, shape.width), "bfloat16") for seed in range(3))
+    found, expected = (value_and_gradients(f, (gate, up), dh) for f in (beside_each_other(op), op))
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
+
+
+def test_halves_of_one_array_are_neither_cut_nor_joined():
+    both = jnp.ones((2, 3, 16))
+    op = functools.partial(kernel, up=None)
+    assert saved_shapes(op, both) == [(2, 3, 16)]
+    assert kernel_outputs(gradient(op), both)["gated_activation_backward"] == [(6, 16)]
+    assert not {"concatenate", "split", "slice"} & {e.primitive.name for e in equations(gradient(op), both)}
+
+
 def test_saves_gate_and_up_only():
     gate, up = normal(0, (5, 7)), normal(1, (5, 7))
     assert saved_shapes(kernel, gate, up) == [(5, 7), (5, 7)]
@@ -115,6 +139,11 @@ def test_unknown_activation_is_refused():
 def test_gate_and_up_that_differ_are_refused(up):
     with pytest.raises(InputError, match="must be alike"):
         kernel(jnp.zeros((2, 4)), up)
+
+
+def test_one_array_of_an_odd_width_is_refused():
+    with pytest.raises(InputError, match="even width"):
+        kernel(jnp.zeros((2, 5)), None)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -17,10 +17,12 @@ from tests.lowering import lower_for_h100
 from tests.pallas_kernels.comparison import (
     DTYPES,
     assert_matches_oracle,
+    equations,
     gradient,
     kernel_outputs,
     normal,
     saved_shapes,
+    value_and_gradients,
 )
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -61,6 +63,39 @@ def test_all_gradients_come_from_one_launch():
     x, weights = jnp.ones((6, 8)), jnp.ones((6, 1))
     outputs = kernel_outputs(gradient(kernel), x, x, weights)["weighted_gated_activation_backward"]
     assert outputs == [(6, 8), (6, 8), (1, 6)]
+
+
+def beside_each_other(op):
+    """`op` of gate and up in one array."""
+    return lambda gate, up, *rest: op(jnp.concatenate([gate, up], axis=-1), None, *rest)
+
+
+@pytest.mark.parametrize("op", [kernel, plain], ids=["pallas", "xla"])
+@pytest.mark.parametrize("width", [7, 768])
+def test_halves_of_one_array_give_what_two_arrays_give(width, op):
+    gate, up, dh = (normal(seed, (21, width), "bfloat16") for seed in range(3))
+    arguments = gate, up, normal(3, (21, 1))
+    found, expected = (value_and_gradients(f, arguments, dh) for f in (beside_each_other(op), op))
+    assert all(map(np.array_equal, jax.tree.leaves(found), jax.tree.leaves(expected)))
+
+
+def test_halves_of_one_array_are_neither_cut_nor_joined():
+    both, weights = jnp.ones((6, 16)), jnp.ones((6, 1))
+    pull = gradient(lambda both, weights: kernel(both, None, weights))
+    assert kernel_outputs(pull, both, weights)["weighted_gated_activation_backward"] == [(6, 16), (1, 6)]
+    cut = {e.outvars[0].aval.shape for e in equations(pull, both, weights) if e.primitive.name == "slice"}
+    assert not {(6, 8), (6, 16)} & cut
+
+
+def test_gradients_of_halves_of_one_array_take_its_memory():
+    both, weights = jnp.ones((6, 16)), jnp.ones((6, 1))
+    pull = gradient(lambda both, weights: kernel(both, None, weights))
+    aliases = [
+        tuple(e.params["input_output_aliases"])
+        for e in equations(pull, both, weights)
+        if e.primitive.name == "pallas_call"
+    ]
+    assert aliases == [(), ((1, 0),)]
 
 
 def test_saves_gate_up_and_weights_only():

@@ -15,17 +15,28 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas import triton
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
-from pronghorn.pallas_kernels.gated_activation import launch_rows, sigmoid_in_kernel, tile_of_program
+from pronghorn.pallas_kernels.gated_activation import (
+    as_gates,
+    checked_gates,
+    gates_in_place,
+    halves,
+    launch_forward,
+    launch_rows,
+    load_wide,
+    named_gates,
+    places_of_gates,
+    sigmoid_in_kernel,
+    store_all,
+    tile_of_program,
+)
 
 
 def clamped_swiglu(
     gate: jax.Array,
-    up: jax.Array,
+    up: jax.Array | None,
     *,
     limit: float = 7.0,
     alpha: float = 1.702,
@@ -34,7 +45,7 @@ def clamped_swiglu(
     """c σ(alpha c) (v + 1), c the gate up to the limit, v the other factor within ± the limit.
 
     Args:
-      gate, up: [..., f], one dtype: bf16, fp16 or fp32.
+      gate, up: [..., f], one dtype: bf16, fp16 or fp32; or gate and up beside each other, [..., 2 f], and None.
       limit: L, over zero.
       alpha: the gain of the sigmoid.
       implementation: "pallas", "xla" or None for the platform's default. Both have the gradient by hand.
@@ -45,20 +56,18 @@ def clamped_swiglu(
     Raises:
       InputError: shapes or dtypes that differ, or a limit that is not over zero.
     """
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise InputError(
-            f"clamped_swiglu: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be alike."
-        )
+    gates = checked_gates("clamped_swiglu", gate, up)
     if not limit > 0:
         raise InputError(f"clamped_swiglu: limit={limit} must be over zero.")
     with_kernel = launch.resolve(implementation) == "pallas" and gate.size > 0
-    return _clamped_swiglu(gate, up, float(limit), float(alpha), with_kernel)
+    return _clamped_swiglu(gates, float(limit), float(alpha), with_kernel)
 
 
 def clamped_swiglu_reference(
-    gate: jax.Array, up: jax.Array, *, limit: float = 7.0, alpha: float = 1.702
+    gate: jax.Array, up: jax.Array | None = None, *, limit: float = 7.0, alpha: float = 1.702
 ) -> jax.Array:
     """The oracle of `clamped_swiglu`, in plain jax.numpy."""
+    gate, up = halves((gate,) if up is None else (gate, up))
     c = jnp.minimum(gate.astype(jnp.float32), limit)
     v = jnp.clip(up.astype(jnp.float32), -limit, limit)
     return (c * jax.nn.sigmoid(alpha * c) * (v + 1.0)).astype(gate.dtype)
@@ -80,48 +89,43 @@ def _gradients(dout, gate, up, limit, alpha, sigmoid: Callable = jax.nn.sigmoid)
     return dgate, dup
 
 
-def _load(refs, tile, mask):
-    return (triton.load(ref.at[tile], mask=mask, other=0.0).astype(jnp.float32) for ref in refs)
-
-
-def _forward_kernel(gate_ref, up_ref, out_ref, *, limit, alpha, block):
-    tile, mask = tile_of_program(gate_ref.shape, block)
-    gate, up = _load((gate_ref, up_ref), tile, mask)
+def _forward_kernel(*refs, limit, alpha, block):
+    *gates, out_ref = refs
+    tile, mask = tile_of_program(out_ref.shape, block)
+    gate, up = load_wide(places_of_gates(gates, tile, out_ref.shape[1]), mask)
     value, shifted, _, _ = _factors(gate, up, limit, alpha, sigmoid_in_kernel)
-    triton.store(out_ref.at[tile], (value * shifted).astype(out_ref.dtype), mask=mask)
+    store_all([out_ref.at[tile]], [value * shifted], mask)
 
 
-def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *, limit, alpha, block):
-    tile, mask = tile_of_program(gate_ref.shape, block)
-    dout, gate, up = _load((dout_ref, gate_ref, up_ref), tile, mask)
-    dgate, dup = _gradients(dout, gate, up, limit, alpha, sigmoid_in_kernel)
-    triton.store(dgate_ref.at[tile], dgate.astype(dgate_ref.dtype), mask=mask)
-    triton.store(dup_ref.at[tile], dup.astype(dup_ref.dtype), mask=mask)
+def _backward_kernel(dout_ref, *refs, limit, alpha, block):
+    """refs: gate and up (one ref or two), and their gradients."""
+    count, width = len(refs) // 2, dout_ref.shape[1]
+    tile, mask = tile_of_program(dout_ref.shape, block)
+    places = [dout_ref.at[tile], *places_of_gates(refs[:count], tile, width)]
+    gradients = _gradients(*load_wide(places, mask), limit, alpha, sigmoid_in_kernel)
+    store_all(places_of_gates(refs[count:], tile, width), gradients, mask)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _clamped_swiglu(gate, up, limit, alpha, with_kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _clamped_swiglu(gates, limit, alpha, with_kernel):
     if with_kernel:
-        static = {"limit": limit, "alpha": alpha}
-        return launch_rows(_forward_kernel, "clamped_swiglu_forward", (gate, up), 1, {}, **static)[0]
-    return clamped_swiglu_reference(gate, up, limit=limit, alpha=alpha)
+        return launch_forward(_forward_kernel, "clamped_swiglu_forward", gates, limit=limit, alpha=alpha)
+    return clamped_swiglu_reference(*gates, limit=limit, alpha=alpha)
 
 
-def _clamped_swiglu_forward(gate, up, limit, alpha, with_kernel):
-    gate = checkpoint_name(gate, "clamped_swiglu_gate")
-    up = checkpoint_name(up, "clamped_swiglu_up")
-    return _clamped_swiglu(gate, up, limit, alpha, with_kernel), (gate, up)
+def _clamped_swiglu_forward(gates, limit, alpha, with_kernel):
+    gates = named_gates("clamped_swiglu", gates)
+    return _clamped_swiglu(gates, limit, alpha, with_kernel), gates
 
 
-def _clamped_swiglu_backward(limit, alpha, with_kernel, saved, dout):
+def _clamped_swiglu_backward(limit, alpha, with_kernel, gates, dout):
     if with_kernel:
-        # Each program reads its elements before it writes them, so the gradients take the memory of what was saved.
-        static = {"limit": limit, "alpha": alpha}
-        arguments, aliases = (dout, *saved), {1: 0, 2: 1}
-        return launch_rows(_backward_kernel, "clamped_swiglu_backward", arguments, 2, aliases, **static)
-    dtype = saved[0].dtype
-    dout, gate, up = (array.astype(jnp.float32) for array in (dout, *saved))
-    return tuple(array.astype(dtype) for array in _gradients(dout, gate, up, limit, alpha))
+        arguments, name = (dout, *gates), "clamped_swiglu_backward"
+        aliases, static = gates_in_place(gates), {"limit": limit, "alpha": alpha}
+        return (launch_rows(_backward_kernel, name, arguments, gates, aliases, **static),)
+    wide = (array.astype(jnp.float32) for array in (dout, *halves(gates)))
+    gradients = [array.astype(dout.dtype) for array in _gradients(*wide, limit, alpha)]
+    return (as_gates(gradients, gates),)
 
 
 _clamped_swiglu.defvjp(_clamped_swiglu_forward, _clamped_swiglu_backward)

@@ -9,13 +9,16 @@
 ∂L/∂gate = D up f'(gate). Saved: gate and up, named "gated_activation_gate" and "gated_activation_up" for
 `jax.checkpoint` policies; backward rebuilds f(gate). Everything is fp32, rounded once.
 
+Where one product makes both, gate and up are the halves of one array, and their gradients are those of another: nothing
+is sliced or joined, which would be a pass over memory each. Such an array goes by gate's name.
+
 Sources: Shazeer, GLU Variants Improve Transformer, 2020, https://arxiv.org/abs/2002.05202; Hendrycks and Gimpel,
 Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -61,7 +64,7 @@ def check_activation(activation: str) -> None:
 
 def gated_activation(
     gate: jax.Array,
-    up: jax.Array,
+    up: jax.Array | None,
     *,
     activation: Activation = "silu",
     implementation: launch.Implementation | None = None,
@@ -69,7 +72,7 @@ def gated_activation(
     """activation(gate) · up.
 
     Args:
-      gate, up: [..., f], one dtype: bf16, fp16 or fp32.
+      gate, up: [..., f], one dtype: bf16, fp16 or fp32; or gate and up beside each other, [..., 2 f], and None.
       activation: "silu" (SwiGLU), "gelu_tanh" (GeGLU as in Gemma) or "gelu" (exact).
       implementation: "pallas", "xla" or None for the platform's default.
 
@@ -80,19 +83,48 @@ def gated_activation(
       InputError: for an unknown activation, or shapes or dtypes that differ.
     """
     check_activation(activation)
+    gates = checked_gates("gated_activation", gate, up)
+    if launch.resolve(implementation) == "xla" or gate.size == 0:
+        return gated_activation_reference(*gates, activation=activation)
+    return _gated_activation(gates, activation)
+
+
+def checked_gates(op: str, gate: jax.Array, up: jax.Array | None) -> tuple[jax.Array, ...]:
+    """(gate, up), or (gate beside up,) where up is None; raises InputError where they do not fit."""
+    if up is None:
+        if gate.shape[-1] % 2:
+            raise InputError(f"{op}: gate {gate.shape} without up must hold both, and have an even width.")
+        return (gate,)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         raise InputError(
-            f"gated_activation: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be alike."
+            f"{op}: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be alike."
         )
-    if launch.resolve(implementation) == "xla" or gate.size == 0:
-        return gated_activation_reference(gate, up, activation=activation)
-    return _gated_activation(gate, up, activation)
+    return gate, up
+
+
+def named_gates(op: str, gates: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """The arrays of `checked_gates` with names for `jax.checkpoint` policies."""
+    return tuple(
+        checkpoint_name(array, f"{op}_{half}") for array, half in zip(gates, ("gate", "up"), strict=False)
+    )
+
+
+def halves(gates: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """(gate, up) of the arrays of `checked_gates`, in plain jax.numpy."""
+    gate, up = gates if len(gates) == 2 else jnp.split(gates[0], 2, axis=-1)
+    return gate, up
+
+
+def as_gates(gradients: Sequence[jax.Array], gates: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """(dgate, dup) as `gates` lie."""
+    return tuple(gradients) if len(gates) == 2 else (jnp.concatenate(gradients, axis=-1),)
 
 
 def gated_activation_reference(
-    gate: jax.Array, up: jax.Array, *, activation: Activation = "silu"
+    gate: jax.Array, up: jax.Array | None = None, *, activation: Activation = "silu"
 ) -> jax.Array:
     """The oracle of `gated_activation`, in plain jax.numpy."""
+    gate, up = halves((gate,) if up is None else (gate, up))
     gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
     f = (
         jax.nn.silu(gate32)
@@ -158,24 +190,43 @@ def tile_of_program(shape, block):
     return tile, launch.in_bounds(shape, *tile)
 
 
-def _forward_kernel(gate_ref, up_ref, out_ref, *, activation, block):
-    tile, mask = tile_of_program(gate_ref.shape, block)
-    gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
-    up = triton.load(up_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+def places_of_gates(refs: Sequence[Any], tile: Any, width: int) -> list[Any]:
+    """Where gate's and up's elements of a tile [.., width] lie, in two refs, or in the halves of one."""
+    if len(refs) == 2:
+        return [ref.at[tile] for ref in refs]
+    rows, columns = tile
+    return [refs[0].at[rows, columns], refs[0].at[rows, width + columns]]
+
+
+def load_wide(places: Sequence[Any], mask: Any) -> tuple[jax.Array, ...]:
+    """What lies at each of these places of a kernel, in fp32."""
+    return tuple(triton.load(place, mask=mask, other=0.0).astype(jnp.float32) for place in places)
+
+
+def store_all(places: Sequence[Any], values: Sequence[jax.Array], mask: Any) -> None:
+    """Store each value at its place, rounded to what that holds."""
+    for place, value in zip(places, values, strict=True):
+        triton.store(place, value.astype(place.dtype), mask=mask)
+
+
+def _forward_kernel(*refs, activation, block):
+    *gates, out_ref = refs
+    tile, mask = tile_of_program(out_ref.shape, block)
+    gate, up = load_wide(places_of_gates(gates, tile, out_ref.shape[1]), mask)
     value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
-    triton.store(out_ref.at[tile], (value * up).astype(out_ref.dtype), mask=mask)
+    store_all([out_ref.at[tile]], [value * up], mask)
 
 
-def _backward_kernel(dout_ref, gate_ref, up_ref, dgate_ref, dup_ref, *h_ref, activation, block):
-    tile, mask = tile_of_program(gate_ref.shape, block)
-    dout = triton.load(dout_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
-    gate = triton.load(gate_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
-    up = triton.load(up_ref.at[tile], mask=mask, other=0.0).astype(jnp.float32)
+def _backward_kernel(dout_ref, *refs, activation, block):
+    """refs: gate and up (one ref or two), their gradients, and h where it is asked for."""
+    count, width = len(refs) // 2, dout_ref.shape[1]
+    tile, mask = tile_of_program(dout_ref.shape, block)
+    places = [dout_ref.at[tile], *places_of_gates(refs[:count], tile, width)]
+    dout, gate, up = load_wide(places, mask)
     value, slope = value_and_slope(gate, activation, sigmoid_in_kernel)
-    triton.store(dgate_ref.at[tile], (dout * up * slope).astype(dgate_ref.dtype), mask=mask)
-    triton.store(dup_ref.at[tile], (dout * value).astype(dup_ref.dtype), mask=mask)
-    if h_ref:
-        triton.store(h_ref[0].at[tile], (value * up).astype(h_ref[0].dtype), mask=mask)
+    gradients = places_of_gates(refs[count : 2 * count], tile, width)
+    store_all(gradients, [dout * up * slope, dout * value], mask)
+    store_all([ref.at[tile] for ref in refs[2 * count :]], [value * up] * (len(refs) % 2), mask)
 
 
 def _block(rows: int, width: int, elements: int, most_columns: int) -> tuple[int, int]:
@@ -195,19 +246,35 @@ def launch_options(name: str, shape: tuple[int, int], dtype: Any) -> tuple[tuple
 
 
 def launch_rows(kernel, name, arguments, outputs, aliases, **static):
-    """Launch an elementwise kernel, which is given `block` and `static`, over arrays [..., f] that are all alike."""
-    shape, dtype = arguments[0].shape, arguments[0].dtype
-    rows, width = math.prod(shape[:-1]), shape[-1]
+    """Launch an elementwise kernel, which is given `block` and `static`, over arrays [..., f].
+
+    Arrays that hold gate and up are [..., 2 f]; `outputs` are arrays of the shapes of what the kernel writes.
+    """
+    leading, dtype = arguments[0].shape[:-1], arguments[0].dtype
+    rows, width = math.prod(leading), min(array.shape[-1] for array in (*arguments, *outputs))
     grid, block, num_warps = launch_options(name, (rows, width), dtype)
     results = launch.pallas_call(
         functools.partial(kernel, block=block, **static),
         name=name,
         grid=grid,
-        out_shape=(jax.ShapeDtypeStruct((rows, width), dtype),) * outputs,
+        out_shape=tuple(jax.ShapeDtypeStruct((rows, like.shape[-1]), dtype) for like in outputs),
         input_output_aliases=aliases,
         num_warps=num_warps,
-    )(*(a.reshape(rows, width) for a in arguments))
-    return tuple(r.reshape(shape) for r in results)
+    )(*(a.reshape(rows, a.shape[-1]) for a in arguments))
+    return tuple(r.reshape(*leading, r.shape[-1]) for r in results)
+
+
+def launch_forward(kernel: Any, name: str, gates: Sequence[jax.Array], **static: Any) -> jax.Array:
+    """h [..., f] of the arrays of `checked_gates`, by an elementwise kernel."""
+    width = gates[0].shape[-1] // (3 - len(gates))
+    h = jax.ShapeDtypeStruct((*gates[0].shape[:-1], width), gates[0].dtype)
+    return launch_rows(kernel, name, gates, (h,), {}, **static)[0]
+
+
+def gates_in_place(gates: Sequence[jax.Array]) -> dict[int, int]:
+    """Aliases of a launch of (D, *gates) whose first outputs are the gates' gradients: each program reads its elements
+    before it writes them, so the gradients take the memory of what was saved."""
+    return {1 + place: place for place in range(len(gates))}
 
 
 def gated_activation_forward(
@@ -215,9 +282,7 @@ def gated_activation_forward(
 ) -> jax.Array:
     """h without a gradient, for ops that hold this one and write their own."""
     if with_kernel and gate.size:
-        return launch_rows(
-            _forward_kernel, "gated_activation_forward", (gate, up), 1, {}, activation=activation
-        )[0]
+        return launch_forward(_forward_kernel, "gated_activation_forward", (gate, up), activation=activation)
     return gated_activation_reference(gate, up, activation=activation)
 
 
@@ -236,13 +301,13 @@ def gated_activation_backward(
     The kernel writes them over the memory of gate, up and dh where it may: `in_place`.
     """
     if with_kernel and gate.size:
-        aliases = {} if not in_place else {1: 0, 2: 1, 0: 2} if with_h else {1: 0, 2: 1}
+        aliases = {} if not in_place else {1: 0, 2: 1, 0: 2} if with_h else gates_in_place((gate, up))
         arguments = dh, gate, up
         results = launch_rows(
             _backward_kernel,
             "gated_activation_backward",
             arguments,
-            2 + with_h,
+            (gate, up, *[dh] * with_h),
             aliases,
             activation=activation,
         )
@@ -255,25 +320,20 @@ def gated_activation_backward(
     return (dh * up * slope).astype(dtype), (dh * value).astype(dtype), h
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gated_activation(gate, up, activation):
-    return launch_rows(_forward_kernel, "gated_activation_forward", (gate, up), 1, {}, activation=activation)[
-        0
-    ]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gated_activation(gates, activation):
+    return launch_forward(_forward_kernel, "gated_activation_forward", gates, activation=activation)
 
 
-def _gated_activation_forward(gate, up, activation):
-    gate = checkpoint_name(gate, "gated_activation_gate")
-    up = checkpoint_name(up, "gated_activation_up")
-    return _gated_activation(gate, up, activation), (gate, up)
+def _gated_activation_forward(gates, activation):
+    gates = named_gates("gated_activation", gates)
+    return _gated_activation(gates, activation), gates
 
 
-def _gated_activation_backward(activation, saved, dout):
-    # Each program reads its elements before it writes them, so the gradients take the memory of what was saved.
-    arguments, aliases = (dout, *saved), {1: 0, 2: 1}
-    return launch_rows(
-        _backward_kernel, "gated_activation_backward", arguments, 2, aliases, activation=activation
-    )
+def _gated_activation_backward(activation, gates, dout):
+    arguments, name = (dout, *gates), "gated_activation_backward"
+    aliases = gates_in_place(gates)
+    return (launch_rows(_backward_kernel, name, arguments, gates, aliases, activation=activation),)
 
 
 _gated_activation.defvjp(_gated_activation_forward, _gated_activation_backward)

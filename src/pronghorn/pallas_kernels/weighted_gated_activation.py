@@ -15,7 +15,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -23,9 +22,17 @@ from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
 from pronghorn.pallas_kernels.gated_activation import (
     Activation,
+    as_gates,
     check_activation,
+    checked_gates,
+    gates_in_place,
+    halves,
     launch_options,
+    load_wide,
+    named_gates,
+    places_of_gates,
     sigmoid_in_kernel,
+    store_all,
     tile_of_program,
     value_and_slope,
 )
@@ -33,7 +40,7 @@ from pronghorn.pallas_kernels.gated_activation import (
 
 def weighted_gated_activation(
     gate: jax.Array,
-    up: jax.Array,
+    up: jax.Array | None,
     weights: jax.Array,
     *,
     activation: Activation = "silu",
@@ -42,7 +49,7 @@ def weighted_gated_activation(
     """weights · activation(gate) · up.
 
     Args:
-      gate, up: [rows, f], one dtype: bf16, fp16 or fp32.
+      gate, up: [rows, f], one dtype: bf16, fp16 or fp32; or gate and up beside each other, [rows, 2 f], and None.
       weights: fp32 [rows, 1].
       activation: as in `gated_activation`.
       implementation: "pallas", "xla" or None for the platform's default. Both have the gradient by hand.
@@ -54,29 +61,24 @@ def weighted_gated_activation(
       InputError: for an unknown activation, or shapes or dtypes that do not fit.
     """
     check_activation(activation)
-    if gate.ndim != 2 or gate.shape != up.shape or gate.dtype != up.dtype:
-        raise InputError(
-            f"weighted_gated_activation: gate is {gate.dtype}{gate.shape}, up is {up.dtype}{up.shape}; they must be "
-            "[rows, f] and alike."
-        )
+    if gate.ndim != 2:
+        raise InputError(f"weighted_gated_activation: gate {gate.shape} must be [rows, f].")
+    gates = checked_gates("weighted_gated_activation", gate, up)
     if weights.shape != (gate.shape[0], 1) or weights.dtype != jnp.float32:
         raise InputError(
             f"weighted_gated_activation: weights {weights.dtype}{weights.shape} must be float32{(gate.shape[0], 1)}."
         )
     with_kernel = launch.resolve(implementation) == "pallas" and gate.size > 0
-    return _weighted(gate, up, weights, activation, with_kernel)
+    return _weighted(gates, weights, activation, with_kernel)
 
 
 def weighted_gated_activation_reference(
-    gate: jax.Array, up: jax.Array, weights: jax.Array, *, activation: Activation = "silu"
+    gate: jax.Array, up: jax.Array | None, weights: jax.Array, *, activation: Activation = "silu"
 ) -> jax.Array:
     """The oracle of `weighted_gated_activation`, in plain jax.numpy."""
+    gate, up = halves((gate,) if up is None else (gate, up))
     value, _ = value_and_slope(gate.astype(jnp.float32), activation)
     return (weights * value * up.astype(jnp.float32)).astype(gate.dtype)
-
-
-def _load(refs, tile, mask):
-    return (triton.load(ref.at[tile], mask=mask, other=0.0).astype(jnp.float32) for ref in refs)
 
 
 def _weights_of(weights_ref, rows):
@@ -84,73 +86,75 @@ def _weights_of(weights_ref, rows):
     return triton.load(weights_ref.at[rows], mask=rows < weights_ref.shape[0], other=0.0)
 
 
-def _forward_kernel(gate_ref, up_ref, weights_ref, out_ref, *, activation, block):
-    tile, mask = tile_of_program(gate_ref.shape, block)
-    gate, up = _load((gate_ref, up_ref), tile, mask)
+def _forward_kernel(*refs, activation, block):
+    *gates, weights_ref, out_ref = refs
+    tile, mask = tile_of_program(out_ref.shape, block)
+    gate, up = load_wide(places_of_gates(gates, tile, out_ref.shape[1]), mask)
     value, _ = value_and_slope(gate, activation, sigmoid_in_kernel)
-    out = _weights_of(weights_ref, tile[0]) * value * up
-    triton.store(out_ref.at[tile], out.astype(out_ref.dtype), mask=mask)
+    store_all([out_ref.at[tile]], [_weights_of(weights_ref, tile[0]) * value * up], mask)
 
 
-def _backward_kernel(
-    dout_ref, gate_ref, up_ref, weights_ref, dgate_ref, dup_ref, shares_ref, *, activation, block
-):
-    tile, mask = tile_of_program(gate_ref.shape, block)
-    dout, gate, up = _load((dout_ref, gate_ref, up_ref), tile, mask)
+def _backward_kernel(dout_ref, *refs, activation, block):
+    """refs: gate and up (one ref or two), the weights, the gradients of the former, and shares of the latter's."""
+    *refs, shares_ref = refs
+    count, width = len(refs) // 2, dout_ref.shape[1]
+    gates, weights_ref, gradients = refs[:count], refs[count], refs[count + 1 :]
+    tile, mask = tile_of_program(dout_ref.shape, block)
+    dout, gate, up = load_wide([dout_ref.at[tile], *places_of_gates(gates, tile, width)], mask)
     value, slope = value_and_slope(gate, activation, sigmoid_in_kernel)
     share = jnp.sum(dout * value * up, axis=1)
     dout = _weights_of(weights_ref, tile[0]) * dout
-    triton.store(dgate_ref.at[tile], (dout * up * slope).astype(dgate_ref.dtype), mask=mask)
-    triton.store(dup_ref.at[tile], (dout * value).astype(dup_ref.dtype), mask=mask)
+    store_all(places_of_gates(gradients, tile, width), [dout * up * slope, dout * value], mask)
     rows, columns_block = tile[0][:, 0], pl.program_id(0) % shares_ref.shape[0]
     triton.store(shares_ref.at[columns_block, rows], share, mask=rows < shares_ref.shape[1])
 
 
-def _launch(kernel, name, arguments, activation, *, gradients):
-    """Arguments [rows, f], the last [rows, 1]. `name` is a launch of the same traffic, whose measured block serves."""
-    shape, dtype = arguments[0].shape, arguments[0].dtype
-    grid, block, warps = launch_options(name, shape, dtype)
-    alike = jax.ShapeDtypeStruct(shape, dtype)
-    shares = jax.ShapeDtypeStruct((launch.cdiv(shape[1], block[1]), shape[0]), jnp.float32)
+def _launch(kernel, name, arguments, gates, weights, activation, *, gradients):
+    """`arguments` stand in front of the gates. `name` is a launch of the same traffic, whose measured block serves."""
+    rows, dtype = weights.shape[0], gates[0].dtype
+    width = gates[0].shape[1] // (3 - len(gates))
+    grid, block, warps = launch_options(name, (rows, width), dtype)
+    shares = jax.ShapeDtypeStruct((launch.cdiv(width, block[1]), rows), jnp.float32)
+    alike = tuple(jax.ShapeDtypeStruct(gate.shape, dtype) for gate in gates)
     return launch.pallas_call(
         functools.partial(kernel, block=block, activation=activation),
         name=f"weighted_{name}",
         grid=grid,
         num_warps=warps,
-        out_shape=(alike, alike, shares) if gradients else (alike,),
-        # Each program reads its elements before it writes them: gradients take the memory of what was saved.
-        input_output_aliases={1: 0, 2: 1} if gradients else {},
-    )(*arguments[:-1], arguments[-1][:, 0])
+        out_shape=(*alike, shares) if gradients else (jax.ShapeDtypeStruct((rows, width), dtype),),
+        input_output_aliases=gates_in_place(gates) if gradients else {},
+    )(*arguments, *gates, weights[:, 0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _weighted(gate, up, weights, activation, with_kernel):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _weighted(gates, weights, activation, with_kernel):
     if with_kernel:
-        arguments = gate, up, weights
-        return _launch(_forward_kernel, "gated_activation_forward", arguments, activation, gradients=False)[0]
-    return weighted_gated_activation_reference(gate, up, weights, activation=activation)
+        name = "gated_activation_forward"
+        return _launch(_forward_kernel, name, (), gates, weights, activation, gradients=False)[0]
+    return weighted_gated_activation_reference(*halves(gates), weights, activation=activation)
 
 
-def _weighted_forward(gate, up, weights, activation, with_kernel):
-    gate = checkpoint_name(gate, "gated_activation_gate")
-    up = checkpoint_name(up, "gated_activation_up")
-    return _weighted(gate, up, weights, activation, with_kernel), (gate, up, weights)
+def _weighted_forward(gates, weights, activation, with_kernel):
+    gates = named_gates("gated_activation", gates)
+    return _weighted(gates, weights, activation, with_kernel), (gates, weights)
 
 
 def _weighted_backward(activation, with_kernel, saved, dout):
+    gates, weights = saved
     if with_kernel:
-        arguments = dout, *saved
-        dgate, dup, shares = _launch(
-            _backward_kernel, "gated_activation_backward", arguments, activation, gradients=True
+        name = "gated_activation_backward"
+        *gradients, shares = _launch(
+            _backward_kernel, name, (dout,), gates, weights, activation, gradients=True
         )
-        return dgate, dup, jnp.sum(shares, axis=0)[:, None]
-    dtype = saved[0].dtype
+        return tuple(gradients), jnp.sum(shares, axis=0)[:, None]
+    dtype = dout.dtype
     # The barrier keeps XLA from finding forward's values equal to these and alive until here.
-    dout, gate, up, weights = jax.lax.optimization_barrier((dout, *saved))
-    dout, gate, up = (array.astype(jnp.float32) for array in (dout, gate, up))
+    dout, gates, weights = jax.lax.optimization_barrier((dout, gates, weights))
+    dout, gate, up = (array.astype(jnp.float32) for array in (dout, *halves(gates)))
     value, slope = value_and_slope(gate, activation)
     dweights = jnp.sum(dout * value * up, axis=1, keepdims=True)
-    return (weights * dout * up * slope).astype(dtype), (weights * dout * value).astype(dtype), dweights
+    gradients = [(weights * dout * up * slope).astype(dtype), (weights * dout * value).astype(dtype)]
+    return as_gates(gradients, gates), dweights
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
