@@ -118,15 +118,19 @@ def _both(a, b):
     return b if a is None else a if b is None else a & b
 
 
-def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, transposed, native):
+def _product_kernel(tiles_ref, *rest, blocks, pairs, parts, rank, padded_rank, biased, transposed, native):
     """One tile of Y: the products of `pairs` pairs, then the low-rank part and the bias on top of them."""
     *others, y_ref = rest
     operands, others = others[: 2 * pairs], others[2 * pairs :]
     block_m, block_n, block_k = blocks[:3]
-    rows_of_x, inner = operands[0].shape
-    width, groups = y_ref.shape[1], operands[1].shape[0]
+    rows_of_x, inner = operands[0].shape[0], operands[0].shape[1] // parts
+    width, groups = y_ref.shape[1] // parts, operands[1].shape[0]
+    column_tiles = launch.cdiv(width, block_n)
     row_tile, column_tile = _tile_of_program(
-        pl.program_id(0), tiles_ref.shape[0], launch.cdiv(width, block_n), blocks.together
+        pl.program_id(0), tiles_ref.shape[0], parts * column_tiles, blocks.together
+    )
+    part, column_tile = (
+        (column_tile // column_tiles, column_tile % column_tiles) if parts > 1 else (0, column_tile)
     )
     group, first, end = (tiles_ref[row_tile, field] for field in range(3))
     real = group < groups
@@ -136,31 +140,37 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
     there = jnp.minimum(rows, rows_of_x - 1)[:, None]
     column_exists: Any = None if width % block_n == 0 else columns < width
 
-    def tile(rows_ref, matrix_ref, at, size, whole):
-        """The part of a sum over the indices `at`, those below `size`."""
+    def tile(rows_ref, matrix_ref, at, size, whole, *, left_first=0, right_first=0, wanted=column_exists):
+        """The part of a sum over the indices `at`, those below `size`, counted from the first of each operand."""
         exists: Any = None if whole else at < size
-        left = _load(rows_ref, there, at[None, :], mask=None if whole else exists[None, :])
+        left = _load(rows_ref, there, (left_first + at)[None, :], mask=None if whole else exists[None, :])
         if transposed:
-            masks = (
-                None if column_exists is None else column_exists[:, None],
-                None if whole else exists[None, :],
-            )
+            masks = (None if wanted is None else wanted[:, None], None if whole else exists[None, :])
             right = _load(matrix_ref, group, columns[:, None], at[None, :], mask=_both(*masks))
         else:
-            masks = (
-                None if column_exists is None else column_exists[None, :],
-                None if whole else exists[:, None],
+            masks = (None if wanted is None else wanted[None, :], None if whole else exists[:, None])
+            right = _load(
+                matrix_ref, group, (right_first + at)[:, None], columns[None, :], mask=_both(*masks)
             )
-            right = _load(matrix_ref, group, at[:, None], columns[None, :], mask=_both(*masks))
         return tile_product(left, right, ROWS_BY_ROWS if transposed else ROWS_BY_COLUMNS, native=native)
 
     def step(i, total, x_ref, w_ref):
-        return total + tile(x_ref, w_ref, i * block_k + jnp.arange(block_k), inner, inner % block_k == 0)
+        at = i * block_k + jnp.arange(block_k)
+        firsts = {"left_first": part * inner, "right_first": part * inner}
+        return total + tile(x_ref, w_ref, at, inner, inner % block_k == 0, **firsts)
+
+    def lowrank_parts(count):
+        """(part, which columns are of it) of each that P holds beside each other and this tile has columns of."""
+        of_part = width // count
+        if count == 1 or of_part % block_n == 0:
+            return [(column_tile * block_n // of_part if count > 1 else 0, column_exists)]
+        return [(p, (columns >= p * of_part) & (columns < (p + 1) * of_part)) for p in range(count)]
 
     inside = _both((rows < end)[:, None], None if column_exists is None else column_exists[None, :])
 
     def store(total):
-        triton.store(y_ref.at[rows[:, None], columns[None, :]], total.astype(y_ref.dtype), mask=inside)
+        place = y_ref.at[rows[:, None], (part * width + columns)[None, :]]
+        triton.store(place, total.astype(y_ref.dtype), mask=inside)
 
     # Tiles left over store nothing. The loop always has its steps: where it could have none, ptxas joins its registers
     # with zeros, and either waits after every product or, worse, rounds the sums before the last products are there
@@ -173,7 +183,9 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
             total = jax.lax.fori_loop(0, launch.cdiv(inner, block_k), of_pair, total)
         if rank:
             p_ref, q_ref = others[:2]
-            total += tile(p_ref, q_ref, jnp.arange(padded_rank), rank, rank == padded_rank)
+            at, whole = jnp.arange(padded_rank), rank == padded_rank
+            for p, wanted in lowrank_parts(p_ref.shape[1] // rank):
+                total += tile(p_ref, q_ref, at, rank, whole, left_first=p * rank, wanted=wanted)
         if biased:
             bias = _load(others[-1], group, columns, mask=column_exists)
             total += bias.astype(jnp.float32)[None, :]
@@ -184,10 +196,10 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
         store(jnp.zeros((block_m, block_n), jnp.float32))
 
 
-def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
+def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool, parts: int = 1):
     """`by_rows` of one pair (x, weight) where transposed, else `by_columns`: the sum over the pairs."""
     x, weight = pairs[0]
-    rows, inner = x.shape
+    rows, inner = x.shape[0], x.shape[1] // parts
     width = weight.shape[1 if transposed else 2]
     op = "grouped_by_rows" if transposed else "grouped_by_columns"
     block = blocks(op, x.dtype, rows, width, inner, pairs=len(pairs))
@@ -195,13 +207,14 @@ def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
     operands, rank = [tiles, *(array for pair in pairs for array in pair)], 0
     if lowrank is not None:
         operands += lowrank
-        rank = lowrank.rows.shape[1]
+        rank = lowrank.matrices.shape[2 if transposed else 1]
     if bias is not None:
         operands.append(bias)
     kernel = functools.partial(
         _product_kernel,
         blocks=block,
         pairs=len(pairs),
+        parts=parts,
         rank=rank,
         padded_rank=max(16, launch.next_power_of_2(rank)),
         biased=bias is not None,
@@ -211,24 +224,26 @@ def product(pairs, group_sizes, lowrank, bias, dtype, *, transposed: bool):
     return launch.pallas_call(
         kernel,
         name=op,
-        grid=(tiles.shape[0] * launch.cdiv(width, block.n),),
-        out_shape=jax.ShapeDtypeStruct((rows, width), dtype),
+        grid=(tiles.shape[0] * parts * launch.cdiv(width, block.n),),
+        out_shape=jax.ShapeDtypeStruct((rows, parts * width), dtype),
         num_warps=block.warps,
         num_stages=block.stages,
     )(*operands)
 
 
-def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
+def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, parts, native):
     """One tile of D of one group."""
     block_m, block_n, block_k = blocks[:3]
-    _, a_width, b_width = d_ref.shape
-    a_tiles = launch.cdiv(a_width, block_m)
+    a_width, b_width = d_ref.shape[1] // parts, d_ref.shape[2]
+    tiles_of_part = launch.cdiv(a_width, block_m)
+    a_tiles = parts * tiles_of_part
     b_tiles = launch.cdiv(b_width, block_n)
     group = pl.program_id(0) // (a_tiles * b_tiles)
     first, end = bounds_ref[group, 0], bounds_ref[group, 1]
     a_tile, b_tile = _tile_of_program(
         pl.program_id(0) % (a_tiles * b_tiles), a_tiles, b_tiles, blocks.together
     )
+    part, a_tile = (a_tile // tiles_of_part, a_tile % tiles_of_part) if parts > 1 else (0, a_tile)
     a_columns = a_tile * block_m + jnp.arange(block_m)
     b_columns = b_tile * block_n + jnp.arange(block_n)
 
@@ -236,7 +251,7 @@ def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
         exists: Any = None if whole else (rows < end)[:, None]
         if width % block:
             exists = _both(exists, (columns < width)[None, :])
-        return _load(ref, rows[:, None], columns[None, :], mask=exists)
+        return _load(ref, rows[:, None], (part * width + columns)[None, :], mask=exists)
 
     def step(i, total, whole):
         rows = first + i * block_k + jnp.arange(block_k)
@@ -251,21 +266,20 @@ def _over_rows_kernel(bounds_ref, a_ref, b_ref, d_ref, *, blocks, native):
     steps = launch.cdiv(end - first, block_k)
     total = jax.lax.fori_loop(whole_steps, steps, functools.partial(step, whole=False), total)
     inside = (a_columns < a_width)[:, None] & (b_columns < b_width)[None, :]
-    triton.store(
-        d_ref.at[group, a_columns[:, None], b_columns[None, :]], total.astype(d_ref.dtype), mask=inside
-    )
+    place = d_ref.at[group, (part * a_width + a_columns)[:, None], b_columns[None, :]]
+    triton.store(place, total.astype(d_ref.dtype), mask=inside)
 
 
-def over_rows(a, b, group_sizes, dtype):
+def over_rows(a, b, group_sizes, dtype, *, parts: int = 1):
     """`grouped_products.over_rows`."""
-    shape = (group_sizes.shape[0], a.shape[1], b.shape[1])
+    shape = (group_sizes.shape[0], a.shape[1] // parts, b.shape[1] // parts)
     block = blocks("grouped_over_rows", a.dtype, shape[1], shape[2], a.shape[0])
     ends = _running_sums(group_sizes)
     return launch.pallas_call(
-        functools.partial(_over_rows_kernel, blocks=block, native=not launch.interpreting()),
+        functools.partial(_over_rows_kernel, blocks=block, parts=parts, native=not launch.interpreting()),
         name="grouped_over_rows",
-        grid=(shape[0] * launch.cdiv(shape[1], block.m) * launch.cdiv(shape[2], block.n),),
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        grid=(shape[0] * parts * launch.cdiv(shape[1], block.m) * launch.cdiv(shape[2], block.n),),
+        out_shape=jax.ShapeDtypeStruct((shape[0], a.shape[1], shape[2]), dtype),
         num_warps=block.warps,
         num_stages=block.stages,
     )(jnp.stack([ends - group_sizes, ends], axis=-1), a, b)

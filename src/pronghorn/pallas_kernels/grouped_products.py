@@ -11,6 +11,10 @@ so both directions of a layer read the same array, no matrix is transposed in me
 product is formed. By columns the sum is over pairs (X, W): layers that read one input send it one gradient. Sums are in
 fp32; a row of no group gives zeros, an empty group a D of zeros.
 
+Layers that are stacked (W [groups, n o, i], one output [rows, n o]) have adapters of their own: rank-r products of such
+are n products of `parts` beside each other, of which part p reads columns p of X (or A, B, P) and rows p of W (or Q),
+and no matrix with blocks of zeros is made for it.
+
 "xla" is `jax.lax.ragged_dot_general`, which a CPU and an interpreter of small sizes are served by.
 """
 
@@ -26,7 +30,10 @@ from pronghorn.pallas_kernels import grouped_kernels, launch
 
 
 class LowRank(NamedTuple):
-    """What is added to a product: P [rows, r], and Q [groups, o, r] or [groups, r, o], as W lies."""
+    """What is added to a product: P [rows, r], and Q [groups, o, r] or [groups, r, o], as W lies.
+
+    By rows P may have n r columns, r of them for each nth of the outputs, in order.
+    """
 
     rows: jax.Array
     matrices: jax.Array
@@ -70,13 +77,17 @@ def by_columns(
     lowrank: LowRank | None = None,
     *,
     more: Sequence[tuple[jax.Array, jax.Array]] = (),
+    parts: int = 1,
     dtype: Any = None,
     implementation: launch.Implementation | None = None,
 ) -> jax.Array:
     """Σ X_row W_g + P_row Q_g -> [rows, o]; like `by_rows` with weight [groups, i, o], and `more` pairs of such x and
-    weight, of the same shapes, that are summed up with it."""
-    pairs = ((x, weight), *more)
-    return _product(pairs, group_sizes, lowrank, None, dtype or x.dtype, implementation, transposed=False)
+    weight, of the same shapes, that are summed up with it.
+
+    Of n `parts`, which have neither `lowrank` nor `more`: x [rows, n i], weight [groups, n i, o] -> [rows, n o].
+    """
+    pairs, dtype = ((x, weight), *more), dtype or x.dtype
+    return _product(pairs, group_sizes, lowrank, None, dtype, implementation, transposed=False, parts=parts)
 
 
 def over_rows(
@@ -84,10 +95,13 @@ def over_rows(
     b: jax.Array,
     group_sizes: jax.Array,
     *,
+    parts: int = 1,
     dtype: Any = jnp.float32,
     implementation: launch.Implementation | None = None,
 ) -> jax.Array:
     """Σ_{row in g} A_rowᵀ B_row -> [groups, a, b] of `dtype`, for A [rows, a] and B [rows, b] of one dtype.
+
+    Of n `parts`: A [rows, n a] and B [rows, n b] -> [groups, n a, b].
 
     Raises:
       InputError: where shapes do not fit each other.
@@ -97,11 +111,13 @@ def over_rows(
             f"over_rows: {a.dtype}{a.shape} and {b.dtype}{b.shape} must be [rows, columns] of the same rows and dtype."
         )
     if launch.resolve(implementation) == "pallas":
-        return grouped_kernels.over_rows(a, b, group_sizes, jnp.dtype(dtype))
+        return grouped_kernels.over_rows(a, b, group_sizes, jnp.dtype(dtype), parts=parts)
     dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
-    return lax.ragged_dot_general(
-        a, b, group_sizes, dims, precision=_precision(a), preferred_element_type=jnp.float32
-    ).astype(dtype)
+    options: Any = {"precision": _precision(a), "preferred_element_type": jnp.float32}
+    of_parts = zip(_split(a, parts), _split(b, parts), strict=True)
+    return _joined(
+        [lax.ragged_dot_general(*part, group_sizes, dims, **options).astype(dtype) for part in of_parts], 1
+    )
 
 
 def group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
@@ -114,7 +130,16 @@ def _precision(x):
     return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
-def _product(pairs, group_sizes, lowrank, bias, dtype, implementation, *, transposed):
+def _split(array, parts):
+    """`parts` arrays of as many columns (of [rows, columns]) or rows (of [groups, rows, columns])."""
+    return [array] if parts == 1 else jnp.split(array, parts, axis=1)
+
+
+def _joined(arrays, axis):
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
+
+
+def _product(pairs, group_sizes, lowrank, bias, dtype, implementation, *, transposed, parts=1):
     rows = pairs[0][0].shape[0]
     for x, weight in pairs:
         fits = (
@@ -127,15 +152,22 @@ def _product(pairs, group_sizes, lowrank, bias, dtype, implementation, *, transp
             )
     if launch.resolve(implementation) == "pallas":
         return grouped_kernels.product(
-            pairs, group_sizes, lowrank, bias, jnp.dtype(dtype), transposed=transposed
+            pairs, group_sizes, lowrank, bias, jnp.dtype(dtype), transposed=transposed, parts=parts
         )
-    y = sum(_ragged(x, weight, group_sizes, transposed) for x, weight in pairs)
+    y = sum(_ragged_parts(x, weight, group_sizes, transposed, parts) for x, weight in pairs)
     if lowrank is not None:
-        y += _ragged(lowrank.rows, lowrank.matrices, group_sizes, transposed)
+        count = lowrank.rows.shape[1] // lowrank.matrices.shape[2 if transposed else 1]
+        y += _ragged_parts(*lowrank, group_sizes, transposed, count)
     if bias is not None:
         padded = jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))
         y += padded[group_of_rows(group_sizes, rows)]
     return y.astype(dtype)
+
+
+def _ragged_parts(x, weight, group_sizes, transposed, parts):
+    """The products of all parts beside each other."""
+    of_parts = zip(_split(x, parts), _split(weight, parts), strict=True)
+    return _joined([_ragged(*part, group_sizes, transposed) for part in of_parts], 1)
 
 
 def _ragged(x, weight, group_sizes, transposed):
