@@ -10,10 +10,12 @@ from flax import nnx
 
 from pronghorn.converters.peft import load_adapter, save_adapter
 from pronghorn.lora import LoRAConfig, add_lora, merge, merge_lora, split
-from pronghorn.models import Decoder, DecoderConfig, flat_arrays
+from pronghorn.models import Decoder, DecoderConfig, expert_layers, flat_arrays
 from pronghorn.models.expert_layers import Router
 from pronghorn.models.experts import order_by_expert, route, rows_by_expert, weighted_sum
 from pronghorn.models.experts_config import ExpertsConfig
+from pronghorn.models.parameters import named_parameters
+from pronghorn.quantization import QuantizationConfig, quantize
 from pronghorn.training.flops import count_flops
 from tests.models.reference import random_ids, tiny_decoder, tiny_torch_model
 from tests.tolerances import MODEL_GRADIENT, MODEL_LOGITS
@@ -200,6 +202,38 @@ def test_adapters_of_experts_train_and_merge_to_what_they_compute(layers, tmp_pa
         other = jax.jit(jax.grad(lambda lora, options=options: loss(lora, **options)))(lora)
         for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(usual), strict=True):
             assert np.linalg.norm(one - two) <= MODEL_GRADIENT * np.linalg.norm(two)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bias": True, "swiglu_limit": 7.0}, {"weights_on_input": True}],
+    ids=["inside", "clamped", "input"],
+)
+def test_gate_and_up_as_one_product_compute_what_two_products_do(changes, monkeypatch):
+    """Of quantised experts, whatever their activation is."""
+    model = tiny_decoder(sparse_config(**changes))
+    for name, parameter in named_parameters(model).items():
+        if "experts." in name and name.endswith("_proj.weight"):
+            weight = parameter.variable.get_value()
+            parameter.variable.set_value(quantize(weight, QuantizationConfig("nf4")))
+    graph, lora, frozen = split(add_lora(model, LoRAConfig(rank=3, targets=("re:.*experts.*", "q_proj"))))
+    lora = jax.tree.map(lambda leaf: leaf + 0.05, lora)
+    ids = jnp.asarray(random_ids(19, batch=2))
+
+    def loss(lora):
+        return jnp.sum(merge(graph, lora, frozen).hidden_states(ids) ** 2)
+
+    taken = []
+    stacked = expert_layers.stacked_grouped_linears
+    monkeypatch.setattr(
+        expert_layers, "stacked_grouped_linears", lambda *a, **o: taken.append(1) or stacked(*a, **o)
+    )
+    found = jax.value_and_grad(loss)(lora)
+    assert taken
+    monkeypatch.setattr(expert_layers, "stack_well", lambda *_: False)
+    expected = jax.value_and_grad(loss)(lora)
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.any(two) and np.linalg.norm(one - two) <= MODEL_GRADIENT * np.linalg.norm(two)
 
 
 def test_peft_reads_adapters_of_experts(tmp_path):

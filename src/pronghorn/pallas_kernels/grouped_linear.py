@@ -114,15 +114,22 @@ def grouped_linears(
     Raises:
       InputError: when shapes do not fit, one of A and B is missing, or a quantised weight would be trained.
     """
+    check(x, linears, group_sizes, scales)
+    chosen = launch.resolve(implementation)
+    scales = tuple(float(scale) for scale in scales)
+    return _grouped_linears(x, tuple(linears), group_sizes.astype(jnp.int32), scales, chosen)
+
+
+def check(
+    x: jax.Array, linears: Sequence[LinearWeights], group_sizes: jax.Array, scales: Sequence[float]
+) -> None:
+    """Raise InputError where the arguments of `grouped_linears` do not fit each other."""
     if len(linears) != len(scales) or not linears:
         raise InputError(
             f"grouped_linears: {len(linears)} layers and {len(scales)} scales; give one scale a layer."
         )
     for linear in linears:
         _check(x, linear, group_sizes)
-    chosen = launch.resolve(implementation)
-    scales = tuple(float(scale) for scale in scales)
-    return _grouped_linears(x, tuple(linears), group_sizes.astype(jnp.int32), scales, chosen)
 
 
 def _check(x, linear, group_sizes):
@@ -292,7 +299,7 @@ def _input_gradient(dys, g, a, linears, sizes, shape, implementation):
     """dX [rows, in]: of all layers in one product where their matrices may exist at once, else one by one."""
     rows, dtype = shape[0], dys[0].dtype
     alike = len({linear.weight.shape for linear in linears}) == 1
-    if alike and rows >= sizes.shape[0] and _worth_together(linears, shape, dtype):
+    if alike and rows >= sizes.shape[0] and worth_together(linears, shape, dtype):
         pairs = [
             (dy, dense(linear.weight, linear.weight.dtype).astype(dtype))
             for dy, linear in zip(dys, linears, strict=True)
@@ -311,8 +318,11 @@ def _input_gradient(dys, g, a, linears, sizes, shape, implementation):
     return total
 
 
-def _worth_together(linears, shape, dtype):
-    """Whether the matrices that would exist besides the first take at most twice the bytes of dX that are not moved."""
+def worth_together(linears: Sequence[LinearWeights], shape: tuple[int, ...], dtype: Any) -> bool:
+    """Whether the dequantised matrices of all layers of x `shape` may exist at once in backward.
+
+    Those besides the first may take twice the bytes of dX that are then not moved.
+    """
     itemsize = jnp.dtype(dtype).itemsize
     more = [linear.weight for linear in linears[1:] if is_quantized(linear.weight)]
     extra = sum(weight.shape[0] * weight.shape[1] * weight.shape[2] * itemsize for weight in more)

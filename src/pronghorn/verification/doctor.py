@@ -29,7 +29,9 @@ from pronghorn.pallas_kernels import (
     state_space,
     weighted_gated_activation,
 )
+from pronghorn.pallas_kernels.stacked_grouped_linear import stacked_grouped_linears
 from pronghorn.pallas_kernels.state_space import state_space_reference
+from pronghorn.quantization import QuantizationConfig, quantize
 from pronghorn.versions import installed_versions
 
 # Largest |fast − oracle| over the largest |oracle|, both in the dtype that a GPU trains in.
@@ -221,7 +223,26 @@ def _cases(dtype) -> dict[str, tuple[Callable[..., Any], list[jax.Array], str]]:
             [normal(length, width), normal(length, ffn), *linear(ffn, width)],
             "pallas",
         ),
+        "stacked_grouped": _stacked_grouped_case(
+            normal(length, width),
+            [
+                [jnp.stack(same) for same in zip(*(linear(width, ffn) for _ in range(3)), strict=True)]
+                for _ in range(2)
+            ],
+            sizes,
+        ),
     }
+
+
+def _stacked_grouped_case(x, layers, sizes):
+    """Gate and up of 4-bit experts, whose weights are no arguments: they have no gradient."""
+    first, second = (quantize(weight, QuantizationConfig("nf4")) for weight, *_ in layers)
+
+    def op(implementation, x, a, b, more_a, more_b):
+        linears = (LinearWeights(first, a, b), LinearWeights(second, more_a, more_b))
+        return stacked_grouped_linears(x, linears, sizes, scales=(2.0, 0.5), implementation=implementation)
+
+    return op, [x, *(factor for _, *factors in layers for factor in factors)], "pallas"
 
 
 def _largest_error(function: Callable[..., Any], arguments: list[jax.Array], implementation: str) -> float:
