@@ -102,7 +102,8 @@ def _backward_kernel(dout_ref, *refs, limit, alpha, block):
     count, width = len(refs) // 2, dout_ref.shape[1]
     tile, mask = tile_of_program(dout_ref.shape, block)
     places = [dout_ref.at[tile], *places_of_gates(refs[:count], tile, width)]
-    gradients = _gradients(*load_wide(places, mask), limit, alpha, sigmoid_in_kernel)
+    dout, gate, up = load_wide(places, mask)
+    gradients = _gradients(dout, gate, up, limit, alpha, sigmoid_in_kernel)
     store_all(places_of_gates(refs[count:], tile, width), gradients, mask)
 
 
@@ -123,8 +124,8 @@ def _clamped_swiglu_backward(limit, alpha, with_kernel, gates, dout):
         arguments, name = (dout, *gates), "clamped_swiglu_backward"
         aliases, static = gates_in_place(gates), {"limit": limit, "alpha": alpha}
         return (launch_rows(_backward_kernel, name, arguments, gates, aliases, **static),)
-    wide = (array.astype(jnp.float32) for array in (dout, *halves(gates)))
-    gradients = [array.astype(dout.dtype) for array in _gradients(*wide, limit, alpha)]
+    wide, gate, up = (array.astype(jnp.float32) for array in (dout, *halves(gates)))
+    gradients = [array.astype(dout.dtype) for array in _gradients(wide, gate, up, limit, alpha)]
     return (as_gates(gradients, gates),)
 
 

@@ -157,7 +157,7 @@ def _product(pairs, group_sizes, lowrank, bias, dtype, implementation, *, transp
     y = sum(_ragged_parts(x, weight, group_sizes, transposed, parts) for x, weight in pairs)
     if lowrank is not None:
         count = lowrank.rows.shape[1] // lowrank.matrices.shape[2 if transposed else 1]
-        y += _ragged_parts(*lowrank, group_sizes, transposed, count)
+        y += _ragged_parts(lowrank.rows, lowrank.matrices, group_sizes, transposed, count)
     if bias is not None:
         padded = jnp.pad(bias.astype(jnp.float32), ((0, 1), (0, 0)))
         y += padded[group_of_rows(group_sizes, rows)]

@@ -96,9 +96,8 @@ def _forward_kernel(*refs, activation, block):
 
 def _backward_kernel(dout_ref, *refs, activation, block):
     """refs: gate and up (one ref or two), the weights, the gradients of the former, and shares of the latter's."""
-    *refs, shares_ref = refs
-    count, width = len(refs) // 2, dout_ref.shape[1]
-    gates, weights_ref, gradients = refs[:count], refs[count], refs[count + 1 :]
+    count, width = len(refs) // 2 - 1, dout_ref.shape[1]
+    gates, weights_ref, gradients, shares_ref = refs[:count], refs[count], refs[count + 1 : -1], refs[-1]
     tile, mask = tile_of_program(dout_ref.shape, block)
     dout, gate, up = load_wide([dout_ref.at[tile], *places_of_gates(gates, tile, width)], mask)
     value, slope = value_and_slope(gate, activation, sigmoid_in_kernel)
