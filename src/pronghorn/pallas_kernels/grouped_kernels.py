@@ -6,7 +6,8 @@ sizes need, floor((rows + n (block − 1)) / block) for n groups that can hold a
 Which rows of which group a tile takes is worked out in front of the kernel, three integers a tile.
 
 Rows may be read through an index, x[index[row]]: one more load in front of a loop over columns, and one in each step of
-a loop over rows. Copies of rows that several groups read are never written then, and are found in the L2 cache.
+a loop over rows, for the step after it. Copies of rows that several groups read are never written then, and are found
+in the L2 cache.
 
 The last tile of a group reads rows of the next one, and keeps what came of them to itself: each row of a product
 depends on its own row alone. Over rows it would not, so there rows past the group's end are loaded as zeros.
@@ -242,7 +243,6 @@ def product(pairs, group_sizes, lowrank, bias, index, dtype, *, transposed: bool
 def _over_rows_kernel(bounds_ref, *rest, indexed, blocks, native):
     """One tile of D of one group."""
     *indices, a_ref, b_ref, d_ref = rest
-    of_a, of_b = (indices.pop(0) if yes else None for yes in indexed)
     block_m, block_n, block_k = blocks[:3]
     _, a_width, b_width = d_ref.shape
     a_tiles = launch.cdiv(a_width, block_m)
@@ -255,26 +255,46 @@ def _over_rows_kernel(bounds_ref, *rest, indexed, blocks, native):
     a_columns = a_tile * block_m + jnp.arange(block_m)
     b_columns = b_tile * block_n + jnp.arange(block_n)
 
-    def load(ref, index_ref, rows, columns, width, block, whole):
-        exists: Any = None if whole else (rows < end)[:, None]
-        if index_ref is not None:
-            rows = _load(index_ref, rows, mask=None if whole else rows < end)
+    def load(ref, rows, exists, columns, width, block):
+        exists = None if exists is None else exists[:, None]
         if width % block:
             exists = _both(exists, (columns < width)[None, :])
         return _load(ref, rows[:, None], columns[None, :], mask=exists)
 
-    def step(i, total, whole):
-        rows = first + i * block_k + jnp.arange(block_k)
-        a = load(a_ref, of_a, rows, a_columns, a_width, block_m, whole)
-        b = load(b_ref, of_b, rows, b_columns, b_width, block_n, whole)
+    def rows_of(i):
+        return first + i * block_k + jnp.arange(block_k)
+
+    def read_by(i):
+        """What each index holds for the rows of step i. Past the group's end that is a row of another one, which no
+        step keeps; past the array's end there is nothing."""
+        return tuple(triton.load(ref.at[jnp.minimum(rows_of(i), ref.shape[0] - 1)]) for ref in indices)
+
+    def ahead(i):
+        # A step that loads an index, and rows through it, has these late: of the three tiles that four stages load
+        # ahead one is left. So the index is loaded a step before. With two stages there is nothing to lose, and the
+        # registers of another index would let two programs run where three do.
+        return read_by(i) if blocks.stages > 2 else ()
+
+    def add(i, total, read, whole):
+        rows, read = rows_of(i), list(read or read_by(i))
+        exists = None if whole else rows < end
+        a_rows, b_rows = (read.pop(0) if by_index else rows for by_index in indexed)
+        a = load(a_ref, a_rows, exists, a_columns, a_width, block_m)
+        b = load(b_ref, b_rows, exists, b_columns, b_width, block_n)
         return total + tile_product(a, b, COLUMNS_BY_COLUMNS, native=native)
+
+    def step(i, carry):
+        total, read = carry
+        following = ahead(i + 1)
+        return add(i, total, read, whole=True), following
 
     # Only the last step of a group holds rows of the next one: the others load without a mask.
     whole_steps = (end - first) // block_k
-    total = jnp.zeros((block_m, block_n), jnp.float32)
-    total = jax.lax.fori_loop(0, whole_steps, functools.partial(step, whole=True), total)
+    start = jnp.zeros((block_m, block_n), jnp.float32), ahead(0)
+    total, read = jax.lax.fori_loop(0, whole_steps, step, start)
     steps = launch.cdiv(end - first, block_k)
-    total = jax.lax.fori_loop(whole_steps, steps, functools.partial(step, whole=False), total)
+    last = functools.partial(add, read=read, whole=False)
+    total = jax.lax.fori_loop(whole_steps, steps, last, total)
     inside = (a_columns < a_width)[:, None] & (b_columns < b_width)[None, :]
     triton.store(
         d_ref.at[group, a_columns[:, None], b_columns[None, :]], total.astype(d_ref.dtype), mask=inside

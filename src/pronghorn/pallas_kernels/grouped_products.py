@@ -120,7 +120,11 @@ def group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
 
 
 def _row_count(x: jax.Array, index: jax.Array | None) -> int:
-    return x.shape[0] if index is None else index.shape[0]
+    if index is None:
+        return x.shape[0]
+    if index.ndim != 1 or index.dtype != jnp.int32:
+        raise InputError(f"grouped product: an index {index.dtype}{index.shape} must be int32 [rows].")
+    return index.shape[0]
 
 
 def gather(x: jax.Array, places: jax.Array) -> jax.Array:
