@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from pronghorn.errors import InputError
-from pronghorn.models.experts import order_by_expert
-from pronghorn.pallas_kernels import launch, shapes, tuned
+from pronghorn.pallas_kernels import shapes, tuned
 from pronghorn.pallas_kernels.autotune import LIMIT, error
 from pronghorn.pallas_kernels.autotune_grouped import grouped_linear_jobs
 from pronghorn.pallas_kernels.grouped_kernels import row_tiles
@@ -29,7 +28,6 @@ from tests.pallas_kernels.comparison import (
     shapes_computed,
     value_and_gradients,
 )
-from tests.tolerances import assert_close
 
 NAMES = ("y", "dx", "dweight", "dlora_a", "dlora_b", "dbias")
 IMPLEMENTATIONS = ("xla", "pallas")
@@ -141,77 +139,6 @@ def test_layers_of_one_input_read_it_once_for_their_adapters_and_write_one_gradi
     assert launched.count(("grouped_by_rows", (21, 5))) == 1  # T
     assert launched.count(("grouped_over_rows", (4, 5, 32))) == 1  # dA
     assert [shape for name, shape in launched if name == "grouped_by_columns"].count((21, 32)) == 1  # dX
-
-
-def of_tokens(tokens, choices, groups, widths, implementation, dtype):
-    """(gate and up of copies of tokens, and down summed up again; its oracle, which copies; their arguments).
-
-    The first group and the last one are empty, one has a single row."""
-    hidden, width = widths
-    experts = (
-        jax.random.randint(jax.random.key(0), (tokens, choices), 2, groups - 1).at[tokens // 2, 0].set(1)
-    )
-    order = order_by_expert(experts, groups)
-
-    def adapter(seed, out, into, rank):
-        return normal(seed, (groups, rank, into), "float32", 0.3), normal(
-            seed + 1, (groups, out, rank), "float32", 0.3
-        )
-
-    x = normal(1, (tokens, hidden), dtype)
-    ups = [normal(2 + i, (groups, width, hidden), dtype, 0.3) for i in range(2)]
-    down = normal(4, (groups, hidden, width), dtype, 0.3)
-    bias = normal(5, (groups, hidden), dtype, 0.3)
-    adapters = [adapter(10, width, hidden, 4), adapter(12, width, hidden, 3), adapter(14, hidden, width, 5)]
-
-    def op(x, ups, down, bias, adapters):
-        layers = [LinearWeights(w, *ab) for w, ab in zip(ups, adapters[:2], strict=True)]
-        common = {"implementation": implementation}
-        gate, up = grouped_linears(
-            x, layers, order.group_sizes, scales=(1.5, 0.5), read=order.tokens(), **common
-        )
-        last = [LinearWeights(down, *adapters[2], bias)]
-        summed = order.tokens()
-        return grouped_linears(gate * up, last, order.group_sizes, scales=(2.0,), summed=summed, **common)[0]
-
-    def oracle(x, ups, down, bias, adapters):
-        rows = x[order.choice // choices]
-        gate, up = (
-            grouped_linear_reference(rows, w, order.group_sizes, *ab, scale=scale)
-            for w, ab, scale in zip(ups, adapters[:2], (1.5, 0.5), strict=True)
-        )
-        y = grouped_linear_reference(gate * up, down, order.group_sizes, *adapters[2], scale=2.0, bias=bias)
-        return y[order.place].astype(jnp.float32).sum(axis=1).astype(dtype)
-
-    return op, oracle, (x, ups, down, bias, adapters)
-
-
-def assert_tokens_match(tokens, choices, groups, widths, implementation, dtype):
-    op, oracle, arguments = of_tokens(tokens, choices, groups, widths, implementation, dtype)
-    cotangent = normal(9, (tokens, widths[0]), dtype)
-    y, gradients = value_and_gradients(op, arguments, cotangent)
-    expected, wanted = value_and_gradients(oracle, arguments, cotangent)
-    assert_close(y, expected, dtype=dtype, what="y")
-    found = jax.tree_util.tree_leaves_with_path(gradients)
-    for (path, leaf), right in zip(found, jax.tree.leaves(wanted), strict=True):
-        assert_close(leaf, right, dtype=dtype, what=jax.tree_util.keystr(path))
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tokens_read_and_summed_through_an_order_equal_their_copies(implementation, dtype):
-    assert_tokens_match(19, 3, 6, (24, 10), implementation, dtype)
-
-
-def test_no_copy_of_tokens_is_written():
-    """Of [rows, hidden] there is what down gives, and the gradient that the tokens' is the sum of: no gathered rows."""
-    op, _, arguments = of_tokens(32, 4, 6, (16, 8), "pallas", "bfloat16")
-    by = {
-        equation.primitive.name
-        for equation in equations(gradient(op), *arguments)
-        if (128, 16) in [getattr(v.aval, "shape", ()) for v in equation.outvars]
-    }
-    assert "pallas_call" in by and "gather" not in by
 
 
 def test_layers_that_do_not_read_one_input_are_refused():
@@ -341,13 +268,6 @@ def test_kernels_equal_the_oracle_on_a_gpu_at_the_size_of_a_real_layer(shape, dt
     # True fp32 products in the oracle, as in the kernels.
     with jax.default_matmul_precision("highest"):
         assert_matches_oracle(op, oracle, inputs(shape, dtype), cotangent, dtype, NAMES)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_tokens_read_and_summed_through_an_order_equal_their_copies_on_a_gpu(dtype):
-    with launch.interpret(False):
-        assert_tokens_match(1000, 8, 32, (512, 384), "pallas", dtype)
 
 
 @pytest.mark.gpu

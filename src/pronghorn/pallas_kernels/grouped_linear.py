@@ -151,6 +151,9 @@ def grouped_linears(
         )
     for linear in linears:
         _check(x, linear, group_sizes)
+    rows = _row_count(x, read)
+    _check_tokens("read", read, rows, x.shape[0])
+    _check_tokens("summed", summed, rows)
     chosen = launch.resolve(implementation)
     scales = tuple(float(scale) for scale in scales)
     return _grouped_linears(x, tuple(linears), group_sizes.astype(jnp.int32), read, summed, scales, chosen)
@@ -178,6 +181,19 @@ def _check(x, linear, group_sizes):
             )
     if bias is not None and bias.shape != (groups, outputs):
         raise InputError(f"grouped_linear: bias {bias.shape} must be {(groups, outputs)}.")
+
+
+def _check_tokens(name, tokens, rows, count=None):
+    """What an index out of its array would read nobody knows: shapes at least are those of a token's k rows."""
+    if tokens is None:
+        return
+    token, place = tokens
+    fits = token.shape == (rows,) and place.ndim == 2 and place.size == rows
+    if not fits or count not in (None, place.shape[0]) or {token.dtype, place.dtype} != {jnp.dtype("int32")}:
+        raise InputError(
+            f"grouped_linears: token {token.dtype}{token.shape} and place {place.dtype}{place.shape} of `{name}` must "
+            f"be int32 [{rows}] and [{'tokens' if count is None else count}, k], with {rows} places."
+        )
 
 
 def grouped_linear_reference(
