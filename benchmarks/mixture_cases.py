@@ -7,18 +7,20 @@ import jax
 import jax.numpy as jnp
 from kernel_case import BF16, Case, normal
 
-from pronghorn.models.experts import order_by_expert, rows_by_expert, weighted_sum
+from pronghorn.models.experts import Order, order_by_expert, rows_by_expert, weighted_sum
 from pronghorn.pallas_kernels import shapes
 from pronghorn.pallas_kernels.convolved_heads import convolved_heads
 from pronghorn.pallas_kernels.gated_delta_rule import gated_delta_rule
-from pronghorn.pallas_kernels.grouped_linear import grouped_linear
+from pronghorn.pallas_kernels.grouped_linear import grouped_linear, grouped_linears
+from pronghorn.pallas_kernels.stacked_linears import LinearWeights
 
 
 def layer_cases() -> Iterator[Case]:
     """Every case of this file."""
     yield from convolutions()
     yield from delta_rules()
-    yield from grouped_linears()
+    yield from linears_of_rows()
+    yield from linears_of_tokens()
     yield from routings()
 
 
@@ -65,7 +67,7 @@ def convolutions() -> Iterator[Case]:
             )  # fmt: skip
 
 
-def grouped_linears() -> Iterator[Case]:
+def linears_of_rows() -> Iterator[Case]:
     """Mixtral's first product and one of a Qwen 3 30B-A3B: rows, experts, in, out. Experts get unequal shares."""
     for shape in shapes.TUNED_GROUPED:
         rows, experts, inputs, outputs = shape[1:]
@@ -85,13 +87,73 @@ def grouped_linears() -> Iterator[Case]:
                 )  # fmt: skip
 
 
+def linears_of_tokens() -> Iterator[Case]:
+    """The first product and the last one of a Qwen 3 30B-A3B, of rows that are copies of tokens: read through their
+    order, or copied in front of it and added up behind it."""
+    tokens, choices, experts, hidden, width, rank = 4096, 8, 128, 2048, 768, 16
+
+    def read(x, a, b, weight, order, through):
+        linears = (LinearWeights(weight, a, b),)
+        rows = {"read": order.tokens()} if through else {}
+        x = x if through else rows_by_expert(x, order)
+        return grouped_linears(x, linears, order.group_sizes, scales=(2.0,), implementation="pallas", **rows)[
+            0
+        ]
+
+    def summed(x, a, b, weight, order, through):
+        linears = (LinearWeights(weight, a, b),)
+        rows = {"summed": order.tokens()} if through else {}
+        y = grouped_linears(x, linears, order.group_sizes, scales=(2.0,), implementation="pallas", **rows)[0]
+        return y if through else weighted_sum(y, jnp.ones((tokens, choices), jnp.float32), order)
+
+    def trained(function):
+        """With W in the place of what is trained, and no adapter."""
+        return lambda x, weight, order, through: function(x, None, None, weight, order, through)
+
+    def arguments(rows, inputs, outputs, adapter):
+        weight = normal(1, (experts, outputs, inputs), factor=0.02)
+        factors = (
+            normal(2, (experts, rank, inputs), jnp.float32, 0.02),
+            normal(3, (experts, outputs, rank), jnp.float32, 0.02),
+        )
+        return (
+            normal(0, (rows, inputs)),
+            *(factors if adapter else ()),
+            weight,
+            chosen_order(tokens, choices, experts),
+        )
+
+    work = 2.0 * tokens * choices * hidden * width
+    for name, function, sizes in (
+        ("read", read, (tokens, hidden, width)),
+        ("summed", summed, (tokens * choices, width, hidden)),
+    ):
+        for direction, form, adapter, wrt, times in (
+            ("forward", function, True, 0, 1),
+            ("backward, adapter", function, True, 3, 1),
+            ("backward, W", trained(function), False, 2, 2),
+        ):
+            for through in (True, False):
+                yield Case(
+                    f"grouped_linears, {name}" if through else f"grouped_linears, {name} as copies",
+                    f"{tokens} tokens, {choices} of [{experts}, {sizes[2]}, {sizes[1]}]", direction, "pallas",
+                    functools.partial(form, through=through), functools.partial(arguments, *sizes, adapter),
+                    times * work, "TFLOP/s", gradient=wrt > 0, wrt=wrt,
+                )  # fmt: skip
+
+
+def chosen_order(tokens: int, choices: int, experts: int) -> Order:
+    """The order of rows for experts that are drawn."""
+    chosen = jax.lax.top_k(normal(0, (tokens, experts), jnp.float32), choices)[1].astype(jnp.int32)
+    return order_by_expert(chosen, experts)
+
+
 def routings() -> Iterator[Case]:
     """Rows to their experts and back to their tokens, in a Qwen 3 30B-A3B: each row moved once, each token once."""
     tokens, choices, experts, hidden = 4096, 8, 128, 2048
 
     def order():
-        chosen = jax.lax.top_k(normal(0, (tokens, experts), jnp.float32), choices)[1].astype(jnp.int32)
-        return order_by_expert(chosen, experts)
+        return chosen_order(tokens, choices, experts)
 
     def tokens_and_order():
         return normal(1, (tokens, hidden)), order()
