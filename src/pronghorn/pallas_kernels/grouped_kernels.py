@@ -59,6 +59,11 @@ class Blocks(NamedTuple):
     together: int
 
 
+def row_count(x: jax.Array, index: jax.Array | None) -> int:
+    """How many rows a product has: those of x, or as many as it is read through an index."""
+    return x.shape[0] if index is None else index.shape[0]
+
+
 def tile_bound(rows: int, groups: int, block: int) -> int:
     """The most tiles that any sizes of the groups, and of the rows left over, need."""
     return (rows + min(groups + 1, rows) * (block - 1)) // block
@@ -207,7 +212,7 @@ def _product_kernel(tiles_ref, *rest, blocks, pairs, rank, padded_rank, biased, 
 def product(pairs, group_sizes, lowrank, bias, index, dtype, *, transposed: bool):
     """`by_rows` of one pair (x, weight) where transposed, else `by_columns`: the sum over the pairs."""
     x, weight = pairs[0]
-    rows, inner = x.shape[0] if index is None else index.shape[0], x.shape[1]
+    rows, inner = row_count(x, index), x.shape[1]
     width = weight.shape[1 if transposed else 2]
     op = "grouped_by_rows" if transposed else "grouped_by_columns"
     block = blocks(op, x.dtype, rows, width, inner, pairs=len(pairs))
@@ -284,8 +289,7 @@ def _over_rows_kernel(bounds_ref, *rest, indexed, blocks, native):
 def over_rows(a, b, group_sizes, a_index, b_index, dtype):
     """`grouped_products.over_rows`."""
     shape = (group_sizes.shape[0], a.shape[1], b.shape[1])
-    rows = a.shape[0] if a_index is None else a_index.shape[0]
-    block = blocks("grouped_over_rows", a.dtype, shape[1], shape[2], rows)
+    block = blocks("grouped_over_rows", a.dtype, shape[1], shape[2], row_count(a, a_index))
     indices = [index for index in (a_index, b_index) if index is not None]
     ends = _running_sums(group_sizes)
     return launch.pallas_call(

@@ -40,6 +40,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pronghorn.errors import InputError
 from pronghorn.pallas_kernels import launch
+from pronghorn.pallas_kernels.grouped_kernels import row_count
 from pronghorn.pallas_kernels.grouped_products import (
     LowRank,
     by_columns,
@@ -209,10 +210,6 @@ def _index(rows: TokenRows | None) -> jax.Array | None:
     return None if rows is None else rows.token
 
 
-def _row_count(x: jax.Array, read: TokenRows | None) -> int:
-    return x.shape[0] if read is None else read.token.shape[0]
-
-
 def _present(rows, group_sizes):
     """(the groups that have rows, in order, `rows` many with group 0 behind them; their sizes, zeros behind them)."""
     present = jnp.nonzero(group_sizes > 0, size=rows, fill_value=0)[0]
@@ -245,7 +242,7 @@ def _columns(array, index, ranks):
 
 def _compute(x, linears, factors, group_sizes, read, summed, implementation):
     """((y_1, ..), T); T is None without an adapter."""
-    rows, dtype, ranks, a = _row_count(x, read), x.dtype, factors.ranks(), factors.a
+    rows, dtype, ranks, a = row_count(x, _index(read)), x.dtype, factors.ranks(), factors.a
     multiply = functools.partial(by_rows, index=_index(read), implementation=implementation)
     t: Any = None if a is None else multiply(x, a, group_sizes)
     outputs: list[jax.Array] = []
@@ -286,7 +283,10 @@ def _grouped_linears_forward(x, linears, group_sizes, read, summed, scales, impl
         tuple((field, getattr(linear, field).dtype) for field in sorted(fields))
         for linear, fields in zip(linears, wanted, strict=True)
     )
-    return outputs, (saved, launch.Static((wanted_x, dtypes, x.dtype, (_row_count(x, read), x.shape[1]))))
+    return outputs, (
+        saved,
+        launch.Static((wanted_x, dtypes, x.dtype, (row_count(x, _index(read)), x.shape[1]))),
+    )
 
 
 def _grouped_linears_backward(scales, implementation, residuals, cotangents):

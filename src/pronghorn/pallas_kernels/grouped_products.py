@@ -100,7 +100,7 @@ def over_rows(
     Raises:
       InputError: where shapes do not fit each other.
     """
-    rows = [_row_count(*side) for side in ((a, a_index), (b, b_index))]
+    rows = [grouped_kernels.row_count(*side) for side in ((a, a_index), (b, b_index))]
     if a.ndim != 2 or b.ndim != 2 or rows[0] != rows[1] or a.dtype != b.dtype:
         raise InputError(
             f"over_rows: {a.dtype}{a.shape} and {b.dtype}{b.shape} must be [rows, columns] of the same rows and dtype."
@@ -119,10 +119,6 @@ def group_of_rows(group_sizes: jax.Array, rows: int) -> jax.Array:
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right").astype(jnp.int32)
 
 
-def _row_count(x: jax.Array, index: jax.Array | None) -> int:
-    return x.shape[0] if index is None else index.shape[0]
-
-
 def gather(x: jax.Array, places: jax.Array) -> jax.Array:
     """x[places] for places that exist, and no launch of its own asks whether they do."""
     return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
@@ -138,7 +134,7 @@ def _precision(x):
 
 
 def _product(pairs, group_sizes, lowrank, bias, index, dtype, implementation, *, transposed):
-    rows = _row_count(pairs[0][0], index)
+    rows = grouped_kernels.row_count(pairs[0][0], index)
     for x, weight in pairs:
         fits = (
             weight.ndim == 3 and weight.shape == pairs[0][1].shape and group_sizes.shape == weight.shape[:1]
