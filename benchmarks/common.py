@@ -87,9 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def write(path: Path, value: Any) -> None:
-    """Write `value` as JSON."""
+    """Write `value` as JSON; a run that is killed meanwhile leaves the file as it was."""
+    from pronghorn.files import write_atomic
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1) + "\n")
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
     print(f"wrote {path.name}", flush=True)
 
 
